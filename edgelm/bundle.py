@@ -1,0 +1,302 @@
+"""The bundle: a directory with one model artefact and everything needed to run, judge and reproduce it.
+
+``manifest.json`` names every other file with its size and SHA-256. A bundle is written into a temporary sibling and
+renamed into place, so a half bundle never exists under its name. This module knows the format and nothing of how an
+artefact is made or run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edgelm.errors import BundleError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+MANIFEST_LIMIT_BYTES = 16 * 2**20
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+
+Format = Literal["gguf", "onnx"]
+
+
+class Record(BaseModel):
+    """Base of everything that is stored as JSON: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileRecord(Record):
+    """One file: plain name, size and SHA-256 (hex)."""
+
+    name: str
+    size_bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class SourceRecord(Record):
+    """Where the weights came from. ``location`` is a hub id, ``demo:NAME`` or the last part of a local path."""
+
+    kind: Literal["huggingface", "gguf"]
+    location: str
+    revision: str | None = None
+    architecture: str
+    parameters: int = Field(ge=0)
+    files: tuple[FileRecord, ...]
+
+
+class TensorPlan(Record):
+    """What becomes of one tensor. ``shape`` is row-major as in the source (rows first, row length last)."""
+
+    name: str
+    source_name: str
+    shape: tuple[int, ...]
+    type: str
+    size_bytes: int = Field(ge=0)
+    reason: str
+
+
+class Choice(Record):
+    """A value that was decided for the user, with the reason that is shown to them."""
+
+    value: int | float | str
+    reason: str
+
+
+class RamParts(Record):
+    """Predicted or measured resident memory by purpose, in bytes."""
+
+    weights_bytes: int
+    repack_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+    process_bytes: int
+
+
+class Prediction(Record):
+    """What a target is expected to reach. Rates in tokens per second, ``*_band`` the 80 % interval when known."""
+
+    target: str
+    ram_bytes: int
+    ram_parts: RamParts
+    prefill_tps: float | None
+    decode_tps: float | None
+    prefill_tps_band: tuple[float, float] | None = None
+    decode_tps_band: tuple[float, float] | None = None
+    fits: Literal["fits", "pages", "no"]
+    fit_reason: str
+
+
+class ExportPlan(Record):
+    """Everything that was decided before the first byte was written. Kept verbatim in the manifest.
+
+    ``quant`` is the mix or type that was asked for or chosen (``Q4_K_M``), ``tensors`` what it really means here.
+    ``bits_per_weight`` counts all stored tensor bytes over all parameters.
+    """
+
+    target: str
+    format: Format
+    quant: str
+    architecture: str
+    parameters: int
+    bits_per_weight: float
+    artifact_bytes: int
+    context: Choice
+    threads_decode: Choice
+    threads_prefill: Choice
+    tensors: tuple[TensorPlan, ...]
+    predicted: Prediction
+    notes: tuple[str, ...] = ()
+
+    @property
+    def type_counts(self) -> dict[str, int]:
+        """Number of tensors per type, most frequent first."""
+        counts: dict[str, int] = {}
+        for tensor in self.tensors:
+            counts[tensor.type] = counts.get(tensor.type, 0) + 1
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+class TokenIdentity(Record):
+    """Outcome of encoding a hard corpus with the source tokenizer and with the artefact's own."""
+
+    identical: bool
+    texts: int
+    tokens: int
+    first_difference: str | None = None
+
+
+class Quality(Record):
+    """The artefact against the unquantised model on evaluation text, in lockstep.
+
+    ``kl_*`` in nats per token, KL(reference || artefact); perplexities over the same positions.
+    """
+
+    reference: str
+    text: str
+    text_sha256: str
+    tokens: int
+    kl_mean: float
+    kl_p99: float
+    kl_max: float
+    top1_agreement: float
+    ppl: float
+    ppl_reference: float
+    token_identity: TokenIdentity
+
+
+class Manifest(Record):
+    """``manifest.json``. Raises no errors of its own; ``read_manifest`` maps validation failures."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    created: str
+    format: Format
+    artifact: str
+    source: SourceRecord
+    plan: ExportPlan
+    quality: Quality | None
+    files: tuple[FileRecord, ...]
+    tool_versions: dict[str, str]
+
+
+class Bundle(Record):
+    """An opened bundle: its directory and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def artifact_path(self) -> Path:
+        return self.path / self.manifest.artifact
+
+    def file(self, name: str) -> Path | None:
+        """Path of a file that the manifest lists, None when the bundle has no such file."""
+        return self.path / name if any(record.name == name for record in self.manifest.files) else None
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and SHA-256 of a file, read in pieces of 4 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(4 * 2**20):
+            digest.update(piece)
+        size_bytes = stream.tell()
+    return FileRecord(name=path.name, size_bytes=size_bytes, sha256=digest.hexdigest())
+
+
+def _check_name(name: str, manifest: Path) -> None:
+    if not _PLAIN_NAME.fullmatch(name) or name == MANIFEST_NAME:
+        raise BundleError(f"{manifest} lists {name!r}, which is not a plain file name", hint="export the bundle again")
+
+
+def _check_file(directory: Path, record: FileRecord) -> None:
+    path = directory / record.name
+    if path.is_symlink() or not path.is_file():
+        raise BundleError(f"{path} is missing or not a regular file", hint="export the bundle again")
+    size_bytes = path.stat().st_size
+    if size_bytes != record.size_bytes:
+        raise BundleError(
+            f"{path} has {size_bytes} bytes, its manifest says {record.size_bytes}", hint="copy or export it again"
+        )
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The validated manifest of a bundle directory. Raises ``BundleError``."""
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise BundleError(
+            f"{directory} is not a bundle: it has no {MANIFEST_NAME}", hint="make one with: edgelm export"
+        )
+    if path.stat().st_size > MANIFEST_LIMIT_BYTES:
+        raise BundleError(f"{path} is larger than {MANIFEST_LIMIT_BYTES} bytes")
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise BundleError(f"{path} is not a valid manifest: {where}: {first['msg']}") from error
+    for record in manifest.files:
+        _check_name(record.name, path)
+    if all(record.name != manifest.artifact for record in manifest.files):
+        raise BundleError(f"{path} names the artefact {manifest.artifact!r} but does not list it among its files")
+    return manifest
+
+
+def open_bundle(directory: Path, *, check_hashes: bool = True) -> Bundle:
+    """Open a bundle, checking names, sizes and (unless ``check_hashes`` is off) the SHA-256 of every file.
+
+    Raises ``BundleError`` naming the first file that is missing, linked, of another size or changed.
+    """
+    if not directory.is_dir():
+        raise BundleError(f"bundle {directory} does not exist", hint="make one with: edgelm export SOURCE -o BUNDLE")
+    manifest = read_manifest(directory)
+    for record in manifest.files:
+        _check_file(directory, record)
+        if check_hashes and file_record(directory / record.name).sha256 != record.sha256:
+            raise BundleError(f"{directory / record.name} does not match its SHA-256", hint="copy or export it again")
+    return Bundle(path=directory, manifest=manifest)
+
+
+@contextmanager
+def new_bundle(destination: Path, *, force: bool = False) -> Iterator[Path]:
+    """A temporary directory beside ``destination`` that takes its name when the block ends well.
+
+    On any exception, Ctrl-C included, the temporary directory is removed and ``destination`` stays what it was. An
+    existing ``destination`` is replaced only with ``force`` and only if it is a bundle or empty; it is kept until the
+    new one is complete. Raises ``BundleError``.
+    """
+    check_destination(destination, force=force)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
+    except OSError as error:
+        raise BundleError(f"cannot write to {destination.parent}: {error.strerror}") from error
+    try:
+        yield staging
+        staging.chmod(0o755)
+        _replace(staging, destination)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_destination(destination: Path, *, force: bool) -> None:
+    """Refuse early what ``new_bundle`` would refuse. Raises ``BundleError``."""
+    if not destination.exists() and not destination.is_symlink():
+        return
+    if not force:
+        raise BundleError(f"{destination} exists", hint="choose another output or add --force to replace it")
+    replaceable = destination.is_dir() and not destination.is_symlink()
+    if not replaceable or not ((destination / MANIFEST_NAME).is_file() or not any(destination.iterdir())):
+        raise BundleError(f"{destination} exists and is not a bundle, so --force does not replace it")
+
+
+def _replace(staging: Path, destination: Path) -> None:
+    if not destination.exists():
+        staging.rename(destination)
+        return
+    old = staging.with_suffix(".old")
+    destination.rename(old)
+    try:
+        staging.rename(destination)
+    except OSError:
+        old.rename(destination)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json`` and flush it to disk."""
+    with (directory / MANIFEST_NAME).open("w", encoding="utf-8") as stream:
+        stream.write(manifest.model_dump_json(indent=2) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())

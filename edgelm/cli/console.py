@@ -1,0 +1,83 @@
+"""What the commands share for showing things: progress bars on stderr, tables on stdout, JSON, option types.
+
+Knows rich and click; decides nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.progress import TaskID
+from rich.table import Table
+
+from edgelm.errors import UsageError
+from edgelm.progress import SILENT, Progress, Stage
+from edgelm.units import parse_size
+
+WIDE = 160
+
+
+class SizeType(click.ParamType):
+    """``2GB``, ``1.5GiB`` or bytes, as an int of bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(str(value))
+        except UsageError as error:
+            self.fail(f"{error.message}; {error.hint}", param, ctx)
+
+
+SIZE = SizeType()
+
+
+class _RichStage:
+    def __init__(self, bar: RichProgress, task: TaskID) -> None:
+        self._bar, self._task = bar, task
+
+    def advance(self, amount: int = 1) -> None:
+        self._bar.advance(self._task, amount)
+
+
+class _RichBars:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None, *, unit: str = "") -> Iterator[Stage]:
+        amount: ProgressColumn = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+        columns = (
+            TextColumn("{task.description:<24}"),
+            BarColumn(),
+            amount,
+            TextColumn(unit if unit != "bytes" else ""),
+        )
+        with RichProgress(*columns, TimeRemainingColumn(), console=self._console) as bar:
+            yield _RichStage(bar, bar.add_task(name, total=total))
+
+
+def stderr_progress() -> Progress:
+    """Bars when stderr is a terminal, silence otherwise."""
+    return _RichBars(Console(stderr=True)) if sys.stderr.isatty() else SILENT
+
+
+def print_json(document: Any) -> None:
+    """One JSON object on stdout."""
+    click.echo(json.dumps(document, indent=2, allow_nan=False))
+
+
+def print_table(table: Table) -> None:
+    """A table on stdout; when stdout is no terminal it is as wide as it needs to be, so that pipes see whole cells."""
+    console = Console() if sys.stdout.isatty() else Console(width=WIDE, force_terminal=False)
+    console.print(table)

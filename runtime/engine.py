@@ -1,0 +1,98 @@
+"""The narrow seam between what runs a model and everything that uses one.
+
+Token ids in, logits out; sequences can be truncated. No text, no HTTP, no sampling. Implementations: ``engines/``
+(llama.cpp, ONNX Runtime) and a scripted fake in the tests. Engines are not thread-safe: one owner calls at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Logits = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How to load a model.
+
+    ``context`` counts tokens per sequence, ``sequences`` how many are kept at once. ``threads_*`` of 0 means: ask the
+    host (``targets.host``). ``mmap`` maps the file instead of copying it into anonymous memory. ``batch`` is the most
+    tokens computed in one step; a longer chunk is computed in several.
+    """
+
+    context: int = 2048
+    sequences: int = 1
+    threads_decode: int = 0
+    threads_prefill: int = 0
+    batch: int = 512
+    kv_type: Literal["f32", "f16", "q8_0"] = "f16"
+    mmap: bool = True
+    all_logits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What a loaded engine says of itself. Sizes in bytes."""
+
+    engine: str
+    versions: dict[str, str]
+    model_name: str
+    architecture: str
+    vocabulary: int
+    context: int
+    context_trained: int
+    sequences: int
+    threads_decode: int
+    threads_prefill: int
+    weights_bytes: int
+    kv_bytes: int
+    parameters: int
+    load_s: float
+    system: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens to append to one sequence, and which of their logits are wanted."""
+
+    sequence: int
+    tokens: Sequence[int]
+    logits: Literal["none", "last", "all"] = "last"
+
+
+class Engine(Protocol):
+    """A loaded model with room for ``info.sequences`` sequences."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts that do not change while the engine lives."""
+        ...
+
+    def forward(self, chunks: Sequence[Chunk]) -> Logits:
+        """Append the chunks to their sequences and compute them together.
+
+        Returns float32 logits of shape (rows, vocabulary), a row per wanted position in the order of the chunks. The
+        array may be a view of the engine's own buffer: it is valid until the next call, and must not be written.
+        Logits of ``"all"`` positions need an engine loaded with ``all_logits``.
+
+        Raises ``ContextOverflowError`` before anything is computed when a sequence would outgrow the context, and
+        ``EngineError`` when the engine fails; the sequences named are then cleared.
+        """
+        ...
+
+    def length(self, sequence: int = 0) -> int:
+        """Tokens held in a sequence."""
+        ...
+
+    def truncate(self, length: int, sequence: int = 0) -> None:
+        """Forget all tokens of a sequence from position ``length`` on."""
+        ...
+
+    def close(self) -> None:
+        """Free the model. Calling it twice is allowed, any other use afterwards is not."""
+        ...

@@ -1,0 +1,1 @@
+"""Implementations of the ``runtime.engine.Engine`` seam, one module each."""

@@ -1,0 +1,136 @@
+"""Build the llama-cpp-python wheel for the machine at hand, once, and print its path.
+
+Standard library only: it runs before anything is installed. It decides the compiler flags, derives a cache key from
+everything that changes the binary (package version, flags, compiler, CPU features), and asks pip for the wheel only
+when the cache has none. It does not know who installs the wheel.
+
+Flags, and why:
+
+* ``LLAVA_BUILD=OFF`` and no tools, tests, server or examples: the Python package uses libllama and libggml only.
+* ``LLAMA_BUILD_COMMON`` is forced on as a cache entry by the package; a normal variable set by an injected CMake file
+  wins over it. That halves the build.
+* ``GGML_NATIVE=ON``: the compiler's own view of this CPU (x86-64 and aarch64 alike) selects the kernels.
+* gcc up to at least 12 drops the stores that feed AMX tile configuration, and the first matrix product dies with SIGSEGV.
+  Disabling dead-store elimination keeps AMX and repairs it; ``EDGELM_AMX=off`` compiles AMX out instead, which saves
+  the second copy of the weights that the AMX layout costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+CMAKE_DEFINES = {
+    "CMAKE_BUILD_TYPE": "Release",
+    "GGML_NATIVE": "ON",
+    "LLAVA_BUILD": "OFF",
+    "LLAMA_BUILD_TOOLS": "OFF",
+    "LLAMA_BUILD_TESTS": "OFF",
+    "LLAMA_BUILD_EXAMPLES": "OFF",
+    "LLAMA_BUILD_SERVER": "OFF",
+}
+PROJECT_INCLUDE = "set(LLAMA_BUILD_COMMON OFF)\n"
+DEBIAN_PACKAGES = {"cc": "gcc", "c++": "g++", "make": "make"}
+
+
+def cpu_features() -> frozenset[str]:
+    """Feature flags of the first CPU as the kernel names them; empty where there is no /proc/cpuinfo."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def compiler(kind: str) -> str:
+    """Command of the C or C++ compiler, from the environment or the usual name; exits with the package to install."""
+    default = {"cc": "cc", "c++": "c++"}[kind]
+    command = os.environ.get({"cc": "CC", "c++": "CXX"}[kind], default)
+    if shutil.which(command.split()[0]) is None:
+        package = DEBIAN_PACKAGES[kind]
+        sys.exit(
+            f"error: no {'C' if kind == 'cc' else 'C++'} compiler ({command}) was found, and llama-cpp-python is built here\n"
+            f"hint: install it, on Debian and Ubuntu with: apt-get install {package} libc6-dev make"
+        )
+    return command
+
+
+def compiler_version(command: str) -> str:
+    result = subprocess.run([*command.split(), "--version"], capture_output=True, text=True, check=False)  # noqa: S603
+    return result.stdout.splitlines()[0] if result.stdout else command
+
+
+def compile_flags(features: frozenset[str], version: str) -> str:
+    """Extra C and C++ flags for this CPU and compiler (see the module's text)."""
+    if "amx_int8" not in features:
+        return ""
+    if os.environ.get("EDGELM_AMX", "on") == "off":
+        return "-U__AMX_INT8__"
+    return "" if "clang" in version else "-fno-tree-dse -fno-dse"
+
+
+def build(requirement: str, cache: Path, python: str) -> Path:
+    """The cached wheel for ``requirement`` on this machine, built when there is none yet."""
+    cc, cxx = compiler("cc"), compiler("c++")
+    version = compiler_version(cxx)
+    features = cpu_features()
+    flags = compile_flags(features, version)
+    key_parts = [requirement, str(sorted(CMAKE_DEFINES.items())), PROJECT_INCLUDE, flags, version, platform.machine()]
+    key_parts += [f"{sys.version_info.major}.{sys.version_info.minor}", *sorted(features)]
+    key = hashlib.sha256("\n".join(key_parts).encode()).hexdigest()[:16]
+    wheels = cache / key
+    found = sorted(wheels.glob("llama_cpp_python-*.whl"))
+    if found:
+        return found[-1]
+    print(f"building {requirement} for this CPU, once (about 4 minutes on 2 cores)", file=sys.stderr)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as scratch:
+        include = Path(scratch) / "without-common.cmake"
+        include.write_text(PROJECT_INCLUDE, encoding="ascii")
+        defines = [f"-D{name}={value}" for name, value in CMAKE_DEFINES.items()]
+        defines += [f"-DCMAKE_PROJECT_INCLUDE={include}"]
+        environment = {**os.environ, "CMAKE_ARGS": " ".join(defines), "CC": cc, "CXX": cxx}
+        for name in ("CFLAGS", "CXXFLAGS"):
+            environment[name] = f"{environment.get(name, '')} {flags}".strip()
+        output = Path(scratch) / "wheels"
+        # --no-cache-dir: pip's own cache would return a wheel that was built with other flags.
+        command = [python, "-m", "pip", "wheel", "--no-deps", "--no-cache-dir", "--no-binary", ":all:"]
+        command += ["--quiet", "-w", str(output), requirement]
+        log = cache / f"{key}.log"
+        with log.open("wb") as sink:
+            code = subprocess.run(
+                command, env=environment, stdout=sink, stderr=subprocess.STDOUT, check=False
+            ).returncode  # noqa: S603
+        if code != 0:
+            tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
+            sys.exit("\n".join([*tail, f"error: building {requirement} failed (full log: {log})"]))
+        log.unlink()
+        output.rename(wheels)
+    return sorted(wheels.glob("llama_cpp_python-*.whl"))[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--constraints", type=Path, required=True, help="file that pins llama-cpp-python")
+    parser.add_argument("--cache", type=Path, required=True, help="directory that keeps built wheels")
+    arguments = parser.parse_args()
+    pins = [line.split()[0] for line in arguments.constraints.read_text(encoding="ascii").splitlines() if line.strip()]
+    requirement = next((pin for pin in pins if pin.startswith("llama-cpp-python==")), None)
+    if requirement is None:
+        sys.exit(f"error: {arguments.constraints} does not pin llama-cpp-python")
+    print(build(requirement, arguments.cache.resolve(), sys.executable))
+
+
+if __name__ == "__main__":
+    main()

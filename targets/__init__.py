@@ -1,0 +1,1 @@
+"""Device profiles, host detection, prediction and comparison. Knows neither engines nor the insides of models."""
