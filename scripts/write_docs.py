@@ -1,0 +1,47 @@
+"""Write the parts of docs/ that are generated: the command reference from every ``--help``.
+
+A test compares the files with what this prints, so that they cannot drift.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["COLUMNS"] = "100"  # click wraps help to the terminal's width; the document has one
+
+from click.testing import CliRunner
+
+from edgelm.cli.app import COMMANDS, cli
+
+ROOT = Path(__file__).resolve().parents[1]
+HEADER = """# The command line
+
+Written by `make docs` from `--help`; do not edit.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 proof failed, 4 does not fit.
+"""
+
+
+def help_text(arguments: list[str]) -> str:
+    return CliRunner().invoke(cli, [*arguments, "--help"], prog_name="edgelm", terminal_width=100).output.rstrip()
+
+
+def subcommands(name: str) -> list[str]:
+    command = cli.get_command(None, name)  # type: ignore[arg-type]
+    return sorted(getattr(command, "commands", {}))
+
+
+def cli_reference() -> str:
+    """The whole of docs/cli.md."""
+    pages = [[], *([name] for name in COMMANDS)]
+    pages += [[name, sub] for name in COMMANDS for sub in subcommands(name)]
+    sections = (f"\n## {' '.join(['edgelm', *page])}\n\n```text\n{help_text(page)}\n```\n" for page in pages)
+    return HEADER + "".join(sections)
+
+
+def main() -> None:
+    (ROOT / "docs" / "cli.md").write_text(cli_reference(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
