@@ -96,6 +96,20 @@ class Prediction(Record):
     fit_reason: str
 
 
+class ModelShape(Record):
+    """What prediction needs of a model beside its tensors, so that a bundle can be judged for any other target.
+
+    ``lookup_tensor`` names the planned tensor of which one row per token is read (an untied token embedding), None
+    when the embedding is the head as well. ``kv_elements_per_token`` counts keys and values of all layers.
+    """
+
+    layers: int = Field(ge=0)
+    hidden: int = Field(ge=0)
+    vocabulary: int = Field(ge=0)
+    kv_elements_per_token: int = Field(ge=0)
+    lookup_tensor: str | None = None
+
+
 class ExportPlan(Record):
     """Everything that was decided before the first byte was written. Kept verbatim in the manifest.
 
@@ -115,6 +129,7 @@ class ExportPlan(Record):
     threads_prefill: Choice
     tensors: tuple[TensorPlan, ...]
     predicted: Prediction
+    shape: ModelShape | None = None
     notes: tuple[str, ...] = ()
 
     @property

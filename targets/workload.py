@@ -5,8 +5,12 @@ Built from an export plan or from the header of a model file by the rooms above.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
+
+from edgelm.bundle import ExportPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +46,30 @@ class Workload:
     def streamed_bytes(self) -> int:
         """Weight bytes read for every generated token."""
         return sum(item.size_bytes for item in self.weights)
+
+
+def workload_from_plan(plan: ExportPlan) -> Workload | None:
+    """The workload that a bundle's plan describes; None for a plan that was stored without its ``shape``."""
+    if plan.shape is None:
+        return None
+    parameters: Counter[str] = Counter()
+    size_bytes: Counter[str] = Counter()
+    lookup = None
+    for tensor in plan.tensors:
+        if tensor.name == plan.shape.lookup_tensor:
+            lookup = TypedWeights(tensor.type, prod(tensor.shape), tensor.size_bytes)
+            continue
+        parameters[tensor.type] += prod(tensor.shape)
+        size_bytes[tensor.type] += tensor.size_bytes
+    return Workload(
+        format=plan.format,
+        architecture=plan.architecture,
+        parameters=plan.parameters,
+        file_bytes=plan.artifact_bytes,
+        weights=tuple(TypedWeights(kind, parameters[kind], size_bytes[kind]) for kind in sorted(parameters)),
+        lookup=lookup,
+        layers=plan.shape.layers,
+        hidden=plan.shape.hidden,
+        vocabulary=plan.shape.vocabulary,
+        kv_elements_per_token=plan.shape.kv_elements_per_token,
+    )
