@@ -1,1 +1,269 @@
-"""Target profiles: what a device is, as data."""
+"""Target profiles: what a device is, as data.
+
+A profile is a TOML file, ``profiles/<id>.toml`` here or a file of the user's own; ``docs/targets.md`` documents the
+schema. Every figure names its source, a profile that leaves one out does not load. This module reads and finds
+profiles. It does not know how they are used for prediction and does not look at the machine it runs on (``host``).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from edgelm.bundle import Choice, Record
+from edgelm.errors import ProfileError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PROFILES = Path(__file__).parent / "profiles"
+GB = 1e9
+GIB = 2**30
+PROFILE_LIMIT_BYTES = 2**20
+_RAM_SUFFIX = re.compile(r"(?P<id>.+)-(?P<gib>\d+)gb")
+
+Backend = Literal["cpu", "cuda", "rocm", "metal", "vulkan"]
+
+
+class Figure(Record):
+    """A number with the place where it was read, or the arithmetic or estimate that gave it."""
+
+    value: float = Field(ge=0, allow_inf_nan=False)
+    source: str = Field(min_length=8)
+
+
+class Cores(Record):
+    """CPU cores by class. ``slow`` are the efficiency cores, which generation does not use. Clocks in GHz."""
+
+    fast: int = Field(ge=1, le=4096)
+    fast_ghz: Figure
+    slow: int = Field(default=0, ge=0, le=4096)
+
+
+class Memory(Record):
+    """Memory that holds weights and cache: RAM of a CPU or a unified machine, VRAM of a graphics card.
+
+    ``variants_bytes`` are the sizes that the device is sold with. Bandwidths in bytes per second; ``effective`` is
+    what token generation sustains at the best thread count, None when it is left to the calibration. ``per_core`` is
+    what one fast core can draw. ``by_threads`` gives the share of ``effective`` at 1, 2, 3 ... threads for devices
+    on which more threads cost speed.
+    """
+
+    kind: str
+    variants_bytes: tuple[int, ...] = Field(min_length=1)
+    default_bytes: int = Field(gt=0)
+    reserved_bytes: Figure
+    theoretical: Figure | None = None
+    effective: Figure | None = None
+    per_core: Figure | None = None
+    by_threads: tuple[float, ...] = ()
+
+
+class TargetProfile(Record):
+    """One device, with one of its memory sizes chosen (``ram_bytes``).
+
+    ``backend`` is the part of llama.cpp that computes, ``kernels`` names the kernel family of ``calibration.toml``
+    that tells which types are fast. ``compute`` is the dense f16 rate of a GPU in FLOP/s. ``devices`` are the
+    ``device_id`` values under which published measurements list this device.
+    """
+
+    id: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    name: str
+    kind: Literal["cpu", "gpu"]
+    backend: Backend
+    kernels: str
+    cpu: str
+    isa: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+    ram_bytes: int = Field(gt=0)
+    memory: Memory
+    cores: Cores | None = None
+    compute: Figure | None = None
+    compute_scale: Figure | None = None
+    threads_decode: Choice
+    threads_prefill: Choice
+    storage_read: Figure | None = None
+    power_w: Figure | None = None
+    notes: tuple[str, ...] = ()
+    available: Choice | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TargetProfile:
+        if self.kind == "cpu" and self.cores is None:
+            raise ValueError("a cpu profile needs [cores]")
+        if (self.kind == "cpu") != (self.backend == "cpu"):
+            raise ValueError(f"kind {self.kind!r} does not go with backend {self.backend!r}")
+        if self.kind == "gpu" and (self.compute is None or self.memory.theoretical is None):
+            raise ValueError("a gpu profile needs [compute] and a theoretical bandwidth")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The id, with the memory size when it is not the default one: what ``load_profile`` takes again."""
+        usual = self.ram_bytes == self.memory.default_bytes or self.ram_bytes not in self.memory.variants_bytes
+        return self.id if usual else f"{self.id}-{self.ram_bytes // GIB}gb"
+
+    @property
+    def usable_ram_bytes(self) -> int:
+        """Memory that a model may take: what is available now on a detected host, else all but the system's share."""
+        if self.available is not None:
+            return int(self.available.value)
+        return max(int(self.ram_bytes - self.memory.reserved_bytes.value), 0)
+
+    @property
+    def usable_ram_reason(self) -> str:
+        """Why ``usable_ram_bytes`` is what it is."""
+        if self.available is not None:
+            return self.available.reason
+        reserved = self.memory.reserved_bytes
+        return f"{self.ram_bytes / GIB:.3g} GiB less {reserved.value / GB:.3g} GB ({reserved.source})"
+
+    def with_ram(self, ram_bytes: int) -> TargetProfile:
+        """The same device with another amount of memory."""
+        return self.model_copy(update={"ram_bytes": ram_bytes})
+
+
+def list_profiles() -> tuple[TargetProfile, ...]:
+    """All profiles that come with EdgeLM, sorted by id, each with its default memory."""
+    return tuple(profile for _, profile in sorted(_builtin().items()))
+
+
+def load_profile(text: str) -> TargetProfile:
+    """The profile that ``text`` means.
+
+    ``text`` is an id (``raspberry-pi-5``), an id with a memory size (``raspberry-pi-5-4gb``), an alias (``laptop``),
+    ``host`` for the machine at hand, or the path of a TOML file. Raises ``ProfileError``.
+    """
+    if text == "host":
+        from targets.host import detect_host  # a cycle at import time: the host is described by a profile
+
+        return detect_host()
+    path = Path(text)
+    if path.suffix == ".toml" or "/" in text:
+        return read_profile(path)
+    found = _by_name(text)
+    if found is not None:
+        return found
+    sized = _RAM_SUFFIX.fullmatch(text)
+    base = _by_name(sized["id"]) if sized else None
+    if sized is None or base is None:
+        raise ProfileError(
+            f"there is no target '{text}'",
+            hint=f"there are: host, {', '.join(sorted(_builtin()))}; or give the path of a .toml profile",
+        )
+    ram_bytes = int(sized["gib"]) * GIB
+    if ram_bytes not in base.memory.variants_bytes:
+        sizes = ", ".join(f"{base.id}-{size // GIB}gb" for size in base.memory.variants_bytes)
+        raise ProfileError(f"{base.name} does not come with {sized['gib']} GB", hint=f"there are: {sizes}")
+    return base.with_ram(ram_bytes)
+
+
+def profile_for_device(device_id: str, *, gpu: bool) -> TargetProfile | None:
+    """The built-in profile of a published ``device_id``, on its CPU or on its GPU; None when there is none."""
+    for profile in _builtin().values():
+        if device_id in (profile.id, *profile.devices) and (profile.kind == "gpu") == gpu:
+            return profile
+    return None
+
+
+def read_profile(path: Path) -> TargetProfile:
+    """The profile in a TOML file. Raises ``ProfileError`` naming the key that is wrong or lacks a source."""
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(PROFILE_LIMIT_BYTES + 1)
+    except OSError as error:
+        raise ProfileError(
+            f"cannot read profile {path}: {error.strerror}", hint="list the built-in ones with: edgelm targets list"
+        ) from error
+    if len(content) > PROFILE_LIMIT_BYTES:
+        raise ProfileError(f"profile {path} is larger than {PROFILE_LIMIT_BYTES} bytes")
+    return parse_profile(content, str(path))
+
+
+def parse_profile(content: bytes, name: str) -> TargetProfile:
+    """The profile in TOML text; ``name`` is what errors call it. Raises ``ProfileError``."""
+    hint = "docs/targets.md documents the keys"
+    try:
+        document = tomllib.loads(content.decode("utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ProfileError(f"{name} is not TOML: {error}", hint=hint) from error
+    try:
+        return TargetProfile.model_validate(_with_sources(document))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise ProfileError(f"{name} is not a valid profile: {where}: {first['msg']}", hint=hint) from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ProfileError(f"{name} is not a valid profile: {error}", hint=hint) from error
+
+
+# key in the file -> (section, field of the record, factor to base units)
+_FIGURES = {
+    "memory.reserved_mb": ("memory", "reserved_bytes", 1e6),
+    "memory.theoretical_gbs": ("memory", "theoretical", GB),
+    "memory.effective_gbs": ("memory", "effective", GB),
+    "memory.per_core_gbs": ("memory", "per_core", GB),
+    "cores.fast_ghz": ("cores", "fast_ghz", 1.0),
+    "compute_tflops": ("", "compute", 1e12),
+    "compute_scale": ("", "compute_scale", 1.0),
+    "storage_read_mbs": ("", "storage_read", 1e6),
+    "power_w": ("", "power_w", 1.0),
+}
+
+
+def _with_sources(document: dict[str, Any]) -> dict[str, Any]:
+    """The record's shape from the file's: every figure joined with its entry of ``[sources]``, in base units."""
+    fields = {key: dict(value) if isinstance(value, dict) else value for key, value in document.items()}
+    sources = fields.pop("sources", {})
+    if not isinstance(sources, dict):
+        raise TypeError("[sources] has to be a table")
+    for key, (section, field, factor) in _FIGURES.items():
+        table = fields.get(section, {}) if section else fields
+        name = key.rpartition(".")[2]
+        if not isinstance(table, dict) or name not in table:
+            continue
+        value = table.pop(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{key}: a number is needed, not {value!r}")
+        if key not in sources:
+            raise ValueError(f'{key} has no source: add "{key}" = "https://..." to [sources]')
+        table[field] = {"value": value * factor, "source": sources.pop(key)}
+    if sources:
+        raise ValueError(f"[sources] names {', '.join(sorted(sources))}, which the profile does not state")
+    memory = fields.get("memory")
+    if isinstance(memory, dict):
+        sizes = memory.pop("sizes_gib", [])
+        default = memory.pop("default_gib", max(sizes, default=0))
+        memory["variants_bytes"] = [round(size * GIB) for size in sizes]
+        memory["default_bytes"] = round(default * GIB)
+        fields.setdefault("ram_bytes", memory["default_bytes"])
+    return fields
+
+
+def _by_name(text: str) -> TargetProfile | None:
+    for profile in _builtin().values():
+        if text == profile.id or text in profile.aliases:
+            return profile
+    return None
+
+
+def _files() -> Iterator[Path]:
+    return iter(sorted(PROFILES.glob("*.toml")))
+
+
+@lru_cache(maxsize=1)
+def _builtin() -> dict[str, TargetProfile]:
+    profiles = [(path, read_profile(path)) for path in _files()]
+    for path, profile in profiles:
+        if path.stem != profile.id:
+            raise ProfileError(f"{path} holds the profile '{profile.id}'")
+    return {profile.id: profile for _, profile in profiles}
