@@ -7,6 +7,7 @@ artefact is made or run.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import re
@@ -298,15 +299,26 @@ def check_destination(destination: Path, *, force: bool) -> None:
 def _replace(staging: Path, destination: Path) -> None:
     if not destination.exists():
         staging.rename(destination)
-        return
-    old = staging.with_suffix(".old")
-    destination.rename(old)
+    elif not _exchange(staging, destination):
+        # Two renames: a kill between them leaves the old bundle under its .old name, complete.
+        old = staging.with_suffix(".old")
+        destination.rename(old)
+        try:
+            staging.rename(destination)
+        except OSError:
+            old.rename(destination)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step (Linux renameat2); False where the C library or the file system cannot."""
     try:
-        staging.rename(destination)
-    except OSError:
-        old.rename(destination)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    at_fdcwd, rename_exchange = -100, 2
+    return bool(renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -147,6 +147,19 @@ def test_an_interrupted_write_leaves_the_old_bundle(bundle: Path) -> None:
     open_bundle(bundle)
 
 
+@pytest.mark.parametrize("exchange", [True, False])
+def test_replacing_is_complete_with_and_without_an_atomic_exchange(
+    bundle: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchange:
+        monkeypatch.setattr("edgelm.bundle._exchange", lambda one, other: False)
+    with new_bundle(bundle, force=True) as staging:
+        fill(staging)
+        (staging / "marker").touch()
+    assert (bundle / "marker").exists()
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
 def test_an_existing_output_needs_force_and_must_be_a_bundle(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="exists"), new_bundle(bundle):
         pytest.fail("entered")
