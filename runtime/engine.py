@@ -13,6 +13,8 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from edgelm.errors import EngineError
+
 Logits = npt.NDArray[np.float32]
 
 
@@ -65,6 +67,10 @@ class Chunk:
     logits: Literal["none", "last", "all"] = "last"
 
 
+class EngineInterruptedError(EngineError):
+    """``Engine.interrupt`` stopped a computation; the sequences hold what they held before it."""
+
+
 class Engine(Protocol):
     """A loaded model with room for ``info.sequences`` sequences."""
 
@@ -81,7 +87,7 @@ class Engine(Protocol):
         Logits of ``"all"`` positions need an engine loaded with ``all_logits``.
 
         Raises ``ContextOverflowError`` before anything is computed when a sequence would outgrow the context, and
-        ``EngineError`` when the engine fails; the sequences named are then cleared.
+        ``EngineError`` when the engine fails; the sequences named are then cleared. Each sequence may be named once.
         """
         ...
 
@@ -91,6 +97,13 @@ class Engine(Protocol):
 
     def truncate(self, length: int, sequence: int = 0) -> None:
         """Forget all tokens of a sequence from position ``length`` on."""
+        ...
+
+    def interrupt(self) -> None:
+        """Stop the ``forward`` under way, which then raises ``EngineInterruptedError``. Callable from any thread.
+
+        Without one under way nothing happens: whoever starts the next one asks first whether it is still wanted.
+        """
         ...
 
     def close(self) -> None:

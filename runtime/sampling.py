@@ -1,11 +1,24 @@
 """From logits to a token: repetition penalty, temperature, top-k, top-p, min-p, seed.
 
-Pure numpy on one row of logits; knows neither engines nor text.
+Pure numpy on one row of logits; knows neither engines nor text. The order is that of llama.cpp's default chain:
+repetition penalty, top-k, top-p, min-p, temperature, draw. Filters that need sorted probabilities sort only the few
+tokens that can survive, so that a token costs well under 200 microseconds at a vocabulary of 49,152.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edgelm.errors import EngineError, UsageError
+
+_DISTANCES = (3.0, 6.0, 12.0)  # logits below the best: where the candidates of a filter are looked for first
+_BLOCK = 512  # weights summed at once
+_FEW = 256  # so many are sorted without a thought
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,3 +36,137 @@ class SamplingOptions:
     repetition_penalty: float = 1.0
     repetition_window: int = 64
     seed: int | None = None
+
+
+def check_sampling(options: SamplingOptions) -> None:
+    """Raise ``UsageError`` naming the first field whose value makes no sense."""
+    _check("temperature", options.temperature, 0.0, 100.0)
+    _check("top_k", options.top_k, 0, 2**31 - 1)
+    _check("top_p", options.top_p, 0.0, 1.0)
+    _check("min_p", options.min_p, 0.0, 1.0)
+    _check("repetition_penalty", options.repetition_penalty, 0.01, 100.0)
+    _check("repetition_window", options.repetition_window, 0, 2**31 - 1)
+    if options.top_p == 0.0:
+        raise UsageError("top_p must be above 0", hint="use temperature 0 for greedy decoding")
+    if options.seed is not None:
+        _check("seed", options.seed, 0, 2**64 - 1)
+
+
+def _check(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # also false for NaN
+        raise UsageError(f"{name} must be between {low:g} and {high:g}, not {value}")
+
+
+class Sampler:
+    """Picks tokens one after another; the same options with the same ``seed`` pick the same tokens.
+
+    Raises ``UsageError`` for options that make no sense.
+    """
+
+    def __init__(self, options: SamplingOptions) -> None:
+        check_sampling(options)
+        self.options = options
+        self._random = np.random.default_rng(options.seed)
+
+    def pick(self, logits_row: npt.NDArray[np.float32], recent_tokens: Sequence[int] = ()) -> int:
+        """The next token for logits of shape (vocabulary,), which are not written.
+
+        ``recent_tokens`` are the tokens so far, the latest last; only the repetition penalty looks at them. Raises
+        ``EngineError`` when the logits hold NaN, or nothing but minus infinity.
+        """
+        options = self.options
+        if options.repetition_penalty != 1.0 and options.repetition_window:
+            logits_row = _penalise(logits_row, recent_tokens[-options.repetition_window :], options.repetition_penalty)
+        best = int(logits_row.argmax())
+        highest = float(logits_row[best])
+        if not math.isfinite(highest):  # argmax returns the first NaN when there is one
+            raise EngineError("the model computed no finite logits", hint="check the file with: edgelm verify")
+        if options.temperature == 0.0:
+            return best
+        tokens, logits = _candidates(logits_row, highest, options)
+        return self._draw(tokens, logits, highest)
+
+    def _draw(self, tokens: npt.NDArray[np.intp] | None, logits: npt.NDArray[np.float32], highest: float) -> int:
+        """Draw from softmax(logits / temperature). ``tokens`` None means that the logits are those of every token."""
+        weights = np.exp((logits - np.float32(highest)) / np.float32(self.options.temperature))
+        index = _draw_index(weights, self._random.random())
+        return index if tokens is None else int(tokens[index])
+
+
+def _penalise(logits: npt.NDArray[np.float32], recent_tokens: Sequence[int], penalty: float) -> npt.NDArray[np.float32]:
+    """Divide positive logits of recent tokens by ``penalty``, multiply the others (Keskar et al. 2019)."""
+    if not len(recent_tokens):
+        return logits
+    penalised: npt.NDArray[np.float32] = np.array(logits)
+    recent = np.unique(np.asarray(recent_tokens, dtype=np.intp))
+    values = penalised[recent]
+    penalised[recent] = np.where(values > 0, values / penalty, values * penalty)
+    return penalised
+
+
+def _candidates(
+    logits: npt.NDArray[np.float32], highest: float, options: SamplingOptions
+) -> tuple[npt.NDArray[np.intp] | None, npt.NDArray[np.float32]]:
+    """Token ids and logits that survive top-k, top-p and min-p; None for the ids when no filter is on."""
+    tokens: npt.NDArray[np.intp] | None = None
+    if 0 < options.top_k < len(logits):
+        tokens = _top_k(logits, highest, options.top_k)
+        logits = logits[tokens]
+    if options.top_p < 1.0:
+        kept = _nucleus(logits, highest, options.top_p)
+        tokens, logits = (kept if tokens is None else tokens[kept]), logits[kept]
+    if options.min_p > 0.0:
+        kept = np.flatnonzero(logits >= np.float32(highest + math.log(options.min_p)))
+        tokens, logits = (kept if tokens is None else tokens[kept]), logits[kept]
+    return tokens, logits
+
+
+def _top_k(logits: npt.NDArray[np.float32], highest: float, k: int) -> npt.NDArray[np.intp]:
+    """Ids of the ``k`` largest logits, in no order."""
+    for distance in _DISTANCES:
+        near = np.flatnonzero(logits > np.float32(highest - distance))
+        if len(near) >= k:
+            return near[np.argpartition(logits[near], len(near) - k)[len(near) - k :]]
+    return np.argpartition(logits, len(logits) - k)[len(logits) - k :]
+
+
+def _nucleus(logits: npt.NDArray[np.float32], highest: float, top_p: float) -> npt.NDArray[np.intp]:
+    """Indices of the most likely tokens that together reach ``top_p``: the one that crosses it, and its equals, too.
+
+    A quickselect by weight: the half in which the crossing lies is searched on, so nothing large is ever sorted.
+    """
+    weights = np.exp(logits - np.float32(highest))
+    wanted = top_p * float(weights.sum())
+    above, active = 0.0, weights
+    while len(active) > _FEW:
+        pivot = active.mean()
+        upper = active[active > pivot]
+        upper_sum = float(upper.sum())
+        if len(upper) == 0:
+            break
+        if above + upper_sum >= wanted:
+            active = upper
+        else:
+            above += upper_sum
+            active = active[active <= pivot]
+    ordered = np.sort(active)[::-1]
+    crossing = int(np.searchsorted(above + np.cumsum(ordered, dtype=np.float64), wanted, side="left"))
+    return np.flatnonzero(weights >= ordered[min(crossing, len(ordered) - 1)])
+
+
+def _draw_index(weights: npt.NDArray[np.float32], uniform: float) -> int:
+    """The index drawn by ``uniform`` in [0, 1) with probabilities proportional to ``weights``.
+
+    Many weights are summed in blocks first: a cumulative sum over a whole vocabulary costs more than all the rest.
+    """
+    if len(weights) <= 2 * _BLOCK:
+        cumulative = np.cumsum(weights, dtype=np.float64)
+        return min(int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right")), len(weights) - 1)
+    starts = np.arange(0, len(weights), _BLOCK)
+    sums = np.add.reduceat(weights, starts)
+    cumulative = np.cumsum(sums, dtype=np.float64)
+    point = uniform * cumulative[-1]
+    block = min(int(np.searchsorted(cumulative, point, side="right")), len(starts) - 1)
+    inside = (point - (cumulative[block] - sums[block])) / float(sums[block])
+    start = int(starts[block])
+    return start + _draw_index(weights[start : start + _BLOCK], min(max(inside, 0.0), 1.0))

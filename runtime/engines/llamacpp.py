@@ -1,0 +1,500 @@
+"""The llama.cpp engine: token ids in, logits out, over the low-level C API of llama-cpp-python.
+
+One batch of numpy arrays is reused for every call and handed to C as it is, logits come back as a view of llama.cpp's
+own buffer: a decode step costs about 20 microseconds of Python. Knows no sampling, no chat, and text only as the
+vocabulary functions that a bare GGUF needs. Importing this module does not load the library; ``load_engine`` does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.metadata
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgelm.errors import BundleError, ContextOverflowError, EngineError, UsageError
+from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits
+from runtime.gguf_header import read_gguf_header, workload_from_gguf
+from targets.host import default_threads
+
+_KV_BYTES_PER_ELEMENT = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}  # ggml blocks: q8_0 is 32 int8 and one f16 scale
+_CONTEXT_STEP = 256  # llama_context pads every sequence's share of the cache to this
+_MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
+_LOG_WARN, _LOG_ERROR, _LOG_CONTINUE = 2, 3, 5  # enum ggml_log_level
+_NO_SLOT, _ABORTED = 1, 2  # return values of llama_decode
+
+
+class _Log:
+    """Keeps llama.cpp's latest warnings and errors instead of letting it write to stderr."""
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque(maxlen=24)
+        self._keep = False
+        self.callback: Any = None
+
+    def receive(self, level: int, text: bytes, _data: object) -> None:
+        if level != _LOG_CONTINUE:
+            self._keep = level in (_LOG_WARN, _LOG_ERROR)
+        if not self._keep:
+            return
+        line = text.decode("utf-8", "replace").rstrip("\n")
+        if level == _LOG_CONTINUE and self._lines:
+            self._lines[-1] += line
+        elif line.strip():
+            self._lines.append(line)
+
+    def take(self) -> str:
+        """The collected lines in one, oldest first; the collection starts anew."""
+        text = "; ".join(line.strip() for line in self._lines)
+        self._lines.clear()
+        return text
+
+
+_log = _Log()
+_library_lock = threading.Lock()
+_library: Any = None
+
+
+def load_library() -> Any:
+    """The ``llama_cpp.llama_cpp`` module, with its log captured. Raises ``EngineError`` when it cannot be loaded."""
+    global _library
+    with _library_lock:
+        if _library is None:
+            try:
+                library = importlib.import_module("llama_cpp.llama_cpp")
+            except ImportError as error:
+                raise EngineError(
+                    f"llama-cpp-python cannot be imported: {error}", hint="pip install llama-cpp-python"
+                ) from error
+            except (OSError, RuntimeError) as error:  # a missing or foreign libllama
+                raise EngineError(
+                    f"the llama.cpp library cannot be loaded: {error}", hint="see: edgelm doctor"
+                ) from error
+            _log.callback = library.llama_log_callback(_log.receive)
+            library.llama_log_set(_log.callback, ctypes.c_void_p(0))
+            library.llama_backend_init()
+            _library = library
+        return _library
+
+
+class LlamaVocabulary:
+    """The vocabulary inside a GGUF: text and ids, by llama.cpp's own tokenizer."""
+
+    def __init__(self, library: Any, model: Any, *, owns_model: bool = False) -> None:
+        self._library = library
+        self._model = model if owns_model else None
+        self._vocab = library.llama_model_get_vocab(model)
+        self.size: int = library.llama_vocab_n_tokens(self._vocab)
+        self.bos: int = library.llama_vocab_bos(self._vocab)
+        self.eos: int = library.llama_vocab_eos(self._vocab)
+        self.adds_bos: bool = library.llama_vocab_get_add_bos(self._vocab)
+        self._buffer = ctypes.create_string_buffer(256)
+
+    def tokenize(self, text: bytes, *, special: bool) -> list[int]:
+        """Ids of UTF-8 ``text``, nothing added; ``special`` recognises control tokens written in it."""
+        room = len(text) + 8
+        while True:
+            tokens = (ctypes.c_int32 * room)()
+            count = self._library.llama_tokenize(self._vocab, text, len(text), tokens, room, False, special)
+            if count >= 0:
+                return list(tokens[:count])
+            room = -count
+
+    def token_bytes(self, token: int, *, special: bool = False) -> bytes:
+        """Bytes of one token; control tokens are empty unless ``special``."""
+        if not 0 <= token < self.size:
+            raise EngineError(f"token {token} is outside the vocabulary of {self.size}")
+        arguments = (0, special)
+        count = self._library.llama_token_to_piece(self._vocab, token, self._buffer, len(self._buffer), *arguments)
+        if count < 0:
+            self._buffer = ctypes.create_string_buffer(-count)
+            count = self._library.llama_token_to_piece(self._vocab, token, self._buffer, -count, *arguments)
+        return self._buffer.raw[:count]
+
+    def detokenize(self, ids: Sequence[int], *, special: bool) -> bytes:
+        """Bytes of ``ids`` as one text."""
+        outside = [token for token in ids if not 0 <= token < self.size]
+        if outside:
+            raise EngineError(f"token {outside[0]} is outside the vocabulary of {self.size}")
+        tokens = (ctypes.c_int32 * len(ids))(*ids)
+        room = 16 * len(ids) + 64
+        while True:
+            text = ctypes.create_string_buffer(room)
+            flags = (not special, special)
+            count = self._library.llama_detokenize(self._vocab, tokens, len(ids), text, room, *flags)
+            if count >= 0:
+                return text.raw[:count]
+            room = -count
+
+    def end_of_generation(self) -> frozenset[int]:
+        """All ids that llama.cpp itself treats as the end of an answer."""
+        is_end = self._library.llama_vocab_is_eog
+        return frozenset(token for token in range(self.size) if is_end(self._vocab, token))
+
+    def close(self) -> None:
+        """Free a vocabulary-only model; a vocabulary of an engine lives as long as the engine."""
+        if self._model is not None:
+            self._library.llama_model_free(self._model)
+            self._model = None
+
+
+def load_vocabulary(path: Path) -> LlamaVocabulary:
+    """Only the vocabulary of a GGUF file, without weights. Raises ``BundleError`` and ``EngineError``."""
+    _check_file(path)
+    read_gguf_header(path)
+    library = load_library()
+    parameters = library.llama_model_default_params()
+    parameters.vocab_only = True
+    model = library.llama_model_load_from_file(os.fsencode(path), parameters)
+    if not model:
+        raise EngineError(f"llama.cpp cannot read the vocabulary of {path}: {_log.take()}")
+    return LlamaVocabulary(library, model, owns_model=True)
+
+
+def load_engine(path: Path, options: EngineOptions) -> LlamaCppEngine:
+    """Load a GGUF file.
+
+    Raises ``BundleError`` when the file is missing or its header is malformed, ``UsageError`` for options that make
+    no sense, ``EngineError`` when llama.cpp or the memory refuses.
+    """
+    _check_options(options)
+    _check_file(path)
+    header = read_gguf_header(path)
+    kv_elements_per_token = workload_from_gguf(header).kv_elements_per_token
+    decode, prefill = default_threads()
+    threads = (options.threads_decode or int(decode.value), options.threads_prefill or int(prefill.value))
+    library = load_library()
+    started = time.perf_counter()
+    _log.take()
+    model = _load_model(library, path, options)
+    try:
+        context = _create_context(library, model, path, options, threads)
+    except EngineError:
+        library.llama_model_free(model)
+        raise
+    loaded = _Loaded(library, model, context)
+    info = _describe(loaded, path, options, threads, kv_elements_per_token, time.perf_counter() - started)
+    return LlamaCppEngine(loaded, info, options)
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise BundleError(f"model file {path} does not exist", hint="give a bundle directory or a .gguf file")
+
+
+def _check_options(options: EngineOptions) -> None:
+    for name in ("context", "sequences", "batch"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"{name} must be at least 1, not {getattr(options, name)}")
+    for name in ("threads_decode", "threads_prefill"):
+        if not 0 <= getattr(options, name) <= 512:
+            raise UsageError(f"{name} must be between 0 (ask the host) and 512, not {getattr(options, name)}")
+    if options.sequences > _MAX_SEQUENCES:
+        raise UsageError(f"llama.cpp keeps at most {_MAX_SEQUENCES} sequences, {options.sequences} were asked for")
+    if options.kv_type not in _KV_BYTES_PER_ELEMENT:
+        raise UsageError(f"no KV cache type '{options.kv_type}'", hint=f"there are: {', '.join(_KV_BYTES_PER_ELEMENT)}")
+
+
+def _load_model(library: Any, path: Path, options: EngineOptions) -> Any:
+    parameters = library.llama_model_default_params()
+    parameters.load_mode = library.LLAMA_LOAD_MODE_MMAP if options.mmap else library.LLAMA_LOAD_MODE_NONE
+    model = library.llama_model_load_from_file(os.fsencode(path), parameters)
+    if not model:
+        raise _load_error(f"llama.cpp cannot load {path}")
+    trained = int(library.llama_model_n_ctx_train(model))
+    if options.context > trained:
+        library.llama_model_free(model)
+        raise EngineError(
+            f"a context of {options.context} tokens was asked for, {path.name} was trained for {trained}",
+            hint=f"use --context {trained} or less",
+        )
+    return model
+
+
+def _create_context(library: Any, model: Any, path: Path, options: EngineOptions, threads: tuple[int, int]) -> Any:
+    parameters = library.llama_context_default_params()
+    per_sequence = -(-options.context // _CONTEXT_STEP) * _CONTEXT_STEP
+    parameters.n_ctx = per_sequence * options.sequences
+    parameters.n_seq_max = options.sequences
+    # Separate caches: a unified one makes each sequence's attention walk over the cells of all the others.
+    parameters.kv_unified = False
+    # One micro-batch per call: the same work for the CPU, and a call can be interrupted between two of them.
+    parameters.n_batch = parameters.n_ubatch = options.batch
+    # Without this llama.cpp reserves batch x vocabulary floats (98 MiB for 49,152 tokens) for rows nobody asks for.
+    parameters.n_outputs_max = max(options.batch, options.sequences) if options.all_logits else options.sequences
+    parameters.n_outputs_max_per_seq = 0
+    parameters.n_threads, parameters.n_threads_batch = threads
+    parameters.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    kv_type = {"f32": library.GGML_TYPE_F32, "f16": library.GGML_TYPE_F16, "q8_0": library.GGML_TYPE_Q8_0}
+    parameters.type_k = parameters.type_v = kv_type[options.kv_type]
+    parameters.no_perf = True
+    context = library.llama_init_from_model(model, parameters)
+    if not context:
+        raise _load_error(
+            f"llama.cpp cannot make a context of {options.context} tokens x {options.sequences} for {path}"
+        )
+    return context
+
+
+def _load_error(what: str) -> EngineError:
+    messages = _log.take()
+    if "alloc" in messages:
+        return EngineError(
+            f"{what}: not enough memory ({messages})",
+            hint="use a smaller --context, fewer sequences or a smaller quantisation",
+        )
+    return EngineError(f"{what}: {messages or 'it gave no reason'}", hint="check the file with: edgelm verify")
+
+
+class _Loaded:
+    """The C objects of one loaded model."""
+
+    def __init__(self, library: Any, model: Any, context: Any) -> None:
+        self.library = library
+        self.model = model
+        self.context = context
+
+    def text(self, key: str) -> str:
+        """A string from the model's metadata, empty when absent."""
+        buffer = ctypes.create_string_buffer(512)
+        count = self.library.llama_model_meta_val_str(self.model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace") if count >= 0 else ""
+
+
+def _describe(
+    loaded: _Loaded,
+    path: Path,
+    options: EngineOptions,
+    threads: tuple[int, int],
+    kv_elements_per_token: int,
+    load_s: float,
+) -> EngineInfo:
+    library, model = loaded.library, loaded.model
+    vocab = library.llama_model_get_vocab(model)
+    kv_bytes = kv_elements_per_token * _KV_BYTES_PER_ELEMENT[options.kv_type] * library.llama_n_ctx(loaded.context)
+    return EngineInfo(
+        engine="llama.cpp",
+        versions={
+            "llama-cpp-python": importlib.metadata.version("llama-cpp-python"),
+            "llama.cpp": library.llama_version().decode(),
+        },
+        model_name=loaded.text("general.name") or path.stem,
+        architecture=loaded.text("general.architecture"),
+        vocabulary=library.llama_vocab_n_tokens(vocab),
+        context=options.context,
+        context_trained=library.llama_model_n_ctx_train(model),
+        sequences=options.sequences,
+        threads_decode=threads[0],
+        threads_prefill=threads[1],
+        weights_bytes=library.llama_model_size(model),
+        kv_bytes=int(kv_bytes),
+        parameters=library.llama_model_n_params(model),
+        load_s=load_s,
+        system=library.llama_print_system_info().decode().strip(),
+    )
+
+
+class _Batch:
+    """A ``llama_batch`` whose C arrays are numpy arrays, allocated once."""
+
+    def __init__(self, library: Any, capacity: int, sequences: int) -> None:
+        self.tokens = np.zeros(capacity, np.int32)
+        self.positions = np.zeros(capacity, np.int32)
+        self.wanted = np.zeros(capacity, np.int8)
+        self._sequence_counts = np.ones(capacity, np.int32)
+        # A token's list of sequences is a pointer; each points at one element of a table that holds its own index.
+        self._sequence_ids = np.arange(sequences, dtype=np.int32)
+        self.sequence_pointers = np.zeros(capacity, np.uintp)
+        self.address_of_sequence = self._sequence_ids.ctypes.data + 4 * np.arange(sequences, dtype=np.uintp)
+        batch = library.llama_batch()
+        for name, array in (
+            ("token", self.tokens),
+            ("pos", self.positions),
+            ("n_seq_id", self._sequence_counts),
+            ("seq_id", self.sequence_pointers),
+            ("logits", self.wanted),
+        ):
+            field = getattr(batch, name)
+            setattr(batch, name, ctypes.cast(array.ctypes.data, type(field)))
+        self.c = batch
+
+
+class LlamaCppEngine:
+    """``runtime.engine.Engine`` over one ``llama_context``. Not thread-safe, except for ``interrupt``."""
+
+    def __init__(self, loaded: _Loaded, info: EngineInfo, options: EngineOptions) -> None:
+        library = loaded.library
+        self._loaded: _Loaded | None = loaded
+        self._info = info
+        self._all_logits = options.all_logits
+        self._context = loaded.context
+        self._memory = library.llama_get_memory(loaded.context)
+        self._lengths = [0] * options.sequences
+        self._capacity = int(library.llama_n_batch(loaded.context))
+        self._batch = _Batch(library, self._capacity, options.sequences)
+        self._offsets = np.arange(self._capacity, dtype=np.int32)
+        self._decode = library.llama_decode
+        self._synchronize = library.llama_synchronize
+        # A prototype of its own: an address costs far less than a ctypes pointer with its type.
+        prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+        self._logits_address = prototype(ctypes.cast(library.llama_get_logits, ctypes.c_void_p).value or 0)
+        self._views: dict[tuple[int, int], Logits] = {}
+        # llama.cpp asks the abort callback before every graph node, hundreds of times per token: a Python function
+        # would cost more than the node. strlen of a two-byte buffer is the same question in C: "" is false, "!" true.
+        self._abort = ctypes.create_string_buffer(2)
+        strlen = ctypes.cast(ctypes.CDLL(None).strlen, library.ggml_abort_callback)
+        library.llama_set_abort_callback(self._context, strlen, ctypes.cast(self._abort, ctypes.c_void_p))
+        self._abort_callback = strlen
+        self.vocabulary = LlamaVocabulary(library, loaded.model)
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def forward(self, chunks: Sequence[Chunk]) -> Logits:
+        """See ``Engine.forward``. More tokens than ``batch`` are computed in several calls of llama.cpp."""
+        self._check(chunks)
+        self._abort[0] = b"\0"
+        before = {chunk.sequence: self._lengths[chunk.sequence] for chunk in chunks}
+        parts: list[Logits] = []
+        filled = rows = 0
+        for chunk in chunks:
+            done, count = 0, len(chunk.tokens)
+            while done < count:
+                take = min(count - done, self._capacity - filled)
+                rows += self._fill(chunk, done, take, filled)
+                filled += take
+                done += take
+                if filled == self._capacity:
+                    self._compute(filled, before)
+                    if rows:
+                        parts.append(self._view(rows).copy())
+                    filled = rows = 0
+        if filled:
+            self._compute(filled, before)
+        if not parts:
+            return self._view(rows)
+        if rows:
+            parts.append(self._view(rows))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _check(self, chunks: Sequence[Chunk]) -> None:
+        if self._loaded is None:
+            raise EngineError("the engine is closed")
+        vocabulary = self._info.vocabulary
+        for chunk in chunks:
+            length = self.length(chunk.sequence)
+            tokens = chunk.tokens
+            if len(tokens) == 0:
+                raise EngineError(f"no tokens were given for sequence {chunk.sequence}")
+            if length + len(tokens) > self._info.context:
+                raise ContextOverflowError(
+                    f"sequence {chunk.sequence} holds {length} tokens and cannot take {len(tokens)} more: "
+                    f"the context is {self._info.context}",
+                    hint="use a larger --context or a shorter prompt",
+                )
+            if min(tokens) < 0 or max(tokens) >= vocabulary:
+                wrong = next(token for token in tokens if not 0 <= token < vocabulary)
+                raise EngineError(f"token {wrong} is outside the vocabulary of {vocabulary}")
+            if chunk.logits == "all" and not self._all_logits:
+                raise EngineError("logits of all positions need an engine loaded with all_logits")
+        if len({chunk.sequence for chunk in chunks}) != len(chunks):
+            raise EngineError("a sequence was given twice in one call")
+
+    def _fill(self, chunk: Chunk, done: int, take: int, at: int) -> int:
+        """Write ``take`` tokens of a chunk into the batch from row ``at`` on; tell how many logits are wanted."""
+        batch, sequence = self._batch, chunk.sequence
+        end, start = at + take, self._lengths[sequence]
+        batch.tokens[at:end] = chunk.tokens if take == len(chunk.tokens) else chunk.tokens[done : done + take]
+        batch.positions[at:end] = self._offsets[:take]
+        batch.positions[at:end] += start
+        batch.sequence_pointers[at:end] = batch.address_of_sequence[sequence]
+        batch.wanted[at:end] = chunk.logits == "all"
+        self._lengths[sequence] = start + take
+        if chunk.logits == "all":
+            return take
+        if chunk.logits == "last" and done + take == len(chunk.tokens):
+            batch.wanted[end - 1] = 1
+            return 1
+        return 0
+
+    def _compute(self, count: int, before: dict[int, int]) -> None:
+        """Run what the batch holds. On failure the sequences are cleared; interrupted, they are what they were."""
+        batch = self._batch.c
+        batch.n_tokens = count
+        status = self._decode(self._context, batch)
+        if status == 0:
+            self._synchronize(self._context)
+            return
+        if status == _ABORTED:
+            for sequence, length in before.items():
+                self._forget(length, sequence)
+            _log.take()
+            raise EngineInterruptedError("the computation was interrupted")
+        for sequence in before:
+            self._forget(0, sequence)
+        reason = "no room in the KV cache" if status == _NO_SLOT else _log.take() or "no reason given"
+        raise EngineError(f"llama.cpp failed to compute {count} tokens (status {status}): {reason}")
+
+    def _view(self, rows: int) -> Logits:
+        if rows == 0:
+            return np.empty((0, self._info.vocabulary), np.float32)
+        address = self._logits_address(self._context)
+        view = self._views.get((address, rows))
+        if view is None:
+            shape = (rows, self._info.vocabulary)
+            memory = (ctypes.c_float * (shape[0] * shape[1])).from_address(address)
+            view = np.ctypeslib.as_array(memory).reshape(shape)
+            view.flags.writeable = False
+            if len(self._views) >= 64:
+                self._views.clear()
+            self._views[address, rows] = view
+        return view
+
+    def length(self, sequence: int = 0) -> int:
+        if not 0 <= sequence < len(self._lengths):
+            raise EngineError(f"there is no sequence {sequence}: the engine keeps {len(self._lengths)}")
+        return self._lengths[sequence]
+
+    def truncate(self, length: int, sequence: int = 0) -> None:
+        held = self.length(sequence)
+        if self._loaded is None:
+            raise EngineError("the engine is closed")
+        if not 0 <= length <= held:
+            raise EngineError(f"cannot truncate sequence {sequence} of {held} tokens to {length}")
+        if length < held:
+            self._forget(length, sequence)
+
+    def _forget(self, length: int, sequence: int) -> None:
+        self._lengths[sequence] = length
+        loaded = self._loaded
+        if loaded is None or loaded.library.llama_memory_seq_rm(self._memory, sequence, length, -1):
+            return
+        # Recurrent states cannot go back to the middle of a sequence; forgetting all of it always works.
+        loaded.library.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+        self._lengths[sequence] = 0
+        if length:
+            raise EngineError(
+                f"models of architecture {self._info.architecture} cannot be truncated to {length} tokens, "
+                f"sequence {sequence} was cleared"
+            )
+
+    def interrupt(self) -> None:
+        """See ``Engine.interrupt``. Takes effect within one operation of the graph."""
+        self._abort[0] = b"!"
+
+    def close(self) -> None:
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            return
+        self._views.clear()
+        loaded.library.llama_free(loaded.context)
+        loaded.library.llama_model_free(loaded.model)
