@@ -20,21 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from edgelm.errors import EngineError, MissingDependencyError, UsageError
+from runtime.gguf_header import GGML_TYPES
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
-# Ids are part of the GGUF file format. The library's tables have no bounds check, so only these are ever asked for.
-# fmt: off
-_TYPE_IDS = {
-    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q8_1": 9, "Q2_K": 10, "Q3_K": 11,
-    "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "Q8_K": 15, "IQ2_XXS": 16, "IQ2_XS": 17, "IQ3_XXS": 18, "IQ1_S": 19,
-    "IQ4_NL": 20, "IQ3_S": 21, "IQ2_S": 22, "IQ4_XS": 23, "I8": 24, "I16": 25, "I32": 26, "I64": 27, "F64": 28,
-    "IQ1_M": 29, "BF16": 30, "TQ1_0": 34, "TQ2_0": 35, "MXFP4": 39, "NVFP4": 40, "Q1_0": 41, "Q2_0": 42,
-}
-# fmt: on
-# The types that ggml_quantize_chunk does not accept; one of them would abort the process.
-_NOT_QUANTIZABLE = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"})
+# What cannot be quantised to: ggml_quantize_chunk would abort the process.
+_NOT_QUANTIZABLE = frozenset({"I8", "I16", "I32", "I64", "F64"})
+_REQUIRE_IMPORTANCE = frozenset({"IQ2_XXS", "IQ2_XS", "IQ1_S"})
 _FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
 _LIBRARY_NAMES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml.so", "libggml.dylib")
 
@@ -94,6 +87,15 @@ def _library_directories() -> tuple[Path, ...]:
     return tuple(Path(location) / "lib" for location in spec.submodule_search_locations)
 
 
+def _check_types(library: ctypes.CDLL) -> None:
+    # The library's own table has no bounds check, so it is asked for ids that are part of the GGUF format only.
+    for kind in TYPES.values():
+        traits = library.ggml_get_type_traits(kind.id).contents
+        told = ((traits.type_name or b"").decode().upper(), traits.block, traits.block_bytes)
+        if told != (kind.name, kind.block, kind.block_bytes):
+            raise AttributeError(f"it stores type {kind.id} as {told}")
+
+
 def _find_library() -> Path:
     directories = _library_directories()
     for directory in directories:
@@ -112,6 +114,7 @@ def _library() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
         _declare(library)
+        _check_types(library)
     except (OSError, AttributeError) as error:
         raise EngineError(f"cannot use {path}: {error}", hint="reinstall llama-cpp-python >= 0.3.36") from error
     return library
@@ -133,31 +136,22 @@ def _declare(library: ctypes.CDLL) -> None:
         function.restype, function.argtypes = result, arguments
 
 
-@functools.cache
-def types() -> Mapping[str, GgmlType]:
-    """All storage types of the library by name (``Q4_K``, ``IQ4_NL``, ``BF16``).
-
-    Raises ``MissingDependencyError`` or ``EngineError`` when the library cannot be used.
-    """
-    library = _library()
-    found: dict[str, GgmlType] = {}
-    for name, type_id in _TYPE_IDS.items():
-        traits = library.ggml_get_type_traits(type_id).contents
-        if (traits.type_name or b"").decode().upper() != name:
-            raise EngineError(
-                f"this libggml does not know the type {name}", hint="reinstall llama-cpp-python >= 0.3.36"
-            )
-        quantizable = name not in _NOT_QUANTIZABLE
-        needs = quantizable and bool(library.ggml_quantize_requires_imatrix(type_id))
-        found[name] = GgmlType(name, type_id, traits.block, traits.block_bytes, quantizable, needs)
-    return MappingProxyType(found)
+TYPES: Mapping[str, GgmlType] = MappingProxyType(
+    {
+        name: GgmlType(
+            name, entry.id, entry.block, entry.block_bytes, name not in _NOT_QUANTIZABLE, name in _REQUIRE_IMPORTANCE
+        )
+        for name, entry in GGML_TYPES.items()
+    }
+)
+"""All storage types by name (``Q4_K``, ``IQ4_NL``, ``BF16``). Known without the library, and checked against it."""
 
 
 def type_named(name: str) -> GgmlType:
     """The type of that name, any case. Raises ``UsageError`` listing what can be quantised to."""
-    found = types().get(name.upper())
+    found = TYPES.get(name.upper())
     if found is None:
-        choices = ", ".join(item.name for item in types().values() if item.quantizable)
+        choices = ", ".join(item.name for item in TYPES.values() if item.quantizable)
         raise UsageError(f"'{name}' is no ggml type", hint=f"there are: {choices}")
     return found
 

