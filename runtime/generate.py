@@ -5,15 +5,18 @@ Knows the engine seam, sampling and the text decoder; not how events are shown o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from runtime.engine import Engine
-from runtime.sampling import SamplingOptions
-from runtime.tokenizer import TextTokenizer
+from edgelm.errors import ContextOverflowError, EngineError, UsageError
+from runtime.engine import Chunk, Engine, EngineInterruptedError, Logits
+from runtime.sampling import Sampler, SamplingOptions
+from runtime.tokenizer import TextDecoder, TextTokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
+PREFILL_STEP_TOKENS = 512  # prompt tokens computed between two looks at the cancellation
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,7 @@ class GenerationRequest:
 
     prompt: Sequence[int]
     max_tokens: int
-    sampling: SamplingOptions = SamplingOptions()
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
     stop: tuple[str, ...] = ()
     stop_tokens: frozenset[int] = frozenset()
 
@@ -58,6 +61,71 @@ class Session:
     tokens: list[int] = field(default_factory=list)
 
 
+class StopScanner:
+    """Finds stop strings in text that arrives in pieces, holding back what may still become one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Text that is certain now, and whether a stop string was reached; nothing after the stop is ever returned."""
+        text = self._held + text
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)], True
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """What was held back and can no longer become a stop string, since nothing follows."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that ``stop`` begins with."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+class TokenText:
+    """From tokens to certain text: joins bytes, keeps half characters and possible stop strings back."""
+
+    def __init__(self, tokenizer: TextTokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = TextDecoder()
+        self._scanner = StopScanner(stop)
+
+    def push(self, token: int) -> tuple[str, bool]:
+        """Text that became certain with ``token``, and whether a stop string was reached."""
+        return self._scanner.push(self._decoder.push(self._tokenizer.token_bytes(token)))
+
+    def finish(self) -> tuple[str, bool]:
+        """The rest when no token follows: an incomplete character shows as U+FFFD."""
+        text, stopped = self._scanner.push(self._decoder.finish())
+        return text + self._scanner.flush(), stopped
+
+
+def check_request(request: GenerationRequest, context: int) -> None:
+    """Raise ``UsageError`` for requests that make no sense, ``ContextOverflowError`` for prompts that do not fit."""
+    if len(request.prompt) == 0:
+        raise UsageError("the prompt is empty", hint="give at least one token")
+    if request.max_tokens < 1:
+        raise UsageError(f"max_tokens must be at least 1, not {request.max_tokens}")
+    if "" in request.stop:
+        raise UsageError("a stop string is empty")
+    if len(request.prompt) > context:
+        raise ContextOverflowError(
+            f"the prompt has {len(request.prompt)} tokens, the context holds {context}",
+            hint="shorten the prompt or use a larger --context",
+        )
+
+
 def generate(
     session: Session,
     tokenizer: TextTokenizer,
@@ -68,6 +136,92 @@ def generate(
     """Generate token by token; ``cancelled`` is asked before every engine call (prefill asks between batches).
 
     The sequence is truncated to the longest common prefix of what it holds and the prompt, so a chat's second turn
-    computes only what is new. Raises ``ContextOverflowError`` when the prompt does not fit.
+    computes only what is new. When the engine is interrupted the generation counts as cancelled. Raises
+    ``UsageError`` and ``ContextOverflowError`` (a prompt that does not fit) at once, ``EngineError`` while running.
     """
-    raise NotImplementedError
+    started = time.perf_counter()
+    check_request(request, session.engine.info.context)
+    return _events(session, TokenText(tokenizer, request.stop), request, Sampler(request.sampling), cancelled, started)
+
+
+def _events(
+    session: Session,
+    text: TokenText,
+    request: GenerationRequest,
+    sampler: Sampler,
+    cancelled: Callable[[], bool],
+    started: float,
+) -> Iterator[TokenEvent]:
+    prefill_s: float | None = None
+    index = cached = 0
+
+    def event(token: int | None, piece: str, finish_reason: FinishReason | None = None) -> TokenEvent:
+        first = index == 0
+        elapsed_s = time.perf_counter() - started
+        return TokenEvent(
+            token, piece, index, elapsed_s, prefill_s if first else None, cached if first else 0, finish_reason
+        )
+
+    cached = _reuse(session, request.prompt)
+    logits = _prefill(session, request.prompt[cached:], cancelled)
+    prefill_s = time.perf_counter() - started
+    while logits is not None:
+        token = sampler.pick(logits[-1], session.tokens)
+        if token in request.stop_tokens:
+            yield event(None, text.finish()[0], "stop")
+            return
+        piece, stopped = text.push(token)
+        full = index + 1 == request.max_tokens or len(session.tokens) == session.engine.info.context
+        if full and not stopped:
+            rest, stopped = text.finish()
+            piece += rest
+        if stopped or full:
+            yield event(token, piece, "stop" if stopped else "length")
+            return
+        yield event(token, piece)
+        index += 1
+        logits = None if cancelled() else _forward(session, [token], "last")
+    yield event(None, text.finish()[0], "cancelled")
+
+
+def _reuse(session: Session, prompt: Sequence[int]) -> int:
+    """Truncate the session to the prefix that it shares with the prompt; the last prompt token is always computed."""
+    shared = 0
+    for held, wanted in zip(session.tokens, prompt[:-1], strict=False):
+        if held != wanted:
+            break
+        shared += 1
+    try:
+        session.engine.truncate(shared, session.sequence)
+    except EngineError:
+        del session.tokens[session.engine.length(session.sequence) :]
+        raise
+    del session.tokens[shared:]
+    return shared
+
+
+def _prefill(session: Session, tokens: Sequence[int], cancelled: Callable[[], bool]) -> Logits | None:
+    """Logits after the last of ``tokens``, None when cancelled on the way."""
+    logits: Logits | None = None
+    for start in range(0, len(tokens), PREFILL_STEP_TOKENS):
+        if cancelled():
+            return None
+        step = tokens[start : start + PREFILL_STEP_TOKENS]
+        last = start + len(step) == len(tokens)
+        logits = _forward(session, step, "last" if last else "none")
+        if logits is None:
+            return None
+    return logits
+
+
+def _forward(session: Session, tokens: Sequence[int], wanted: Literal["none", "last"]) -> Logits | None:
+    """Append tokens to the session; None when the engine was interrupted. After a failure the session is empty."""
+    try:
+        logits = session.engine.forward([Chunk(session.sequence, tokens, wanted)])
+    except EngineInterruptedError:
+        return None
+    except EngineError:
+        del session.tokens[session.engine.length(session.sequence) :]
+        raise
+    session.tokens.extend(tokens)
+    return logits

@@ -138,6 +138,11 @@ def _nucleus(logits: npt.NDArray[np.float32], highest: float, top_p: float) -> n
     weights = np.exp(logits - np.float32(highest))
     wanted = top_p * float(weights.sum())
     above, active = 0.0, weights
+    for distance in _DISTANCES:
+        near = weights[weights > np.float32(math.exp(-distance))]
+        if float(near.sum()) >= wanted:
+            active = near
+            break
     while len(active) > _FEW:
         pivot = active.mean()
         upper = active[active > pivot]

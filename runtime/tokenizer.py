@@ -6,8 +6,15 @@ GGUF. The export proves that both give the same ids. Knows nothing of chat templ
 
 from __future__ import annotations
 
+import codecs
+import json
+import threading
 from collections.abc import Sequence
-from typing import Protocol
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from edgelm.errors import BundleError, UsageError
 
 
 class TextTokenizer(Protocol):
@@ -27,3 +34,132 @@ class TextTokenizer(Protocol):
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one token stands for, empty for a special token. Streaming joins these."""
         ...
+
+
+class TextDecoder:
+    """UTF-8 bytes that arrive in pieces to text: never half a character, what cannot be one becomes U+FFFD."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, piece: bytes) -> str:
+        """Characters that are complete with ``piece``."""
+        return self._decoder.decode(piece)
+
+    def finish(self) -> str:
+        """U+FFFD for a character that was never completed, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+@lru_cache(maxsize=1)
+def byte_of_character() -> dict[str, int]:
+    """The character that stands for each byte in byte-level BPE vocabularies (GPT-2's bytes_to_unicode), inverted.
+
+    Printable Latin-1 characters stand for themselves, the other bytes for the characters from U+0100 on, in order.
+    """
+    themselves = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    table = {chr(byte): byte for byte in themselves}
+    others = (byte for byte in range(256) if chr(byte) not in table)
+    return table | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+def _check_text(text: str) -> bytes:
+    """The text as UTF-8. Raises ``UsageError`` for lone surrogates, which JSON can carry and UTF-8 cannot."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the text is not valid Unicode: half a surrogate pair at character {error.start}") from error
+
+
+def _decoder_kinds(decoder: dict[str, Any] | None) -> set[str]:
+    if not decoder:
+        return set()
+    kinds = {str(decoder.get("type"))}
+    for part in decoder.get("decoders", ()):
+        kinds |= _decoder_kinds(part)
+    return kinds
+
+
+class JsonTokenizer:
+    """``tokenizer.json`` by the ``tokenizers`` library. Thread-safe.
+
+    Raises ``BundleError`` for files that the library cannot read and for vocabularies whose tokens are neither
+    byte-level nor SentencePiece-like, since their bytes would be guesswork.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer
+
+        try:
+            text = path.read_text(encoding="utf-8")
+            document = json.loads(text)
+            self._tokenizer = Tokenizer.from_str(text)
+        except OSError as error:
+            raise BundleError(f"cannot read tokenizer {path}: {error.strerror}") from error
+        # The library has no exception class of its own: it raises plain Exception for every malformed file.
+        except Exception as error:
+            raise BundleError(f"{path} is not a tokenizer: {error}", hint="export the bundle again") from error
+        kinds = _decoder_kinds(document.get("decoder"))
+        self._byte_level = "ByteLevel" in kinds
+        if not self._byte_level and not kinds & {"ByteFallback", "Metaspace", "Replace"}:
+            raise BundleError(f"{path} has a decoder of unknown kind: {', '.join(sorted(kinds)) or 'none'}")
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._added = {token: b"" if entry.special else entry.content.encode() for token, entry in added.items()}
+        self._lock = threading.Lock()
+        self._bytes: dict[int, bytes] = dict(self._added)
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        _check_text(text)
+        with self._lock:  # the switch belongs to the tokenizer, not to the call
+            self._tokenizer.encode_special_tokens = not special
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=not special)
+        return text
+
+    def token_bytes(self, token: int) -> bytes:
+        found = self._bytes.get(token)
+        if found is None:
+            found = self._bytes[token] = self._vocabulary_bytes(token)
+        return found
+
+    def _vocabulary_bytes(self, token: int) -> bytes:
+        piece: str | None = self._tokenizer.id_to_token(token) if token >= 0 else None
+        if piece is None:  # models pad their vocabulary: such an id has logits but no text
+            return b""
+        if self._byte_level:
+            table = byte_of_character()
+            if all(character in table for character in piece):
+                return bytes(table[character] for character in piece)
+            return piece.encode()
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+
+class Vocabulary(Protocol):
+    """What ``GgufTokenizer`` needs of the engine's vocabulary (``runtime.engines.llamacpp.LlamaVocabulary``)."""
+
+    def tokenize(self, text: bytes, *, special: bool) -> list[int]: ...
+
+    def token_bytes(self, token: int, *, special: bool = False) -> bytes: ...
+
+    def detokenize(self, ids: Sequence[int], *, special: bool) -> bytes: ...
+
+
+class GgufTokenizer:
+    """The vocabulary inside a GGUF file, by llama.cpp's own tokenizer."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        return self._vocabulary.tokenize(_check_text(text), special=special)
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        return self._vocabulary.detokenize(ids, special=special).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._vocabulary.token_bytes(token)
