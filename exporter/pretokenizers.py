@@ -1,0 +1,152 @@
+"""Pre-tokenizers by the names that GGUF files give them, and a ``tokenizer.json`` rebuilt from a GGUF vocabulary.
+
+A GGUF names how text is cut into words before merging and leaves the rules to the reader. The rules here are those of
+the published tokenizers of each family; whoever uses a rebuilt tokenizer proves it against llama.cpp first. Byte-level
+BPE only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgelm.errors import CheckpointError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+"""Token types of the GGUF format."""
+
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_BYTES_ONLY = {**_BYTE_LEVEL, "use_regex": False}
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """How one family of tokenizers cuts text. ``ignore_merges``: a word that is a token is not merged up to it."""
+
+    names: tuple[str, ...]
+    pre_tokenizer: Mapping[str, Any]
+    normalizer: Mapping[str, Any] | None = None
+    ignore_merges: bool = False
+
+
+def _sequence(*parts: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"type": "Sequence", "pretokenizers": list(parts)}
+
+
+def _split(regex: str) -> Mapping[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+_FAMILIES = (
+    _Family(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling"), _BYTE_LEVEL),
+    _Family(
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+        _sequence({"type": "Digits", "individual_digits": True}, _BYTE_LEVEL),
+    ),
+    _Family(
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2"),
+        _sequence(_split(_WORDS % "{1,3}"), _BYTES_ONLY),
+        ignore_merges=True,
+    ),
+    _Family(("dbrx", "smaug-bpe"), _sequence(_split(_WORDS % "{1,3}"), _BYTES_ONLY)),
+    _Family(("qwen2", "deepseek-r1-qwen"), _sequence(_split(_WORDS % ""), _BYTES_ONLY), normalizer={"type": "NFC"}),
+)
+
+# One name for every way of cutting that llama.cpp knows for byte-level BPE, the common ones first.
+_CANDIDATES = (
+    "gpt-2", "smollm", "llama-bpe", "qwen2", "dbrx", "gpt-4o", "tekken", "deepseek-llm", "deepseek-coder",
+    "deepseek-v3", "falcon", "bloom", "viking", "superbpe", "bailingmoe", "seed-coder", "kimi-k2", "qwen35",
+    "minicpm5", "exaone-moe", "youtu", "afmoe", "jais-2", "default",
+)  # fmt: skip
+
+
+def likely_candidates(pre_tokenizer: Any) -> tuple[str, ...]:
+    """Names to try for a ``pre_tokenizer`` of a tokenizer.json, the likeliest first. All are tried in the end."""
+    rules = json.dumps(pre_tokenizer)
+    if '"Digits"' in rules:
+        first = "smollm"
+    elif r"\\p{N}{1,3}" in rules:
+        first = "llama-bpe"
+    elif '"Split"' in rules:
+        first = "qwen2"
+    else:
+        first = "gpt-2"
+    return (first, *(name for name in _CANDIDATES if name != first))
+
+
+def rebuild_tokenizer_json(metadata: Mapping[str, Any], name: str) -> str:
+    """``tokenizer.json`` for the vocabulary in the ``tokenizer.*`` metadata (plain lists) of the GGUF file ``name``.
+
+    Raises ``CheckpointError`` when the merges are no pairs, or text is cut in a way not known here.
+    """
+    tokens, merges = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.merges"]
+    pre = metadata.get("tokenizer.ggml.pre")
+    family = next((family for family in _FAMILIES if pre in family.names), None)
+    if family is None:
+        known = ", ".join(name for family in _FAMILIES for name in family.names)
+        raise CheckpointError(
+            f"{name} cuts text by the pre-tokenizer {pre!r}, unknown to EdgeLM (known: {known})",
+            hint="export from the original Hugging Face checkpoint",
+        )
+    types = metadata["tokenizer.ggml.token_type"]
+    model = {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": family.ignore_merges,
+        "vocab": {token: index for index, token in enumerate(tokens)}, "merges": _pairs(merges, name),
+    }  # fmt: skip
+    document = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _added_tokens(tokens, types),
+        "normalizer": family.normalizer,
+        "pre_tokenizer": family.pre_tokenizer,
+        "post_processor": _post_processor(metadata, tokens),
+        "decoder": _BYTE_LEVEL,
+        "model": model,
+    }
+    return json.dumps(document, ensure_ascii=False)
+
+
+def _pairs(merges: Sequence[str], name: str) -> list[list[str]]:
+    pairs = [merge.split(" ") for merge in merges]
+    for merge, pair in zip(merges, pairs, strict=True):
+        if len(pair) != 2:
+            raise CheckpointError(f"{name} has the merge {merge!r}, which is no pair of tokens")
+    return pairs
+
+
+def _added_tokens(tokens: Sequence[str], types: Sequence[int]) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": index,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kind != USER_DEFINED,
+        }
+        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (CONTROL, USER_DEFINED, UNKNOWN)
+    ]
+
+
+def _post_processor(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any] | None:
+    """Adds BOS in front when the vocabulary asks for it and special tokens are asked for."""
+    bos = metadata.get("tokenizer.ggml.bos_token_id")
+    if not metadata.get("tokenizer.ggml.add_bos_token") or bos is None:
+        return None
+    token = {"SpecialToken": {"id": tokens[bos], "type_id": 0}}
+    first, second = ({"Sequence": {"id": which, "type_id": number}} for number, which in enumerate("AB"))
+    return {
+        "type": "TemplateProcessing",
+        "single": [token, first],
+        "pair": [token, first, token, second],
+        "special_tokens": {tokens[bos]: {"id": tokens[bos], "ids": [bos], "tokens": [tokens[bos]]}},
+    }

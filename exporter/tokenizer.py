@@ -1,0 +1,400 @@
+"""The tokenizer of a checkpoint: read, translated into GGUF metadata, and proven to give the same ids there.
+
+Nothing is taken from lists of known models: which of llama.cpp's pre-tokenizers fits is found by asking llama.cpp, and
+a tokenizer rebuilt from a GGUF file is compared with that file's own vocabulary. Byte-level BPE only. Does not know how
+an artefact is written.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgelm.bundle import TokenIdentity
+from edgelm.errors import BundleError, CheckpointError, EngineError, ProofError
+from edgelm.progress import Progress
+from exporter.checkpoint import Checkpoint
+from exporter.pretokenizers import CONTROL, NORMAL, UNUSED, USER_DEFINED, likely_candidates, rebuild_tokenizer_json
+from exporter.texts import hard_corpus
+from exporter.vocabulary import tokenize_with_llama
+from runtime.gguf_header import GGUFStrings, read_gguf_header
+
+FILE_LIMIT_BYTES = 128 * 2**20
+MAX_VOCABULARY = 2**21
+# Role of a special token: name in the Hugging Face files, name in the GGUF keys.
+_SPECIAL = (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+_NOT_COPIED = ("tokenizer.huggingface.json",)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTokenizer:
+    """Everything that an artefact needs of a tokenizer.
+
+    ``gguf_metadata`` holds all ``tokenizer.*`` keys as plain Python values: an int is an unsigned 32-bit value, a list
+    of ints an array of signed 32-bit ones. ``tokenizer_json`` is the Hugging Face form, without truncation or padding.
+    ``vocabulary`` counts embedding rows, unused ones included.
+    """
+
+    gguf_metadata: dict[str, Any]
+    tokenizer_json: str
+    chat_template: str | None
+    generation_config: dict[str, Any]
+    vocabulary: int
+
+
+def load_tokenizer(checkpoint: Checkpoint, progress: Progress) -> SourceTokenizer:
+    """The tokenizer of a checkpoint, its GGUF form already found or proven by llama.cpp.
+
+    Raises ``CheckpointError`` when it is missing, malformed or no byte-level BPE, ``ProofError`` when llama.cpp cannot
+    give the same ids.
+    """
+    source = read_tokenizer(checkpoint)
+    if checkpoint.source.kind == "huggingface":
+        return _with_pre_tokenizer(source, checkpoint, progress)
+    with progress.stage("proving the tokenizer", 1) as stage:
+        identity = prove_identity(source, checkpoint.source.path)
+        stage.advance()
+    if not identity.identical:
+        raise ProofError(
+            f"the tokenizer rebuilt from {checkpoint.source.path} differs from its vocabulary: "
+            f"{identity.first_difference}",
+            hint="export from the original Hugging Face checkpoint",
+        )
+    return source
+
+
+def read_tokenizer(checkpoint: Checkpoint) -> SourceTokenizer:
+    """What the files say, without asking llama.cpp: ``tokenizer.ggml.pre`` of a Hugging Face source is not yet there.
+
+    Raises ``CheckpointError``.
+    """
+    if checkpoint.source.kind == "gguf":
+        return _read_gguf(checkpoint.source.path)
+    return _read_directory(checkpoint)
+
+
+def prove_identity(source: SourceTokenizer, artifact_path: Path) -> TokenIdentity:
+    """Encode a hard corpus with the source tokenizer and with the vocabulary inside the artefact, and compare.
+
+    Special tokens written in the texts are recognised, none are added. Texts are passed through the source's Unicode
+    normalization first, if it has one: llama.cpp has none. Raises ``BundleError`` for an invalid artefact and
+    ``EngineError`` when llama.cpp cannot load it.
+    """
+    texts, expected = _expected(source.tokenizer_json)
+    answer = tokenize_with_llama(artifact_path, texts)
+    difference = _first_difference(texts, expected, answer.ids)
+    if difference is None and answer.vocabulary != source.vocabulary:
+        difference = f"the source has {source.vocabulary} tokens, the artefact {answer.vocabulary}"
+    return TokenIdentity(
+        identical=difference is None,
+        texts=len(texts),
+        tokens=sum(map(len, expected)),
+        first_difference=difference,
+    )
+
+
+def open_tokenizer(tokenizer_json: str, name: str) -> Any:
+    """The ``tokenizers.Tokenizer`` of a tokenizer.json. Raises ``CheckpointError`` naming ``name``."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(tokenizer_json)
+    except Exception as error:  # the library raises nothing narrower, whatever is wrong with a document
+        raise CheckpointError(f"{name} holds no valid tokenizer: {error}") from error
+
+
+def _expected(tokenizer_json: str) -> tuple[list[str], list[tuple[int, ...]]]:
+    tokenizer = open_tokenizer(tokenizer_json, "tokenizer.json")
+    added = tokenizer.get_added_tokens_decoder()
+    texts = list(hard_corpus([added[index].content for index in sorted(added)]))
+    if tokenizer.normalizer is not None:
+        texts = [tokenizer.normalizer.normalize_str(text) for text in texts]
+    return texts, [tuple(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
+
+
+def _first_difference(
+    texts: Sequence[str], expected: Sequence[tuple[int, ...]], found: Sequence[tuple[int, ...]]
+) -> str | None:
+    for text, ours, theirs in zip(texts, expected, found, strict=True):
+        if ours != theirs:
+            pairs = enumerate(zip(ours, theirs, strict=False))
+            place = next((index for index, (one, other) in pairs if one != other), min(len(ours), len(theirs)))
+            shown = text if len(text) <= 60 else text[:57] + "..."
+            return (
+                f"text {shown!r}, from token {place} on: the source gives {list(ours[place : place + 6])}, "
+                f"the artefact {list(theirs[place : place + 6])}"
+            )
+    return None
+
+
+def _with_pre_tokenizer(source: SourceTokenizer, checkpoint: Checkpoint, progress: Progress) -> SourceTokenizer:
+    """Try llama.cpp's pre-tokenizers on a vocabulary-only file until one gives the source's ids on every text."""
+    candidates = likely_candidates(json.loads(source.tokenizer_json)["pre_tokenizer"])
+    texts, expected = _expected(source.tokenizer_json)
+    closest: tuple[int, str, str] | None = None
+    with (
+        tempfile.TemporaryDirectory(prefix="edgelm-vocabulary-") as directory,
+        progress.stage("finding the pre-tokenizer", len(candidates)) as stage,
+    ):
+        path = Path(directory) / "vocabulary.gguf"
+        for name in candidates:
+            metadata = {**source.gguf_metadata, "tokenizer.ggml.pre": name}
+            write_vocabulary(path, metadata)
+            stage.advance()
+            try:
+                found = tokenize_with_llama(path, texts).ids
+            except EngineError as error:
+                closest = closest or (len(texts) + 1, name, error.message)
+                continue
+            difference = _first_difference(texts, expected, found)
+            if difference is None:
+                return SourceTokenizer(
+                    metadata, source.tokenizer_json, source.chat_template, source.generation_config, source.vocabulary
+                )
+            wrong = sum(ours != theirs for ours, theirs in zip(expected, found, strict=True))
+            if closest is None or wrong < closest[0]:
+                closest = (wrong, name, difference)
+    assert closest is not None
+    raise ProofError(
+        f"no pre-tokenizer of llama.cpp gives the ids of {checkpoint.source.path / 'tokenizer.json'}; "
+        f"the closest, {closest[1]!r}, fails on {closest[2]}",
+        hint="llama.cpp cannot run this tokenizer; another format may",
+    )
+
+
+def write_vocabulary(path: Path, metadata: Mapping[str, Any]) -> None:
+    """A GGUF file with a vocabulary and no tensors."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, "llama")
+    for key, value in metadata.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
+# --- Hugging Face directories
+
+
+def _read_directory(checkpoint: Checkpoint) -> SourceTokenizer:
+    directory = checkpoint.source.path
+    path = directory / "tokenizer.json"
+    document = _read_json(path)
+    if document is None:
+        others = [name for name in ("tokenizer.model", "vocab.json") if (directory / name).is_file()]
+        raise CheckpointError(
+            f"{directory} has no tokenizer.json" + (f", only {others[0]}" if others else ""),
+            hint="save it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
+        )
+    _check_byte_level(path, document)
+    document["truncation"] = document["padding"] = None  # they belong to training; here they would cut prompts
+    tokenizer_json = json.dumps(document, ensure_ascii=False)
+    tokenizer = open_tokenizer(tokenizer_json, str(path))
+    settings = {**(_read_json(directory / "special_tokens_map.json") or {})}
+    settings.update(_read_json(directory / "tokenizer_config.json") or {})
+    tokens, types = _vocabulary(path, document, checkpoint.config)
+    chat_template = _chat_template(directory, settings)
+    generation_config = _generation_config(directory, checkpoint.config)
+    metadata: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": _merges(path, document),
+        **_special_ids(settings, tokens, generation_config),
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    metadata.update(_added_at_the_ends(tokenizer, settings, metadata))
+    if chat_template is not None:
+        metadata["tokenizer.chat_template"] = chat_template
+    return SourceTokenizer(metadata, tokenizer_json, chat_template, generation_config, len(tokens))
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        if not path.is_file():
+            return None
+        if path.stat().st_size > FILE_LIMIT_BYTES:
+            raise CheckpointError(f"{path} is larger than {FILE_LIMIT_BYTES} bytes")
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} is no table of settings")
+    return document
+
+
+def _check_byte_level(path: Path, document: Mapping[str, Any]) -> None:
+    model = document.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
+        kind = model.get("type") if isinstance(model, dict) else None
+        raise CheckpointError(f"{path} is a tokenizer of type {kind}; only byte-level BPE is supported")
+    rules = json.dumps(document.get("pre_tokenizer"))
+    if model.get("type", "BPE") != "BPE" or '"ByteLevel"' not in rules:
+        kind = "a SentencePiece-like BPE" if model.get("byte_fallback") else f"of type {model.get('type')}"
+        raise CheckpointError(f"{path} is {kind}, not a byte-level BPE; no other kind is supported")
+    normalizer = document.get("normalizer")
+    if normalizer is not None and not (isinstance(normalizer, dict) and normalizer.get("type") == "NFC"):
+        raise CheckpointError(f"{path} changes text before tokenizing in a way that llama.cpp cannot: {normalizer}")
+    if model.get("dropout"):
+        raise CheckpointError(f"{path} drops merges at random (dropout {model['dropout']})", hint="set it to null")
+
+
+def _vocabulary(path: Path, document: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+    """Tokens by id and their GGUF types; ids without a token, up to the embedding's rows, are filled as unused."""
+    by_id = {index: (token, NORMAL) for token, index in document["model"]["vocab"].items()}
+    for added in document.get("added_tokens") or []:
+        by_id[added["id"]] = (added["content"], CONTROL if added["special"] else USER_DEFINED)
+    if any(not isinstance(index, int) or not 0 <= index < MAX_VOCABULARY for index in by_id):
+        raise CheckpointError(f"{path} has token ids that are no numbers from 0 to {MAX_VOCABULARY - 1}")
+    size = config.get("vocab_size", max(by_id) + 1)
+    if not isinstance(size, int) or not max(by_id) < size <= MAX_VOCABULARY:
+        raise CheckpointError(
+            f"{path} has {max(by_id) + 1} tokens, the model's vocab_size is {size!r}",
+            hint="the checkpoint's tokenizer and weights do not belong together",
+        )
+    entries = [by_id.get(index, (f"[PAD{index}]", UNUSED)) for index in range(size)]
+    tokens = [token for token, _ in entries]
+    if len(set(tokens)) != size or "" in tokens:
+        raise CheckpointError(f"{path} has a token that is empty or occurs twice")
+    return tokens, [kind for _, kind in entries]
+
+
+def _merges(path: Path, document: Mapping[str, Any]) -> list[str]:
+    merges = document["model"].get("merges")
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges or []]
+    if not pairs or any(len(pair) != 2 or not all(isinstance(part, str) for part in pair) for pair in pairs):
+        raise CheckpointError(f"{path} has no merges, or some that are no pairs of tokens")
+    # A space cannot stand inside a part: the format separates parts by one. Byte-level vocabularies write it as U+0120.
+    return [" ".join(part.replace(" ", "\u0120") for part in pair) for pair in pairs]
+
+
+def _special_ids(
+    settings: Mapping[str, Any], tokens: Sequence[str], generation_config: Mapping[str, Any]
+) -> dict[str, int]:
+    index = {token: position for position, token in enumerate(tokens)}
+    ids: dict[str, int] = {}
+    for name, key in _SPECIAL:
+        token = settings.get(f"{name}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        found = index.get(text) if isinstance(text, str) else None
+        if found is None:
+            candidates = _ids(generation_config.get(f"{name}_token_id"))
+            found = next((item for item in candidates if item < len(tokens)), None)
+        if found is not None:
+            ids[f"tokenizer.ggml.{key}_token_id"] = found
+    # A model may end a turn by another token than a text. Lists name the end of a turn last.
+    ends = [item for item in _ids(generation_config.get("eos_token_id")) if item < len(tokens)]
+    further = [item for item in ends if item != ids.get("tokenizer.ggml.eos_token_id")]
+    if further:
+        ids["tokenizer.ggml.eot_token_id"] = further[-1]
+    return ids
+
+
+def _ids(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [item for item in values if isinstance(item, int) and not isinstance(item, bool) and item >= 0]
+
+
+def _added_at_the_ends(tokenizer: Any, settings: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether BOS and EOS are put around a text: as configured, else as the tokenizer does it."""
+    ids = tokenizer.encode("a", add_special_tokens=True).ids
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    added = len(ids) > len(bare)
+    behaviour = {
+        "bos": added and ids[0] == metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos": added and ids[-1] == metadata.get("tokenizer.ggml.eos_token_id"),
+    }
+    configured = {name: settings.get(f"add_{name}_token") for name in behaviour}
+    return {
+        f"tokenizer.ggml.add_{name}_token": choice if isinstance(choice, bool) else behaviour[name]
+        for name, choice in configured.items()
+    }
+
+
+def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"cannot read {path}: {error}") from error
+    template = settings.get("chat_template") or (_read_json(directory / "chat_template.json") or {}).get(
+        "chat_template"
+    )
+    if isinstance(template, list):
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _generation_config(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    document = _read_json(directory / "generation_config.json")
+    names = [f"{name}_token_id" for name, _ in _SPECIAL]
+    known = {name: config[name] for name in names if config.get(name) is not None}
+    return {**known, **(document or {})}
+
+
+# --- GGUF files
+
+
+def _read_gguf(path: Path) -> SourceTokenizer:
+    try:
+        header = read_gguf_header(path)
+        metadata = {
+            key: _plain(value)
+            for key, value in header.metadata.items()
+            if key.startswith("tokenizer.") and key not in _NOT_COPIED
+        }
+    except BundleError as error:
+        raise CheckpointError(error.message, hint=error.hint) from error
+    model, tokens = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.tokens")
+    if model != "gpt2" or not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
+        raise CheckpointError(f"{path} has a tokenizer of type {model!r}; only byte-level BPE ('gpt2') is supported")
+    merges = metadata.get("tokenizer.ggml.merges")
+    if not isinstance(merges, list) or not merges or not isinstance(merges[0], str):
+        raise CheckpointError(f"{path} has a vocabulary without merges")
+    types = metadata.setdefault("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    if not isinstance(types, list) or len(types) != len(tokens):
+        raise CheckpointError(f"{path} does not give a type to each of its {len(tokens)} tokens")
+    ids = {
+        f"{name}_token_id": metadata[f"tokenizer.ggml.{key}_token_id"]
+        for name, key in _SPECIAL
+        if f"tokenizer.ggml.{key}_token_id" in metadata
+    }
+    for name, index in ids.items():
+        if not isinstance(index, int) or not 0 <= index < len(tokens):
+            raise CheckpointError(f"{path} has the {name} {index!r}, outside of its {len(tokens)} tokens")
+    eot = metadata.get("tokenizer.ggml.eot_token_id")
+    generation_config: dict[str, Any] = dict(ids)
+    if eot is not None and "eos_token_id" in ids and eot != ids["eos_token_id"]:
+        generation_config["eos_token_id"] = [ids["eos_token_id"], eot]
+    template = metadata.get("tokenizer.chat_template")
+    return SourceTokenizer(
+        metadata,
+        rebuild_tokenizer_json(metadata, str(path)),
+        template if isinstance(template, str) else None,
+        generation_config,
+        len(tokens),
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, GGUFStrings):
+        return list(value)
+    return value.tolist() if isinstance(value, np.ndarray) else value
