@@ -52,6 +52,7 @@ class Checkpoint:
 
     ``architecture`` is the ``model_type`` (GGUF: ``general.architecture``), ``config`` the parsed config.json (GGUF:
     the metadata), ``tensors`` the headers by source name, ``files`` every file that holds weights or configuration.
+    ``vocabulary_bytes`` is about what the tokenizer will take in an artefact.
     """
 
     source: ModelSource
@@ -59,6 +60,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorHeader]
     files: tuple[Path, ...]
+    vocabulary_bytes: int
 
     def load(self, name: str) -> ggml.Floats:
         """One tensor as float32 in its own shape. Raises ``CheckpointError`` for types that hold no weights."""
@@ -184,7 +186,12 @@ def _open_gguf(source: ModelSource) -> Checkpoint:
         for item in header.tensors
     }
     return Checkpoint(
-        source, architecture, MappingProxyType(dict(header.metadata)), MappingProxyType(tensors), (source.path,)
+        source,
+        architecture,
+        MappingProxyType(dict(header.metadata)),
+        MappingProxyType(tensors),
+        (source.path,),
+        header.data_offset,
     )
 
 
@@ -201,7 +208,12 @@ def _open_huggingface(source: ModelSource) -> Checkpoint:
     if not isinstance(architecture, str):
         raise CheckpointError(f"{config_path} has no model_type")
     files = (config_path, *sorted({header.file for header in tensors.values()}))
-    return Checkpoint(source, architecture, MappingProxyType(config), MappingProxyType(tensors), files)
+    tokenizer = source.path / "tokenizer.json"
+    # A GGUF header holds the same texts as tokenizer.json and is of about the same size.
+    vocabulary_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
+    return Checkpoint(
+        source, architecture, MappingProxyType(config), MappingProxyType(tensors), files, vocabulary_bytes
+    )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -75,6 +75,9 @@ class Decision:
     reason: str
 
 
+KEPT_F32 = Decision("F32", "norms and vectors stay F32")
+
+
 @dataclass
 class _Walk:
     """Where the rules are on their way through the tensors, in llama.cpp's order."""
@@ -141,19 +144,26 @@ def tensor_types(
         has_importance=has_importance,
         values_total=sum(_role(name) == "attn_v" for name in by_name),
     )
-    patterns = [(re.compile(pattern), type_name) for pattern, type_name in overrides]
     tied = "output.weight" not in by_name
-    return {name: _decide(mix, by_name[name], walk, patterns, tied=tied) for name in in_quantizer_order(list(by_name))}
+    return {name: _decide(mix, by_name[name], walk, overrides, tied=tied) for name in in_quantizer_order(list(by_name))}
+
+
+def override_for(tensor: WeightShape, overrides: Sequence[tuple[str, str]]) -> Decision | None:
+    """What was asked for this tensor by name, fitted to its rows; None when nothing was. Norms cannot be overridden."""
+    for pattern, type_name in overrides:
+        if is_quantizable(tensor) and re.search(pattern, tensor.name):
+            return _fitting(tensor, Decision(type_name, f"asked for: {pattern}={type_name}"))
+    return None
 
 
 def _decide(
-    mix: Mix, tensor: WeightShape, walk: _Walk, patterns: Sequence[tuple[re.Pattern[str], str]], *, tied: bool
+    mix: Mix, tensor: WeightShape, walk: _Walk, overrides: Sequence[tuple[str, str]], *, tied: bool
 ) -> Decision:
     if not is_quantizable(tensor):
-        return Decision("F32", "norms and vectors stay F32")
-    for pattern, type_name in patterns:
-        if pattern.search(tensor.name):
-            return _fitting(tensor, Decision(type_name, f"asked for: {pattern.pattern}={type_name}"))
+        return KEPT_F32
+    asked = override_for(tensor, overrides)
+    if asked is not None:
+        return asked
     if not ggml.TYPES[mix.default].is_quantized:
         return Decision(mix.default, f"{mix.name} stores all matrices so")
     return _fitting(tensor, _by_role(mix, tensor, walk, tied=tied))

@@ -1,0 +1,259 @@
+"""Writes a GGUF file in one pass: tensors go from the source to their final place, quantised on the way.
+
+The layout is known before the data, so worker threads take slabs of rows, read, convert and quantise them, and write
+them where they belong. Memory is bounded by the workers, not by the model: a slab each. Knows what a plan says of each
+tensor and nothing of why.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFValueType, GGUFWriter
+
+from edgelm.bundle import TensorPlan
+from edgelm.errors import BundleError, CheckpointError
+from edgelm.progress import SILENT, Progress, Stage
+from edgelm.units import format_bytes
+from exporter import ggml
+from exporter.architectures.base import TensorDescription, interleave_rows
+from exporter.checkpoint import Checkpoint, TensorReader, weight_type
+
+SLAB_ELEMENTS = 2**19
+_ALIGNMENT = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Slab:
+    """Rows ``start`` to ``stop`` of one tensor and the place of its first byte in the file."""
+
+    plan: TensorPlan
+    description: TensorDescription
+    start: int
+    stop: int
+    position: int
+    size_bytes: int
+
+
+class _Cancelled(Exception):  # noqa: N818  (not an error: it tells workers to go home)
+    pass
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def write_gguf(
+    path: Path,
+    checkpoint: Checkpoint,
+    descriptions: Sequence[TensorDescription],
+    plans: Sequence[TensorPlan],
+    metadata: Mapping[str, Any],
+    *,
+    threads: int = 0,
+    progress: Progress = SILENT,
+) -> None:
+    """Write ``path`` with the planned tensors of a checkpoint, flushed to disk when this returns.
+
+    ``metadata`` are all keys but ``general.architecture``, which is ``checkpoint.architecture``. ``threads`` of 0 means
+    all usable CPUs. On any exception the file is removed. Raises ``BundleError`` when it cannot be written and
+    ``CheckpointError`` when the source cannot be read or holds NaN or infinity.
+    """
+    by_name = {item.name: item for item in descriptions}
+    try:
+        with _write_errors(path):
+            data_start = _write_header(path, checkpoint.architecture, plans, metadata)
+            slabs = list(_slabs(plans, by_name, data_start))
+            with progress.stage("quantising", sum(slab.size_bytes for slab in slabs), unit="bytes") as stage:
+                _write_slabs(path, checkpoint, slabs, threads or usable_cpus(), stage)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise BundleError(
+                f"no room left while writing {path.name} to {path.parent}: {error.strerror}",
+                hint="free some space or choose another output directory",
+            ) from error
+        raise BundleError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _write_header(path: Path, architecture: str, plans: Sequence[TensorPlan], metadata: Mapping[str, Any]) -> int:
+    """Write everything before the data; the number of bytes written, padding included."""
+    writer = GGUFWriter(path, architecture)
+    try:
+        for key, value in metadata.items():
+            kind, sub_type, plain = _typed_value(key, value)
+            writer.add_key_value(key, plain, kind, sub_type)
+        for plan in plans:
+            dtype = np.dtype(np.float32)  # ignored: raw_dtype says how the tensor is stored
+            writer.add_tensor_info(plan.name, plan.shape, dtype, plan.size_bytes, raw_dtype=ggml.TYPES[plan.type].id)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        end = int(writer.fout[0].tell())
+    finally:
+        writer.close()
+    return _padded(end)
+
+
+def _typed_value(key: str, value: Any) -> tuple[GGUFValueType, GGUFValueType | None, Any]:
+    """The GGUF type of a metadata value, as llama.cpp expects it: counts are uint32, numbers float32."""
+    if isinstance(value, bool):
+        return GGUFValueType.BOOL, None, value
+    if isinstance(value, int):
+        if 0 <= value < 2**32:
+            return GGUFValueType.UINT32, None, value
+        return (GGUFValueType.INT32 if -(2**31) <= value < 0 else GGUFValueType.INT64), None, value
+    if isinstance(value, float):
+        return GGUFValueType.FLOAT32, None, value
+    if isinstance(value, str):
+        return GGUFValueType.STRING, None, value
+    if isinstance(value, (bytes, Mapping)) or not hasattr(value, "__len__"):
+        raise TypeError(f"metadata {key} is of the type {type(value).__name__}")
+    items = value.tolist() if isinstance(value, np.ndarray) else list(value)
+    kinds = {type(item) for item in items}
+    if len(kinds) > 1 or not kinds <= {bool, int, float, str}:
+        raise TypeError(f"metadata {key} is a list of {', '.join(sorted(kind.__name__ for kind in kinds))}")
+    named = {bool: GGUFValueType.BOOL, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
+    return GGUFValueType.ARRAY, named.get(next(iter(kinds), str), GGUFValueType.INT32), items
+
+
+def _padded(size_bytes: int) -> int:
+    return -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _slabs(
+    plans: Sequence[TensorPlan], descriptions: Mapping[str, TensorDescription], data_start: int
+) -> Iterator[_Slab]:
+    position = data_start
+    for plan in plans:
+        description = descriptions[plan.name]
+        columns, rows = plan.shape[-1], math.prod(plan.shape[:-1])
+        if len(plan.shape) == 1 and description.interleave:  # a bias: its numbers are the rows to reorder
+            columns, rows = 1, plan.shape[0]
+        row_bytes = ggml.TYPES[plan.type].row_bytes(columns)
+        group = description.interleave or 1
+        step = max(1, SLAB_ELEMENTS // (columns * group)) * group
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            size_bytes = (stop - start) * row_bytes
+            yield _Slab(plan, description, start, stop, position + start * row_bytes, size_bytes)
+        position = _padded(position + plan.size_bytes)
+
+
+def _write_slabs(path: Path, checkpoint: Checkpoint, slabs: Sequence[_Slab], threads: int, stage: Stage) -> None:
+    descriptor = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+    try:
+        os.ftruncate(descriptor, max(_padded(slab.position + slab.size_bytes) for slab in slabs))
+        with TensorReader() as reader:
+            for file in {header.file for header in checkpoint.tensors.values()}:
+                reader.open(file)
+            _run(_Worker(checkpoint, reader, descriptor), slabs, threads, stage)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _run(worker: _Worker, slabs: Sequence[_Slab], threads: int, stage: Stage) -> None:
+    """All slabs over a pool of threads. The first failure, or Ctrl-C, stops every worker before its next slab."""
+    pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="quantise")
+    futures: dict[Future[None], _Slab] = {}
+    try:
+        futures = {pool.submit(worker.write, slab): slab for slab in slabs}
+        for future in as_completed(futures):
+            future.result()
+            stage.advance(futures[future].size_bytes)
+    finally:
+        worker.cancelled.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Worker:
+    """What each thread does with a slab. Buffers belong to threads and are reused, descriptors are shared."""
+
+    def __init__(self, checkpoint: Checkpoint, reader: TensorReader, descriptor: int) -> None:
+        self._checkpoint, self._reader, self._descriptor = checkpoint, reader, descriptor
+        self._buffers = threading.local()
+        self.cancelled = threading.Event()
+
+    def write(self, slab: _Slab) -> None:
+        """Read, convert, quantise and write one slab. Raises ``CheckpointError`` or ``OSError``."""
+        if self.cancelled.is_set():
+            raise _Cancelled
+        data = self._data(slab)
+        view, position = data.data, slab.position
+        while len(view):
+            count = os.pwrite(self._descriptor, view, position)
+            view, position = view[count:], position + count
+
+    def _data(self, slab: _Slab) -> ggml.Bytes:
+        if slab.description.values is not None:
+            return np.frombuffer(slab.description.values.tobytes(), dtype=np.uint8)
+        header = self._checkpoint.tensors[slab.description.source_name]
+        source_type = weight_type(header)
+        rows = slab.stop - slab.start
+        columns = header.elements // max(1, self._rows(slab))
+        row_bytes = ggml.TYPES[source_type].row_bytes(columns)
+        size_bytes = rows * row_bytes
+        raw = self._reader.read(header, slab.start * row_bytes, size_bytes, self._buffer("raw", size_bytes))
+        if slab.description.interleave:
+            raw = interleave_rows(raw.reshape(rows, row_bytes), slab.description.interleave).reshape(-1)
+        if source_type == slab.plan.type:
+            if not ggml.is_valid(raw, source_type):
+                raise _not_finite(header.name)
+            return raw
+        floats = self._buffer("floats", 4 * rows * columns).view(np.float32)
+        ggml.dequantize(raw, source_type, rows * columns, floats)
+        if not (math.isfinite(floats.min()) and math.isfinite(floats.max())):  # NaN goes through min and max
+            raise _not_finite(header.name)
+        out = self._buffer("out", slab.size_bytes)
+        return ggml.quantize(floats.reshape(rows, columns), slab.plan.type, out)
+
+    @staticmethod
+    def _rows(slab: _Slab) -> int:
+        shape = slab.plan.shape
+        return shape[0] if len(shape) == 1 and slab.description.interleave else math.prod(shape[:-1])
+
+    def _buffer(self, name: str, size_bytes: int) -> ggml.Bytes:
+        held: ggml.Bytes | None = getattr(self._buffers, name, None)
+        if held is None or held.nbytes < size_bytes:
+            held = np.empty(size_bytes, dtype=np.uint8)
+            setattr(self._buffers, name, held)
+        return held[:size_bytes]
+
+
+def _not_finite(name: str) -> CheckpointError:
+    return CheckpointError(
+        f"tensor {name} holds NaN or infinity", hint="the checkpoint is damaged or was trained badly"
+    )
+
+
+def check_room(directory: Path, size_bytes: int) -> None:
+    """Refuse to start what cannot be finished. Raises ``BundleError`` with the numbers."""
+    parent = next(item for item in (directory, *directory.absolute().parents) if item.exists())
+    status = os.statvfs(parent)
+    free_bytes = status.f_bavail * status.f_frsize
+    if size_bytes > free_bytes:
+        raise BundleError(
+            f"the bundle needs {format_bytes(size_bytes)} and {parent} has {format_bytes(free_bytes)} left",
+            hint="free some space or choose another output directory",
+        )

@@ -1,0 +1,63 @@
+"""What was typed for an export, checked for sense but not yet resolved against a model or a device."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from edgelm.errors import UsageError
+from exporter import ggml
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """The options of ``edgelm export`` and ``edgelm plan``. None means: not asked for.
+
+    ``type_overrides`` are (regular expression on GGUF tensor names, type). ``evaluation`` is a text file that replaces
+    the built-in evaluation text.
+    """
+
+    source: str
+    target: str = "host"
+    format: Literal["auto", "gguf"] = "auto"
+    quant: str = "auto"
+    context: int | None = None
+    type_overrides: tuple[tuple[str, str], ...] = ()
+    max_ram_bytes: int | None = None
+    max_artifact_bytes: int | None = None
+    min_decode_tps: float | None = None
+    max_kl: float | None = None
+    evaluation: Path | None = None
+    verify: bool = True
+
+
+def parse_type_override(text: str) -> tuple[str, str]:
+    """(pattern, type) of ``PATTERN=TYPE``. Raises ``UsageError`` naming the part that makes no sense."""
+    pattern, separator, type_name = text.rpartition("=")
+    if not separator or not pattern:
+        raise UsageError(f"'{text}' is not PATTERN=TYPE", hint="write for example 'ffn_down=Q6_K'")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"'{pattern}' is no regular expression: {error}") from error
+    kind = ggml.type_named(type_name)
+    if not kind.quantizable:
+        raise UsageError(f"nothing can be quantised to {kind.name}")
+    return pattern, kind.name
+
+
+def check_options(options: ExportOptions) -> None:
+    """Refuse contradictions before any work is done. Raises ``UsageError``."""
+    if options.max_kl is not None and not options.verify:
+        raise UsageError("--max-kl needs the proof that --no-verify leaves out")
+    if options.evaluation is not None and not options.verify:
+        raise UsageError("--eval has no use with --no-verify")
+    if options.evaluation is not None and not options.evaluation.is_file():
+        raise UsageError(f"--eval: {options.evaluation} is no file")
+    for name, value in (("--max-kl", options.max_kl), ("--min-decode-tps", options.min_decode_tps)):
+        if value is not None and not value > 0:
+            raise UsageError(f"{name} must be above zero, not {value}")
+    if options.context is not None and options.context < 1:
+        raise UsageError(f"--context must be at least 1, not {options.context}")

@@ -1,0 +1,309 @@
+"""From options, a checkpoint's headers and a target to a plan: every tensor's type, sizes, predictions, reasons.
+
+Pure functions: nothing is read, loaded or written here. ``resolve`` decides, ``candidates`` shows what it chose from.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from edgelm.bundle import Choice, ExportPlan, Prediction, TensorPlan
+from edgelm.errors import DoesNotFitError, UsageError
+from edgelm.units import format_bytes
+from exporter import ggml, mixes
+from exporter.architectures import describe
+from exporter.architectures.base import ModelDescription, TensorDescription
+from exporter.checkpoint import Checkpoint, weight_type
+from exporter.options import ExportOptions
+from targets.predict import RunSettings, predict
+from targets.profile import TargetProfile
+from targets.workload import TypedWeights, Workload
+
+COPY = "COPY"
+CANDIDATES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_NL", "Q4_0", "IQ4_XS", "Q3_K_M", "Q3_K_S", "Q2_K")
+DEFAULT_CONTEXT = 4096
+LEAST_CONTEXT = 1024
+ALIGNMENT = 32
+# A mix within this share of the best bits per weight may win by speed: the difference in quality is small there.
+NEAR_BITS = 0.9
+_FLOAT_FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A plan that could be carried out, whether it keeps all limits, and why (not)."""
+
+    plan: ExportPlan
+    eligible: bool
+    reason: str
+
+
+def resolve(options: ExportOptions, checkpoint: Checkpoint, profile: TargetProfile) -> ExportPlan:
+    """Decide everything about an export.
+
+    Raises ``UsageError`` for options that make no sense here, ``CheckpointError`` for checkpoints that cannot be
+    exported and ``DoesNotFitError`` (with numbers, and with what would fit) when a limit would be missed.
+    """
+    description = describe(checkpoint)
+    if options.quant.lower() == "auto":
+        return choose(candidates(options, checkpoint, profile), profile).plan
+    plan = _plan(options, options.quant, checkpoint, description, profile)
+    missed = _missed_limits(options, plan)
+    if not missed:
+        return plan
+    others = candidates(replace(options, quant="auto"), checkpoint, profile)
+    raise DoesNotFitError(f"{plan.quant} on {profile.name}: {'; '.join(missed)}", hint=_nearest(others))
+
+
+def candidates(options: ExportOptions, checkpoint: Checkpoint, profile: TargetProfile) -> list[Candidate]:
+    """What an export could become, most bits per weight first.
+
+    A source that is quantised already is offered as it stands (``COPY``), and nothing with more bits than it has.
+    """
+    description = describe(checkpoint)
+    names = list(CANDIDATES) if options.quant.lower() == "auto" else [options.quant]
+    limit_bits = math.inf
+    if options.quant.lower() == "auto" and _is_quantized(checkpoint, description):
+        names.insert(0, COPY)
+        limit_bits = _plan(options, COPY, checkpoint, description, profile).bits_per_weight
+    found = []
+    for name in names:
+        plan = _plan(options, name, checkpoint, description, profile)
+        if plan.bits_per_weight <= limit_bits:
+            missed = _missed_limits(options, plan)
+            found.append(Candidate(plan, not missed, "; ".join(missed) or plan.predicted.fit_reason))
+    return sorted(found, key=lambda item: -item.plan.bits_per_weight)
+
+
+def choose(found: Sequence[Candidate], profile: TargetProfile) -> Candidate:
+    """The best candidate: most bits per weight, unless one with nearly as many is faster here.
+
+    Candidates that would page weights from storage are taken only when nothing fits. Raises ``DoesNotFitError``.
+    """
+    eligible = [item for item in found if item.eligible]
+    if not eligible:
+        raise DoesNotFitError(f"nothing fits on {profile.name}: {found[-1].reason}", hint=_nearest(found))
+    fitting = [item for item in eligible if item.plan.predicted.fits == "fits"]
+    if not fitting:
+        best = min(eligible, key=lambda item: item.plan.artifact_bytes)
+        return _with_note(best, f"auto: {best.plan.quant}, the smallest, since nothing fits into memory")
+    most = max(item.plan.bits_per_weight for item in fitting)
+    near = [item for item in fitting if item.plan.bits_per_weight >= NEAR_BITS * most]
+    best = max(near, key=lambda item: (item.plan.predicted.decode_tps or 0.0, item.plan.bits_per_weight))
+    told = f"auto: {best.plan.quant} keeps {best.plan.bits_per_weight:.2f} bits per weight, {len(fitting)} mixes fit"
+    if best.plan.bits_per_weight < most:
+        told += f"; the most were {most:.2f}, but this one is faster on {profile.name}"
+    return _with_note(best, told)
+
+
+def _with_note(candidate: Candidate, note: str) -> Candidate:
+    plan = candidate.plan.model_copy(update={"notes": (*candidate.plan.notes, note)})
+    return Candidate(plan, candidate.eligible, note)
+
+
+def _nearest(found: Sequence[Candidate]) -> str:
+    eligible = [item.plan for item in found if item.eligible]
+    if eligible:
+        named = ", ".join(f"{plan.quant} ({format_bytes(plan.artifact_bytes)})" for plan in eligible[:3])
+        return f"these would do: {named}"
+    smallest = min((item.plan for item in found), key=lambda plan: plan.artifact_bytes)
+    needs = f"{format_bytes(smallest.artifact_bytes)}, {format_bytes(smallest.predicted.ram_bytes)} of RAM"
+    return f"the smallest is {smallest.quant} ({needs}); a shorter --context or a larger target may help"
+
+
+def _missed_limits(options: ExportOptions, plan: ExportPlan) -> list[str]:
+    predicted, missed = plan.predicted, []
+    if predicted.fits == "no":
+        missed.append(f"does not fit: {predicted.fit_reason}")
+    if options.max_ram_bytes is not None and predicted.ram_bytes > options.max_ram_bytes:
+        missed.append(f"{_size(predicted.ram_bytes)} of RAM, --max-ram is {_size(options.max_ram_bytes)}")
+    if options.max_artifact_bytes is not None and plan.artifact_bytes > options.max_artifact_bytes:
+        missed.append(f"{_size(plan.artifact_bytes)} on disk, --max-bytes is {_size(options.max_artifact_bytes)}")
+    if options.min_decode_tps is not None and (predicted.decode_tps or 0.0) < options.min_decode_tps:
+        told = "unknown" if predicted.decode_tps is None else f"{predicted.decode_tps:.1f}"
+        missed.append(f"{told} tokens/s expected, --min-decode-tps is {options.min_decode_tps:g}")
+    return missed
+
+
+def _size(size_bytes: int) -> str:
+    return f"{format_bytes(size_bytes)} ({size_bytes} bytes)"
+
+
+def _is_quantized(checkpoint: Checkpoint, description: ModelDescription) -> bool:
+    headers = (checkpoint.tensors[item.source_name] for item in description.tensors if item.values is None)
+    return any(ggml.TYPES[weight_type(header)].is_quantized for header in headers)
+
+
+def _plan(
+    options: ExportOptions, quant: str, checkpoint: Checkpoint, description: ModelDescription, profile: TargetProfile
+) -> ExportPlan:
+    name = quant.upper() if quant.upper() == COPY else mixes.mix_named(quant).name
+    tensors = _tensor_plans(options, name, checkpoint, description)
+    data_bytes = sum(-(-item.size_bytes // ALIGNMENT) * ALIGNMENT for item in tensors)
+    artifact_bytes = data_bytes + checkpoint.vocabulary_bytes + 4096 + 96 * len(tensors)
+    workload = _workload(description, tensors, artifact_bytes)
+    context, prediction = _context(options, description, workload, profile)
+    return ExportPlan(
+        target=profile.label,
+        format="gguf",
+        quant=name,
+        architecture=checkpoint.architecture,
+        parameters=description.parameters,
+        bits_per_weight=8 * sum(item.size_bytes for item in tensors) / description.parameters,
+        artifact_bytes=artifact_bytes,
+        context=context,
+        threads_decode=profile.threads_decode,
+        threads_prefill=profile.threads_prefill,
+        tensors=tensors,
+        predicted=prediction,
+        notes=_notes(name, checkpoint, description, tensors),
+    )
+
+
+def _notes(
+    quant: str, checkpoint: Checkpoint, description: ModelDescription, tensors: Sequence[TensorPlan]
+) -> tuple[str, ...]:
+    notes = []
+    if quant != COPY and _is_quantized(checkpoint, description):
+        notes.append("the source is quantised already; its losses stay and those of this export are added to them")
+    replaced = sum("no multiple" in item.reason for item in tensors)
+    if replaced:
+        notes.append(f"{replaced} of {len(tensors)} tensors have rows that do not fit their type and take another one")
+    return tuple(notes)
+
+
+def _tensor_plans(
+    options: ExportOptions, quant: str, checkpoint: Checkpoint, description: ModelDescription
+) -> tuple[TensorPlan, ...]:
+    by_name = {item.name: item for item in description.tensors}
+    decisions = _decisions(options, quant, checkpoint, description)
+    return tuple(_tensor_plan(by_name[name], decisions[name]) for name in mixes.in_quantizer_order(list(by_name)))
+
+
+def _tensor_plan(tensor: TensorDescription, decision: mixes.Decision) -> TensorPlan:
+    rows = math.prod(tensor.shape[:-1])
+    return TensorPlan(
+        name=tensor.name,
+        source_name=tensor.source_name,
+        shape=tensor.shape,
+        type=decision.type,
+        size_bytes=rows * ggml.TYPES[decision.type].row_bytes(tensor.shape[-1]),
+        reason=decision.reason,
+    )
+
+
+def _decisions(
+    options: ExportOptions, quant: str, checkpoint: Checkpoint, description: ModelDescription
+) -> Mapping[str, mixes.Decision]:
+    weights = [mixes.WeightShape(item.name, item.shape) for item in description.tensors]
+    _check_overrides(options, weights)
+    if quant == COPY:
+        return _copied(options, checkpoint, description)
+    mix, dimensions = mixes.mix_named(quant), description.dimensions
+    decisions = mixes.tensor_types(
+        mix,
+        weights,
+        layers=dimensions.layers,
+        heads=dimensions.heads,
+        kv_heads=dimensions.kv_heads,
+        overrides=options.type_overrides,
+    )
+    lacking = mixes.lacking_importance(mix, {name: item.type for name, item in decisions.items()})
+    if lacking is not None:
+        raise UsageError(
+            f"{mix.name} stores {lacking} as {decisions[lacking].type}, which is useless without an importance matrix",
+            hint="this version cannot compute one; choose Q3_K_M, IQ4_XS or a mix of more bits",
+        )
+    return decisions
+
+
+def _check_overrides(options: ExportOptions, weights: Sequence[mixes.WeightShape]) -> None:
+    for pattern, type_name in options.type_overrides:
+        if not any(re.search(pattern, item.name) and mixes.is_quantizable(item) for item in weights):
+            raise UsageError(
+                f"--type '{pattern}={type_name}' fits no tensor that can be quantised",
+                hint="names are GGUF's, as blk.0.ffn_down.weight; edgelm export --dry-run --json lists them",
+            )
+
+
+def _copied(options: ExportOptions, checkpoint: Checkpoint, description: ModelDescription) -> dict[str, mixes.Decision]:
+    """Every tensor in the type that the source has it in, apart from what was asked for by name."""
+    decisions = {}
+    for item in description.tensors:
+        shape = mixes.WeightShape(item.name, item.shape)
+        asked = mixes.override_for(shape, options.type_overrides)
+        if asked is not None:
+            decisions[item.name] = asked
+        elif not mixes.is_quantizable(shape):
+            decisions[item.name] = mixes.KEPT_F32
+        else:
+            decisions[item.name] = mixes.Decision(weight_type(checkpoint.tensors[item.source_name]), "as in the source")
+    return decisions
+
+
+def _workload(description: ModelDescription, tensors: Sequence[TensorPlan], artifact_bytes: int) -> Workload:
+    dimensions = description.dimensions
+    groups: dict[str, tuple[int, int]] = {}
+    lookup = None
+    for item in tensors:
+        parameters = math.prod(item.shape)
+        if item.name == "token_embd.weight" and not dimensions.tied:
+            lookup = TypedWeights(item.type, parameters, item.size_bytes)
+            continue
+        count, size_bytes = groups.get(item.type, (0, 0))
+        groups[item.type] = (count + parameters, size_bytes + item.size_bytes)
+    return Workload(
+        format="gguf",
+        architecture=description.architecture,
+        parameters=description.parameters,
+        file_bytes=artifact_bytes,
+        weights=tuple(TypedWeights(name, *sizes) for name, sizes in groups.items()),
+        lookup=lookup,
+        layers=dimensions.layers,
+        hidden=dimensions.hidden,
+        vocabulary=dimensions.vocabulary,
+        kv_elements_per_token=2 * dimensions.layers * dimensions.kv_heads * dimensions.head_size,
+    )
+
+
+def _context(
+    options: ExportOptions, description: ModelDescription, workload: Workload, profile: TargetProfile
+) -> tuple[Choice, Prediction]:
+    """The context and the prediction at it: as asked for, else the default, halved while that does not fit."""
+    trained = description.dimensions.context_trained
+    if options.context is not None:
+        if options.context > trained:
+            raise UsageError(
+                f"--context {options.context} is more than the {trained} tokens that the model was trained for",
+                hint=f"choose at most {trained}",
+            )
+        choice = Choice(value=options.context, reason="asked for")
+        return choice, predict(workload, profile, RunSettings(context=options.context))
+    context = min(trained, DEFAULT_CONTEXT)
+    reason = f"the model was trained for {trained}" if context == trained else f"default; trained for {trained}"
+    prediction = predict(workload, profile, RunSettings(context=context))
+    while not _fits(options, prediction) and context // 2 >= LEAST_CONTEXT:
+        context //= 2
+        reason = f"more does not fit; trained for {trained}"
+        prediction = predict(workload, profile, RunSettings(context=context))
+    return Choice(value=context, reason=reason), prediction
+
+
+def _fits(options: ExportOptions, prediction: Prediction) -> bool:
+    within = options.max_ram_bytes is None or prediction.ram_bytes <= options.max_ram_bytes
+    return within and prediction.fits == "fits"
+
+
+def file_type(plan: ExportPlan) -> int:
+    """llama.cpp's number for ``general.file_type``; for a copy, that of the type that holds most parameters."""
+    if plan.quant != COPY:
+        return mixes.mix_named(plan.quant).file_type
+    held: dict[str, int] = {}
+    for item in plan.tensors:
+        held[item.type] = held.get(item.type, 0) + math.prod(item.shape)
+    most = max(held, key=lambda name: held[name])
+    by_default = {mix.default: mix.file_type for mix in reversed(list(mixes.MIXES.values()))}
+    return _FLOAT_FILE_TYPES.get(most, by_default.get(most, 1024))
