@@ -1,0 +1,159 @@
+"""A model ready to answer: engine, tokenizer, chat template and stop tokens, from a bundle or a bare GGUF file.
+
+``run``, ``serve`` and ``bench`` all open models here, so they agree on contexts, names and ends of answers. Knows
+where things are stored; neither how they are made nor how answers are shown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgelm.bundle import MANIFEST_NAME, Bundle, Manifest, open_bundle
+from edgelm.errors import BundleError, UsageError
+from runtime.chat import ChatTemplate, Message
+from runtime.engine import Engine, EngineOptions
+from runtime.engines.llamacpp import LlamaVocabulary, load_engine
+from runtime.gguf_header import GGUFHeader, read_gguf_header
+from runtime.tokenizer import GgufTokenizer, JsonTokenizer, TextTokenizer
+
+DEFAULT_CONTEXT = 4096  # of a bare GGUF file, when it was trained for as much
+TOKENIZER_NAME = "tokenizer.json"
+TEMPLATE_NAME = "chat_template.jinja"
+GENERATION_NAME = "generation_config.json"
+_SMALL_FILE_BYTES = 2**20
+_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """Everything that answering needs. ``bos`` is the token that plain text has to start with, None for most models.
+
+    ``artifact`` is the model file, ``manifest`` None for a bare one, ``chat_template`` None for base models.
+    """
+
+    name: str
+    artifact: Path
+    engine: Engine
+    tokenizer: TextTokenizer
+    chat_template: ChatTemplate | None
+    stop_tokens: frozenset[int]
+    bos: int | None
+    manifest: Manifest | None
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation up to the place where the assistant answers.
+
+        Raises ``UsageError`` when the model has no chat template or the template refuses the messages.
+        """
+        if self.chat_template is None:
+            raise UsageError(f"{self.name} has no chat template", hint="it completes text: use a plain prompt")
+        return self.tokenizer.encode(self.chat_template.render(messages))
+
+    def text_prompt(self, text: str) -> list[int]:
+        """Token ids of plain text to continue; special tokens written in it are not recognised."""
+        ids = self.tokenizer.encode(text, special=False)
+        return ids if self.bos is None else [self.bos, *ids]
+
+    def close(self) -> None:
+        """Free the engine."""
+        self.engine.close()
+
+
+def artifact_of(path: Path, *, check_hashes: bool = True) -> tuple[Path, Bundle | None]:
+    """The model file behind a bundle directory or a bare ``.gguf``, and the bundle if it is one.
+
+    Raises ``BundleError`` when it is neither, or when the bundle is damaged.
+    """
+    if path.is_dir():
+        bundle = open_bundle(path, check_hashes=check_hashes)
+        if bundle.manifest.format != "gguf":
+            raise BundleError(f"{path} holds a model in {bundle.manifest.format} format, which cannot be run yet")
+        return bundle.artifact_path, bundle
+    if not path.exists():
+        raise BundleError(f"{path} does not exist", hint="give a bundle directory or a .gguf file")
+    if path.name == MANIFEST_NAME:
+        raise BundleError(f"{path} is a manifest", hint=f"give its directory: {path.parent}")
+    return path, None
+
+
+def open_model(path: Path, options: EngineOptions) -> LoadedModel:
+    """Load a bundle directory or a bare ``.gguf`` file.
+
+    ``options.context`` of 0 means: what the bundle's plan chose, or for a bare file what the model was trained for,
+    at most ``DEFAULT_CONTEXT``. Raises ``BundleError``, ``UsageError`` and ``EngineError``.
+    """
+    artifact, bundle = artifact_of(path)
+    header = read_gguf_header(artifact)
+    if options.context == 0:
+        options = replace(options, context=_default_context(header, bundle))
+    template = _chat_template(header, bundle)
+    tokenizer_path = bundle.file(TOKENIZER_NAME) if bundle else None
+    tokenizer: TextTokenizer | None = JsonTokenizer(tokenizer_path) if tokenizer_path else None
+    engine = load_engine(artifact, options)
+    vocabulary = engine.vocabulary
+    return LoadedModel(
+        name=bundle.manifest.name if bundle else artifact.stem,
+        artifact=artifact,
+        engine=engine,
+        tokenizer=tokenizer or GgufTokenizer(vocabulary),
+        chat_template=template,
+        stop_tokens=_stop_tokens(vocabulary, bundle),
+        bos=vocabulary.bos if vocabulary.adds_bos and vocabulary.bos >= 0 else None,
+        manifest=bundle.manifest if bundle else None,
+    )
+
+
+def _default_context(header: GGUFHeader, bundle: Bundle | None) -> int:
+    if bundle is not None:
+        return int(bundle.manifest.plan.context.value)
+    trained = header.metadata.get(f"{header.metadata.get('general.architecture')}.context_length")
+    return min(trained, DEFAULT_CONTEXT) if isinstance(trained, int) and trained > 0 else DEFAULT_CONTEXT
+
+
+def _chat_template(header: GGUFHeader, bundle: Bundle | None) -> ChatTemplate | None:
+    path = bundle.file(TEMPLATE_NAME) if bundle else None
+    source = _small_text(path) if path else header.metadata.get("tokenizer.chat_template")
+    return ChatTemplate(source, special_token_texts(header.metadata)) if isinstance(source, str) and source else None
+
+
+def special_token_texts(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """``bos_token``, ``eos_token`` ... as chat templates know them, from a GGUF's metadata."""
+    tokens = metadata.get("tokenizer.ggml.tokens", ())
+    texts: dict[str, str] = {}
+    for name, key in _SPECIAL.items():
+        token = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(token, int) and 0 <= token < len(tokens):
+            texts[name] = str(tokens[token])
+    return texts
+
+
+def _stop_tokens(vocabulary: LlamaVocabulary, bundle: Bundle | None) -> frozenset[int]:
+    """What llama.cpp takes for an end of generation, and what the source's generation config names."""
+    path = bundle.file(GENERATION_NAME) if bundle else None
+    return vocabulary.end_of_generation() | (generation_end(path) if path else frozenset())
+
+
+def generation_end(path: Path) -> frozenset[int]:
+    """``eos_token_id`` of a ``generation_config.json``: one id, several or none. Raises ``BundleError``."""
+    try:
+        document = json.loads(_small_text(path))
+    except ValueError as error:
+        raise BundleError(f"{path} is not JSON: {error}", hint="export the bundle again") from error
+    ids = document.get("eos_token_id") if isinstance(document, dict) else None
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(token, int) and token >= 0 for token in listed):
+        raise BundleError(f"{path}: eos_token_id is neither a token id nor a list of them: {ids!r}")
+    return frozenset(listed)
+
+
+def _small_text(path: Path) -> str:
+    if path.stat().st_size > _SMALL_FILE_BYTES:
+        raise BundleError(f"{path} has more than {_SMALL_FILE_BYTES} bytes")
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise BundleError(f"{path} is not UTF-8 text") from error
