@@ -1,0 +1,232 @@
+"""Continuous batching in its simple form: one engine call per step for every sequence that has something to compute.
+
+Each step gives every running sequence its next token and spends what is left of the batch on prompts that wait,
+in pieces, so that running streams keep their pace. Synchronous and single-threaded; the worker drives it. The meaning
+of a generation (sampling, stop strings, text) is that of ``runtime.generate``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from edgelm.errors import EngineError
+from runtime.engine import Chunk, Engine, Logits
+from runtime.generate import FinishReason, GenerationRequest, Session, TokenEvent, TokenText
+from runtime.sampling import Sampler
+from runtime.server.metrics import Metrics
+from runtime.tokenizer import TextTokenizer
+
+BATCH_TOKENS = 512
+SHARED_PREFILL_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Ends a job that the engine or the server could not finish."""
+
+    message: str
+
+
+JobEvent = TokenEvent | Failure
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One generation from its submission on. ``cancelled`` may be set by anybody; the rest belongs to the worker.
+
+    ``deliver`` is called in the worker's thread and must not block. Times are those of ``time.monotonic``.
+    """
+
+    request: GenerationRequest
+    deliver: Callable[[JobEvent], None]
+    submitted_s: float = field(default_factory=time.monotonic)
+    admitted_s: float | None = None
+    cancelled: bool = False
+
+    @property
+    def queue_s(self) -> float:
+        """Seconds between submission and admission, 0 while queued."""
+        return 0.0 if self.admitted_s is None else self.admitted_s - self.submitted_s
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """A job on its sequence. ``pending`` are the tokens to compute next: what is left of the prompt, or one token."""
+
+    job: Job
+    session: Session
+    sampler: Sampler
+    text: TokenText
+    pending: Sequence[int]
+    cached_tokens: int
+    index: int = 0
+    last_token_s: float = 0.0
+
+
+class Scheduler:
+    """Runs up to ``engine.info.sequences`` jobs together. Sequences keep their tokens afterwards, as a prefix cache."""
+
+    def __init__(
+        self, engine: Engine, tokenizer: TextTokenizer, metrics: Metrics, *, batch_tokens: int = BATCH_TOKENS
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._batch_tokens = batch_tokens
+        self._free = [Session(engine, sequence) for sequence in range(engine.info.sequences)]
+        self._runs: list[_Run] = []
+        self.mean_job_s = 1.0
+
+    @property
+    def running(self) -> int:
+        return len(self._runs)
+
+    @property
+    def has_room(self) -> bool:
+        return bool(self._free)
+
+    def runs_only(self, job: Job) -> bool:
+        """Whether ``job`` is running and no other; may be asked from any thread."""
+        return [run.job for run in self._runs] == [job]
+
+    def admit(self, job: Job) -> None:
+        """Give a job the free sequence where the least is lost: what it holds that the job does not share."""
+        prompt = job.request.prompt
+        session = min(self._free, key=lambda free: len(free.tokens) - 2 * _common_prefix(free.tokens, prompt))
+        # The last token of the prompt is always computed, because its logits choose the first answer token.
+        cached = min(_common_prefix(session.tokens, prompt), len(prompt) - 1)
+        try:
+            self._engine.truncate(cached, session.sequence)
+        except EngineError:
+            # Recurrent models cannot go back to the middle of a sequence; what is left of it is what counts.
+            cached = self._engine.length(session.sequence)
+        del session.tokens[cached:]
+        self._free.remove(session)
+        job.admitted_s = time.monotonic()
+        self._metrics.queue_wait_s.observe(job.queue_s)
+        self._metrics.cached_tokens.inc(cached)
+        sampler, text = Sampler(job.request.sampling), TokenText(self._tokenizer, job.request.stop)
+        self._runs.append(_Run(job, session, sampler, text, prompt[cached:], cached))
+
+    def step(self) -> None:
+        """End what was cancelled, compute one batch, deliver its tokens.
+
+        Raises ``EngineError``; after an ``EngineInterruptedError`` the step can simply be repeated.
+        """
+        for run in [run for run in self._runs if run.job.cancelled]:
+            self._end(run, None, run.text.finish()[0], "cancelled")
+        batch = self._batch()
+        if not batch:
+            return
+        logits = self._engine.forward([chunk for _, chunk in batch])
+        self._metrics.batch_tokens.observe(sum(len(chunk.tokens) for _, chunk in batch))
+        rows = iter(logits)
+        for run, chunk in batch:
+            run.session.tokens.extend(chunk.tokens)
+            run.pending = run.pending[len(chunk.tokens) :]
+            if run.index == 0:
+                self._metrics.prefill_tokens.inc(len(chunk.tokens))
+            if chunk.logits == "last":
+                self._take(run, next(rows))
+
+    def fail(self, failure: Failure) -> None:
+        """End every running job with ``failure``. What the sequences hold is unknown then, so they start afresh."""
+        for run in list(self._runs):
+            self._fail_one(run, failure.message)
+        for session in self._free:
+            self._engine.truncate(0, session.sequence)
+            session.tokens.clear()
+
+    def _batch(self) -> list[tuple[_Run, Chunk]]:
+        """Every run that decodes gets its token, then prompts in order of admission get what is left."""
+        decoding = [run for run in self._runs if run.index > 0]
+        room = self._batch_tokens - len(decoding)
+        if decoding:
+            room = min(room, SHARED_PREFILL_TOKENS)
+        batch = [(run, Chunk(run.session.sequence, run.pending, "last")) for run in decoding]
+        for run in self._runs:
+            if run.index == 0 and room > 0:
+                piece = run.pending[:room]
+                room -= len(piece)
+                wanted: Literal["none", "last"] = "last" if len(piece) == len(run.pending) else "none"
+                batch.append((run, Chunk(run.session.sequence, piece, wanted)))
+        return batch
+
+    def _take(self, run: _Run, row: Logits) -> None:
+        """Choose a token from one row of logits and deliver what comes of it, by the rules of ``generate``."""
+        self._observe_token(run)
+        request, session = run.job.request, run.session
+        try:
+            token = run.sampler.pick(row, session.tokens)
+        except EngineError as error:
+            self._fail_one(run, error.message)
+            return
+        if token in request.stop_tokens:
+            self._end(run, None, run.text.finish()[0], "stop")
+            return
+        piece, stopped = run.text.push(token)
+        full = run.index + 1 == request.max_tokens or len(session.tokens) == self._engine.info.context
+        if full and not stopped:
+            rest, stopped = run.text.finish()
+            piece += rest
+        if stopped or full:
+            self._end(run, token, piece, "stop" if stopped else "length")
+            return
+        self._deliver(run, token, piece, None)
+        run.pending = (token,)
+
+    def _observe_token(self, run: _Run) -> None:
+        now = time.monotonic()
+        if run.index == 0:
+            self._metrics.ttft_s.observe(now - run.job.submitted_s)
+        else:
+            self._metrics.inter_token_s.observe(now - run.last_token_s)
+        run.last_token_s = now
+
+    def _fail_one(self, run: _Run, message: str) -> None:
+        """End a job whose own logits were of no use; its sequence starts afresh."""
+        self._release(run)
+        self._engine.truncate(0, run.session.sequence)
+        run.session.tokens.clear()
+        self._metrics.generations.labels("failed").inc()
+        run.job.deliver(Failure(message))
+
+    def _end(self, run: _Run, token: int | None, text: str, reason: FinishReason) -> None:
+        self._release(run)
+        self._metrics.generations.labels(reason).inc()
+        self._deliver(run, token, text, reason)
+
+    def _release(self, run: _Run) -> None:
+        self._runs.remove(run)
+        self._free.append(run.session)
+        if run.job.admitted_s is not None:
+            self.mean_job_s += 0.2 * (time.monotonic() - run.job.admitted_s - self.mean_job_s)
+
+    def _deliver(self, run: _Run, token: int | None, text: str, reason: FinishReason | None) -> None:
+        job = run.job
+        now = time.monotonic()
+        if token is not None:
+            self._metrics.decode_tokens.inc()
+        job.deliver(
+            TokenEvent(
+                token=token,
+                text=text,
+                index=run.index,
+                elapsed_s=now - job.submitted_s,
+                prefill_s=now - job.admitted_s if run.index == 0 and job.admitted_s is not None else None,
+                cached_tokens=run.cached_tokens,
+                finish_reason=reason,
+            )
+        )
+        run.index += 1
+
+
+def _common_prefix(held: Sequence[int], prompt: Sequence[int]) -> int:
+    """Number of leading tokens that both share."""
+    for index, (left, right) in enumerate(zip(held, prompt, strict=False)):
+        if left != right:
+            return index
+    return min(len(held), len(prompt))
