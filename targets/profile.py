@@ -51,8 +51,9 @@ class Cores(Record):
 class Memory(Record):
     """Memory that holds weights and cache: RAM of a CPU or a unified machine, VRAM of a graphics card.
 
-    ``variants_bytes`` are the sizes that the device is sold with. Bandwidths in bytes per second; ``effective`` is
-    what token generation sustains at the best thread count, None when it is left to the calibration. ``per_core`` is
+    ``variants_bytes`` are the sizes that the device is sold with. The system keeps ``reserved_share`` of the size
+    (machines whose GPU may use a part of the RAM) and ``reserved_bytes``. Bandwidths in bytes per second: ``effective``
+    is what token generation sustains at the best thread count, None when it is left to the calibration. ``per_core`` is
     what one fast core can draw. ``by_threads`` gives the share of ``effective`` at 1, 2, 3 ... threads for devices
     on which more threads cost speed.
     """
@@ -61,6 +62,7 @@ class Memory(Record):
     variants_bytes: tuple[int, ...] = Field(min_length=1)
     default_bytes: int = Field(gt=0)
     reserved_bytes: Figure
+    reserved_share: Figure | None = None
     theoretical: Figure | None = None
     effective: Figure | None = None
     per_core: Figure | None = None
@@ -117,7 +119,8 @@ class TargetProfile(Record):
         """Memory that a model may take: what is available now on a detected host, else all but the system's share."""
         if self.available is not None:
             return int(self.available.value)
-        return max(int(self.ram_bytes - self.memory.reserved_bytes.value), 0)
+        share = self.memory.reserved_share.value if self.memory.reserved_share is not None else 0
+        return max(int(self.ram_bytes * (1 - share) - self.memory.reserved_bytes.value), 0)
 
     @property
     def usable_ram_reason(self) -> str:
@@ -125,7 +128,10 @@ class TargetProfile(Record):
         if self.available is not None:
             return self.available.reason
         reserved = self.memory.reserved_bytes
-        return f"{self.ram_bytes / GIB:.3g} GiB less {reserved.value / GB:.3g} GB ({reserved.source})"
+        parts = [f"{reserved.value / GB:.3g} GB ({reserved.source})"] if reserved.value else []
+        if self.memory.reserved_share is not None:
+            parts.append(f"{self.memory.reserved_share.value:.0%} ({self.memory.reserved_share.source})")
+        return f"{self.ram_bytes / GIB:.3g} GiB less {' and '.join(parts) or 'nothing'}"
 
     def with_ram(self, ram_bytes: int) -> TargetProfile:
         """The same device with another amount of memory."""
@@ -209,6 +215,7 @@ def parse_profile(content: bytes, name: str) -> TargetProfile:
 # key in the file -> (section, field of the record, factor to base units)
 _FIGURES = {
     "memory.reserved_mb": ("memory", "reserved_bytes", 1e6),
+    "memory.reserved_share": ("memory", "reserved_share", 1.0),
     "memory.theoretical_gbs": ("memory", "theoretical", GB),
     "memory.effective_gbs": ("memory", "effective", GB),
     "memory.per_core_gbs": ("memory", "per_core", GB),

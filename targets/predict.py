@@ -1,0 +1,295 @@
+"""What a target will reach with a model: decode and prefill speed, memory, and whether it fits.
+
+Decode is a roofline: the bytes streamed per token over the sustained bandwidth against the arithmetic of the types'
+kernels, plus a fixed cost per layer on GPUs. Prefill is arithmetic by kernel class. Memory is the sum of process,
+weights, repacked copy, KV cache and compute buffers. Pure functions of a workload, a profile and the calibration:
+nothing is measured, no model file is opened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from edgelm.bundle import Prediction, RamParts
+from edgelm.errors import UsageError
+from edgelm.units import format_bytes
+from targets.calibration import Calibration, DeviceScale, Family, calibration
+from targets.profile import GB, TargetProfile
+from targets.workload import TypedWeights, Workload
+
+KvType = Literal["f32", "f16", "q8_0"]
+KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+# Resident size of the interpreter with the engine loaded and no model, and of a llama.cpp context without a model.
+PROCESS_BYTES = 40 * 2**20
+GPU_CONTEXT_BYTES = 300 * 2**20
+COMPUTE_BASE_BYTES = 5 * 2**20
+# Activations of one position that are alive at once, in units of the hidden size (measured on SmolLM2: 17 MiB at 512).
+LIVE_ACTIVATIONS = 10
+SLOW_CORE_SHARE = 0.45
+# Share of the rated read rate that generation from storage reaches: faults are small, cyclic access defeats caches.
+PAGING_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """How the model will be run. ``depth`` tokens are in the cache when decoding starts.
+
+    Threads of None are the profile's own choice. ``old_engine`` asks for llama.cpp as it was before 2025, which is
+    how many published figures were taken. ``batch`` is the most tokens computed in one step.
+    """
+
+    context: int
+    depth: int = 0
+    threads_decode: int | None = None
+    threads_prefill: int | None = None
+    kv_type: KvType = "f16"
+    mmap: bool = True
+    prompt_tokens: int = 512
+    batch: int = 512
+    old_engine: bool = False
+
+
+def predict(
+    workload: Workload, profile: TargetProfile, settings: RunSettings, constants: Calibration | None = None
+) -> Prediction:
+    """Speed, memory and fit of ``workload`` on ``profile``. ``constants`` replaces the calibration that is installed.
+
+    Raises ``UsageError`` for settings that make no sense and ``ProfileError`` for an unknown kernel family.
+    """
+    for name, value, least in (
+        ("context", settings.context, 1),
+        ("depth", settings.depth, 0),
+        ("prompt_tokens", settings.prompt_tokens, 1),
+        ("batch", settings.batch, 1),
+        ("threads", 1 if settings.threads_decode is None else settings.threads_decode, 1),
+        ("threads", 1 if settings.threads_prefill is None else settings.threads_prefill, 1),
+    ):
+        if value < least:
+            raise UsageError(f"{name} has to be at least {least}, not {value}")
+    constants = constants or calibration()
+    family = constants.family(profile.kernels)
+    parts = ram_parts(workload, profile, settings, family)
+    fits, reason = judge_fit(parts, profile, settings)
+    if fits == "no":
+        return Prediction(
+            target=profile.label,
+            ram_bytes=_total(parts),
+            ram_parts=parts,
+            prefill_tps=None,
+            decode_tps=None,
+            fits=fits,
+            fit_reason=reason,
+        )
+    speed = predict_speed(workload, profile, settings, constants)
+    paging_s = 0.0
+    if fits == "pages" and profile.storage_read is not None:
+        paging_s = workload.streamed_bytes / (profile.storage_read.value * PAGING_SHARE)
+        reason += f"; decode waits {paging_s:.2g} s per token for storage"
+    decode_tps = 1 / (1 / speed.decode_tps + paging_s)
+    prefill_tps = 1 / (1 / speed.prefill_tps + paging_s / min(settings.prompt_tokens, settings.batch))
+    return Prediction(
+        target=profile.label,
+        ram_bytes=_total(parts),
+        ram_parts=parts,
+        prefill_tps=prefill_tps,
+        decode_tps=decode_tps,
+        prefill_tps_band=(prefill_tps / speed.prefill_factor, prefill_tps * speed.prefill_factor),
+        decode_tps_band=(decode_tps / speed.decode_factor, decode_tps * speed.decode_factor),
+        fits=fits,
+        fit_reason=reason,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Rates in tokens per second, and the factor around each that holds 80 % of the cases."""
+
+    prefill_tps: float
+    decode_tps: float
+    prefill_factor: float
+    decode_factor: float
+
+
+def predict_speed(
+    workload: Workload, profile: TargetProfile, settings: RunSettings, constants: Calibration | None = None
+) -> Speed:
+    """Speed alone, as if memory were no question. Raises ``ProfileError`` for an unknown kernel family."""
+    constants = constants or calibration()
+    family = constants.family(profile.kernels)
+    scale = device_scale(profile, constants)
+    spread = constants.spread
+    known_decode = scale.decode_rows > 0 or profile.memory.effective is not None
+    known_prefill = scale.prefill_rows > 0 or profile.compute_scale is not None
+    return Speed(
+        prefill_tps=1 / prefill_seconds(workload, profile, settings, family, scale),
+        decode_tps=1 / decode_seconds(workload, profile, settings, family, scale, constants.norm),
+        prefill_factor=spread.prefill_known if known_prefill else spread.prefill_unknown,
+        decode_factor=spread.decode_known if known_decode else spread.decode_unknown,
+    )
+
+
+def device_scale(profile: TargetProfile, constants: Calibration) -> DeviceScale:
+    """How this device differs from its family by the rows that were published for it; a profile's own word wins.
+
+    A detected host answers to the published devices that it was recognised as.
+    """
+    names = (profile.id, *profile.devices) if profile.available is not None else (profile.id,)
+    scale = next((constants.devices[name] for name in names if name in constants.devices), DeviceScale())
+    if profile.compute_scale is not None:
+        scale = scale.model_copy(update={"compute": profile.compute_scale.value})
+    return scale
+
+
+def effective_bandwidth(profile: TargetProfile, family: Family, scale: DeviceScale) -> float:
+    """Bytes per second that token generation sustains at the best thread count."""
+    if profile.memory.effective is not None:
+        return profile.memory.effective.value
+    theoretical = profile.memory.theoretical
+    rated = theoretical.value if theoretical is not None else family.per_core_gbs * GB * _fast(profile)
+    return rated * family.bandwidth_share * scale.bandwidth
+
+
+def decode_seconds(
+    workload: Workload,
+    profile: TargetProfile,
+    settings: RunSettings,
+    family: Family,
+    scale: DeviceScale,
+    norm: float,
+) -> float:
+    """Seconds per generated token at ``settings.depth``."""
+    kv_bytes = settings.depth * workload.kv_elements_per_token * KV_BYTES[settings.kv_type]
+    bandwidth = effective_bandwidth(profile, family, scale)
+    attention = 2.0 * workload.layers * workload.hidden * settings.depth
+    if family.gpu:
+        streamed_s = sum(item.size_bytes / family.decode_of(item.type) for item in workload.weights) / bandwidth
+        layer_us = family.old_layer_us if settings.old_engine else family.layer_us
+        return streamed_s + kv_bytes / bandwidth + workload.layers * layer_us * 1e-6
+    threads = settings.threads_decode or int(profile.threads_decode.value)
+    cores = _cores(profile, threads)
+    clock = _hertz(profile) * scale.compute
+    cycles = sum(item.parameters * family.decode_of(item.type) for item in workload.weights)
+    cycles += attention * family.decode_of("F16")
+    memory_s = (workload.streamed_bytes + kv_bytes) / bandwidth_at(profile, family, bandwidth, threads)
+    return _norm((memory_s, cycles / (clock * cores)), norm)
+
+
+def prefill_seconds(
+    workload: Workload, profile: TargetProfile, settings: RunSettings, family: Family, scale: DeviceScale
+) -> float:
+    """Seconds per prompt token, averaged over the prompt. The head is computed for the last position only."""
+    tokens = settings.prompt_tokens
+    attention = 2.0 * workload.layers * workload.hidden * (settings.depth + tokens / 2)
+    body = list(without_head(workload))
+    if family.gpu:
+        assert profile.compute is not None
+        flops = profile.compute.value * scale.compute * workload.hidden / (workload.hidden + family.hidden_half)
+        if settings.old_engine:
+            flops *= family.old_prefill
+        arithmetic_s = sum(2 * item.parameters / family.prefill_of(item.type) for item in body) / flops
+        streamed_s = sum(item.size_bytes for item in body) / effective_bandwidth(profile, family, scale)
+        return (
+            arithmetic_s + 2 * attention / (family.prefill_of("F16") * flops) + streamed_s / min(tokens, settings.batch)
+        )
+    threads = settings.threads_prefill or int(profile.threads_prefill.value)
+    cores = _cores(profile, threads)
+    parallel = cores / (1 + family.parallel_loss * (cores - 1))
+    cycles = sum(item.parameters * family.prefill_of(item.type) for item in body) + attention * family.prefill_of("F16")
+    clock = _hertz(profile) * scale.compute * (family.old_prefill if settings.old_engine else 1)
+    return cycles / (clock * parallel)
+
+
+def bandwidth_at(profile: TargetProfile, family: Family, best: float, threads: int) -> float:
+    """Sustained bandwidth with ``threads`` threads, of ``best`` at the best count: a soft minimum with what the cores
+    can draw, or the profile's own table where more threads cost speed."""
+    table = profile.memory.by_threads
+    if table:
+        return best * table[min(threads, len(table)) - 1]
+    stated = profile.memory.per_core
+    per_core = stated.value if stated is not None else family.per_core_gbs * GB
+    if per_core <= 0:
+        return best
+    return 1 / _norm((1 / best, 1 / (per_core * min(threads, _fast(profile) + _slow(profile)))), 4)
+
+
+def without_head(workload: Workload) -> Iterable[TypedWeights]:
+    """The weights that prefill multiplies for every position: all but one vocabulary x hidden matrix, the head.
+
+    The head is taken from the type with the most bits that holds as many weights, which is where quantisation mixes
+    put it.
+    """
+    head = workload.vocabulary * workload.hidden
+    by_bits = sorted(workload.weights, key=lambda item: -item.size_bytes / max(item.parameters, 1))
+    holder = next((item for item in by_bits if item.parameters >= head and item.type != "F32"), None)
+    for item in workload.weights:
+        if item is not holder:
+            yield item
+        elif item.parameters > head:
+            rest = item.parameters - head
+            yield TypedWeights(item.type, rest, round(item.size_bytes * rest / item.parameters))
+
+
+def ram_parts(workload: Workload, profile: TargetProfile, settings: RunSettings, family: Family) -> RamParts:
+    """Resident memory by purpose. A GPU's memory holds weights, cache and buffers; the process lives elsewhere."""
+    kv_bytes = workload.kv_elements_per_token * KV_BYTES[settings.kv_type] * settings.context
+    batch = min(settings.batch, settings.context)
+    compute_bytes = COMPUTE_BASE_BYTES + batch * workload.hidden * LIVE_ACTIVATIONS * 4 + workload.vocabulary * 4
+    repack_bytes = 0
+    if settings.mmap and not family.gpu and workload.format == "gguf":
+        repack_bytes = sum(item.size_bytes for item in _repackable(workload) if item.type in family.repacked)
+    return RamParts(
+        weights_bytes=workload.file_bytes,
+        repack_bytes=repack_bytes,
+        kv_bytes=round(kv_bytes),
+        compute_bytes=round(compute_bytes),
+        process_bytes=GPU_CONTEXT_BYTES if family.gpu else PROCESS_BYTES,
+    )
+
+
+def _repackable(workload: Workload) -> Iterable[TypedWeights]:
+    """Weights that are only multiplied: a tied table is looked up as well and therefore stays as it is."""
+    return without_head(workload) if workload.lookup is None else workload.weights
+
+
+def judge_fit(
+    parts: RamParts, profile: TargetProfile, settings: RunSettings
+) -> tuple[Literal["fits", "pages", "no"], str]:
+    """``fits``; ``pages`` when mapped weights would be read from storage again and again; ``no``. With the numbers."""
+    needed, usable = _total(parts), profile.usable_ram_bytes
+    stated = f"needs {format_bytes(needed)}, usable are {format_bytes(usable)}: {profile.usable_ram_reason}"
+    if needed <= usable:
+        return "fits", stated
+    unmappable = needed - parts.weights_bytes
+    if settings.mmap and profile.kind == "cpu" and unmappable <= usable and profile.storage_read is not None:
+        return "pages", f"{stated}; {format_bytes(needed - usable)} of the mapped weights do not stay in memory"
+    return "no", stated
+
+
+def _total(parts: RamParts) -> int:
+    return parts.weights_bytes + parts.repack_bytes + parts.kv_bytes + parts.compute_bytes + parts.process_bytes
+
+
+def _norm(seconds: tuple[float, float], power: float) -> float:
+    largest = max(seconds)
+    return float(largest * math.fsum((item / largest) ** power for item in seconds) ** (1 / power))
+
+
+def _cores(profile: TargetProfile, threads: int) -> float:
+    """Threads in units of fast cores: slow cores count less, siblings of one core add nothing."""
+    fast, slow = _fast(profile), _slow(profile)
+    return min(threads, fast) + SLOW_CORE_SHARE * min(max(threads - fast, 0), slow)
+
+
+def _fast(profile: TargetProfile) -> int:
+    return profile.cores.fast if profile.cores is not None else 1
+
+
+def _slow(profile: TargetProfile) -> int:
+    return profile.cores.slow if profile.cores is not None else 0
+
+
+def _hertz(profile: TargetProfile) -> float:
+    return profile.cores.fast_ghz.value * 1e9 if profile.cores is not None else 1e9
