@@ -52,6 +52,31 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole generation in figures. ``ttft_s`` is the time to the first token, all times from ``generate`` on."""
+
+    text: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    finish_reason: FinishReason
+    prefill_s: float | None
+    ttft_s: float | None
+    decode_s: float
+    decode_steps: int
+
+    @property
+    def prefill_tps(self) -> float | None:
+        """Prompt tokens computed (not those found in the cache) per second."""
+        return (self.prompt_tokens - self.cached_tokens) / self.prefill_s if self.prefill_s else None
+
+    @property
+    def decode_tps(self) -> float | None:
+        """Tokens per second after the first one, which belongs to the prompt; None for fewer than two."""
+        return self.decode_steps / self.decode_s if self.decode_steps and self.decode_s > 0 else None
+
+
 @dataclass(slots=True)
 class Session:
     """One engine sequence and the tokens that it holds: the only mutable state of a conversation."""
@@ -59,6 +84,35 @@ class Session:
     engine: Engine
     sequence: int = 0
     tokens: list[int] = field(default_factory=list)
+
+
+def answer(
+    events: Iterator[TokenEvent], prompt_tokens: int, on_text: Callable[[str], None] = lambda _text: None
+) -> Answer:
+    """Run a generation to its end, handing on every piece of text, and sum it up."""
+    pieces: list[str] = []
+    first = last = None
+    for event in events:
+        first, last = first or event, event
+        if event.text:
+            pieces.append(event.text)
+            on_text(event.text)
+    if first is None or last is None or last.finish_reason is None:
+        raise EngineError("a generation ended without saying why")
+    completion_tokens = last.index + (last.token is not None)
+    # The event of a cancellation comes instead of an engine call, every other event after one.
+    steps = last.index - (last.finish_reason == "cancelled")
+    return Answer(
+        text="".join(pieces),
+        prompt_tokens=prompt_tokens,
+        cached_tokens=first.cached_tokens,
+        completion_tokens=completion_tokens,
+        finish_reason=last.finish_reason,
+        prefill_s=first.prefill_s,
+        ttft_s=first.elapsed_s if first.token is not None else None,
+        decode_s=last.elapsed_s - first.elapsed_s,
+        decode_steps=max(steps, 0),
+    )
 
 
 class StopScanner:

@@ -1,0 +1,216 @@
+"""``edgelm run``: one answer, or a chat when no prompt is given."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgelm.cli.console import print_json
+from edgelm.errors import ContextOverflowError, UsageError
+from edgelm.units import format_bytes
+
+if TYPE_CHECKING:
+    from runtime.generate import Answer, Session
+    from runtime.model import LoadedModel
+    from runtime.sampling import SamplingOptions
+
+
+@dataclass(frozen=True)
+class _Settings:
+    max_tokens: int
+    sampling: SamplingOptions
+    stop: tuple[str, ...]
+    system: str | None
+
+
+@click.command(short_help="Answer one prompt, or chat.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("prompt", required=False)
+@click.option("--system", help="System prompt of the conversation.")
+@click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 always takes the likeliest token.")
+@click.option("--top-k", type=int, default=0, help="Keep the K likeliest tokens; 0 keeps all.")
+@click.option("--top-p", type=float, default=1.0, help="Keep the likeliest tokens that reach this probability.")
+@click.option("--min-p", type=float, default=0.0, help="Drop tokens below this share of the likeliest one.")
+@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 avoids recent tokens.")
+@click.option("--seed", type=int, help="The same seed gives the same answer.")
+@click.option("--stop", multiple=True, help="End before this text; may be given several times.")
+@click.option("--raw", is_flag=True, help="Continue the prompt as plain text, without the chat template.")
+@click.option("--threads", type=click.IntRange(1, 512), help="Threads for decode [default: asks the machine].")
+@click.option("--threads-prefill", type=click.IntRange(1, 512), help="Threads for prefill [default: asks the machine].")
+@click.option("--context", type=click.IntRange(min=1), help="Tokens kept [default: the bundle's plan].")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of streamed text.")
+def command(
+    bundle: Path,
+    prompt: str | None,
+    system: str | None,
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    seed: int | None,
+    stop: tuple[str, ...],
+    raw: bool,
+    threads: int | None,
+    threads_prefill: int | None,
+    context: int | None,
+    as_json: bool,
+) -> None:
+    """Answer PROMPT with the model in BUNDLE (a bundle or a .gguf file), or chat when no PROMPT is given.
+
+    In a chat Ctrl-C stops the answer, /exit or Ctrl-D leaves. The last line on stderr tells speed and memory.
+
+    \b
+    Example:
+      edgelm run bundle "What is the capital of France?"
+      edgelm run bundle --temperature 0.7 --top-p 0.9
+    """
+    from runtime.engine import EngineOptions
+    from runtime.model import open_model
+    from runtime.sampling import SamplingOptions, check_sampling
+
+    if prompt is None and as_json:
+        raise UsageError("--json needs a PROMPT", hint="a chat has no single answer")
+    if prompt is None and raw:
+        raise UsageError("--raw needs a PROMPT", hint="a chat needs the chat template")
+    if raw and system is not None:
+        raise UsageError("--system and --raw exclude each other", hint="only a chat template has a system prompt")
+    sampling = SamplingOptions(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    check_sampling(sampling)
+    options = EngineOptions(
+        context=context or 0, threads_decode=threads or 0, threads_prefill=threads_prefill or threads or 0
+    )
+    model = open_model(bundle, options)
+    try:
+        settings = _Settings(max_tokens, sampling, stop, system)
+        if prompt is None:
+            _chat(model, settings)
+        else:
+            _one_answer(model, settings, prompt, raw=raw, as_json=as_json)
+    finally:
+        model.close()
+
+
+def _one_answer(model: LoadedModel, settings: _Settings, prompt: str, *, raw: bool, as_json: bool) -> None:
+    from runtime.generate import Session
+
+    if raw or model.chat_template is None:
+        ids = model.text_prompt(prompt)
+    else:
+        ids = model.chat_prompt([*_system(settings), {"role": "user", "content": prompt}])
+    result = _answer(model, Session(model.engine), settings, ids, show=not as_json)
+    if as_json:
+        _print_answer(model, result)
+    else:
+        _tell(result)
+    if result.finish_reason == "cancelled":
+        raise KeyboardInterrupt
+
+
+def _print_answer(model: LoadedModel, result: Answer) -> None:
+    from runtime.memory import snapshot
+
+    memory = snapshot()
+    print_json(
+        {
+            "model": model.name,
+            **asdict(result),
+            "prefill_tps": result.prefill_tps,
+            "decode_tps": result.decode_tps,
+            "load_s": model.engine.info.load_s,
+            "rss_bytes": memory.rss_bytes,
+            "rss_peak_bytes": memory.peak_bytes,
+        }
+    )
+
+
+def _chat(model: LoadedModel, settings: _Settings) -> None:
+    from runtime.generate import Session
+
+    if model.chat_template is None:
+        raise UsageError(f"{model.name} has no chat template", hint='give a text to continue: edgelm run BUNDLE "..."')
+    session = Session(model.engine)
+    history = _system(settings)
+    for line in _lines():
+        turn = [*history, {"role": "user", "content": line}]
+        try:
+            result = _answer(model, session, settings, model.chat_prompt(turn), show=True)
+        except ContextOverflowError as error:
+            click.echo(f"error: {error.message}", err=True)
+            click.echo("hint: the last message was not taken; /exit leaves, a larger --context holds more", err=True)
+            continue
+        _tell(result)
+        history = [*turn, {"role": "assistant", "content": result.text}]
+
+
+def _system(settings: _Settings) -> list[dict[str, str]]:
+    return [] if settings.system is None else [{"role": "system", "content": settings.system}]
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, until /exit or the end of the input. Ctrl-C only gives up the line."""
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive:
+        import readline  # noqa: F401 (importing it gives input() a line editor and a history)
+    while True:
+        try:
+            line = input("> " if interactive else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            click.echo("\n(/exit or Ctrl-D leaves)", err=True)
+            continue
+        if line.strip() == "/exit":
+            return
+        if line.strip():
+            yield line
+
+
+def _answer(model: LoadedModel, session: Session, settings: _Settings, ids: list[int], *, show: bool) -> Answer:
+    from runtime.generate import GenerationRequest, answer, generate
+    from runtime.interrupt import stopped_by_ctrl_c
+
+    def write(text: str) -> None:
+        if show:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    request = GenerationRequest(ids, settings.max_tokens, settings.sampling, settings.stop, model.stop_tokens)
+    with stopped_by_ctrl_c(model.engine) as cancelled:
+        result = answer(generate(session, model.tokenizer, request, cancelled=cancelled), len(ids), write)
+    write("\n")
+    return result
+
+
+def _tell(result: Answer) -> None:
+    """The last line: speed and memory of the answer."""
+    from runtime.memory import snapshot
+
+    def rate(tps: float | None) -> str:
+        return "-" if tps is None else f"{tps:.1f} tok/s"
+
+    parts = [
+        f"decode {rate(result.decode_tps)} ({result.completion_tokens} tokens)",
+        f"prefill {rate(result.prefill_tps)} ({result.prompt_tokens} tokens, {result.cached_tokens} cached)",
+        f"TTFT {'-' if result.ttft_s is None else f'{result.ttft_s:.2f} s'}",
+        f"RSS {format_bytes(snapshot().rss_bytes)}",
+    ]
+    if result.finish_reason != "stop":
+        parts.append({"length": "length limit reached", "cancelled": "interrupted"}[result.finish_reason])
+    click.echo(" | ".join(parts), err=True)
