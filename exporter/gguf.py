@@ -72,7 +72,7 @@ def write_gguf(
     """
     by_name = {item.name: item for item in descriptions}
     try:
-        with _write_errors(path):
+        with write_errors(path):
             data_start = _write_header(path, checkpoint.architecture, plans, metadata)
             slabs = list(_slabs(plans, by_name, data_start))
             with progress.stage("quantising", sum(slab.size_bytes for slab in slabs), unit="bytes") as stage:
@@ -83,7 +83,8 @@ def write_gguf(
 
 
 @contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
+    """Map failures to write ``path`` to ``BundleError``, a full disk to one that says so."""
     try:
         yield
     except OSError as error:

@@ -27,8 +27,8 @@ CANDIDATES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_NL", "Q4_0", "I
 DEFAULT_CONTEXT = 4096
 LEAST_CONTEXT = 1024
 ALIGNMENT = 32
-# A mix within this share of the best bits per weight may win by speed: the difference in quality is small there.
-NEAR_BITS = 0.9
+# A mix within this share of the best bits per weight wins if it is so much faster: quality differs little there.
+NEAR_BITS, WORTHWHILE_SPEED = 0.9, 1.2
 _FLOAT_FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}
 
 
@@ -90,13 +90,22 @@ def choose(found: Sequence[Candidate], profile: TargetProfile) -> Candidate:
     if not fitting:
         best = min(eligible, key=lambda item: item.plan.artifact_bytes)
         return _with_note(best, f"auto: {best.plan.quant}, the smallest, since nothing fits into memory")
-    most = max(item.plan.bits_per_weight for item in fitting)
-    near = [item for item in fitting if item.plan.bits_per_weight >= NEAR_BITS * most]
-    best = max(near, key=lambda item: (item.plan.predicted.decode_tps or 0.0, item.plan.bits_per_weight))
-    told = f"auto: {best.plan.quant} keeps {best.plan.bits_per_weight:.2f} bits per weight, {len(fitting)} mixes fit"
-    if best.plan.bits_per_weight < most:
-        told += f"; the most were {most:.2f}, but this one is faster on {profile.name}"
-    return _with_note(best, told)
+    best = max(fitting, key=lambda item: (item.plan.quant == COPY, item.plan.bits_per_weight))
+    bits = best.plan.bits_per_weight
+    if best.plan.quant == COPY:
+        return _with_note(best, f"auto: COPY, the source's own types ({bits:.2f} bits per weight) lose nothing more")
+    near = [item for item in fitting if item.plan.bits_per_weight >= NEAR_BITS * bits]
+    fastest = max(near, key=_decode_tps)
+    if _decode_tps(fastest) >= WORTHWHILE_SPEED * _decode_tps(best) > 0:
+        gain = _decode_tps(fastest) / _decode_tps(best)
+        told = f"{gain:.2f} times the speed of {best.plan.quant}, which has {bits:.2f} bits per weight"
+        return _with_note(fastest, f"auto: {fastest.plan.quant} ({fastest.plan.bits_per_weight:.2f}) has {told}")
+    told = f"keeps the most bits per weight ({bits:.2f}) of the {len(fitting)} mixes that fit"
+    return _with_note(best, f"auto: {best.plan.quant} {told}")
+
+
+def _decode_tps(candidate: Candidate) -> float:
+    return candidate.plan.predicted.decode_tps or 0.0
 
 
 def _with_note(candidate: Candidate, note: str) -> Candidate:

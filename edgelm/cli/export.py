@@ -1,0 +1,179 @@
+"""``edgelm export``: from a checkpoint to a proven bundle."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgelm.cli.console import SIZE
+
+if TYPE_CHECKING:
+    from edgelm.bundle import ExportPlan, Quality
+
+
+@click.command(short_help="Turn a checkpoint into a proven bundle for one target.")
+@click.argument("source")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle to write: a new directory.")
+@click.option("--target", default="host", show_default=True, metavar="ID|FILE", help="Device; see: edgelm targets list")
+@click.option("--format", "format_name", type=click.Choice(["auto", "gguf"]), default="auto", show_default=True)
+@click.option(
+    "--quant", default="auto", show_default=True, metavar="NAME", help="Q4_K_M, Q8_0, ...; COPY keeps the types."
+)
+@click.option("--context", type=click.IntRange(min=1), metavar="N", help="Tokens that prompt and answer may have.")
+@click.option(
+    "--type",
+    "types",
+    multiple=True,
+    metavar="PATTERN=TYPE",
+    help="Type of the tensors whose GGUF name the regular expression is found in; the first match counts.",
+)
+@click.option("--max-ram", type=SIZE, metavar="SIZE", help="Fail (exit 4) when more memory is expected to be used.")
+@click.option("--max-bytes", type=SIZE, metavar="SIZE", help="Fail (exit 4) when the artefact is larger.")
+@click.option("--min-decode-tps", type=float, metavar="X", help="Fail (exit 4) when fewer tokens/s are expected.")
+@click.option("--max-kl", type=float, metavar="X", help="Fail (exit 3) when the mean KL, in nats per token, is higher.")
+@click.option(
+    "--eval",
+    "evaluation",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Text to measure quality on, instead of the built-in one.",
+)
+@click.option("--no-verify", is_flag=True, help="Leave out the quality measurement; token identity is always proven.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
+@click.option("--force", is_flag=True, help="Replace a bundle that exists.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def command(
+    source: str,
+    output: Path | None,
+    target: str,
+    format_name: str,
+    quant: str,
+    context: int | None,
+    types: tuple[str, ...],
+    max_ram: int | None,
+    max_bytes: int | None,
+    min_decode_tps: float | None,
+    max_kl: float | None,
+    evaluation: Path | None,
+    no_verify: bool,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Turn SOURCE into a bundle for one target: planned, quantised and proven.
+
+    SOURCE is a checkpoint directory, a .gguf file, a hub id (org/name) or demo:smollm2.
+
+    \b
+    Example:
+      edgelm export demo:smollm2 --target raspberry-pi-5-4gb --quant Q4_0 -o bundle
+      edgelm export ./my-model -o bundle --max-ram 1GB --type 'ffn_down=Q6_K'
+    """
+    from edgelm.cli.console import print_json, stderr_progress
+    from exporter.options import ExportOptions, parse_type_override
+    from exporter.pipeline import export, prepare
+
+    if output is None and not dry_run:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    options = ExportOptions(
+        source=source,
+        target=target,
+        format="gguf" if format_name == "gguf" else "auto",
+        quant=quant,
+        context=context,
+        type_overrides=tuple(parse_type_override(text) for text in types),
+        max_ram_bytes=max_ram,
+        max_artifact_bytes=max_bytes,
+        min_decode_tps=min_decode_tps,
+        max_kl=max_kl,
+        evaluation=evaluation,
+        verify=not no_verify,
+    )
+    started = time.monotonic()
+    if dry_run:
+        plan = prepare(options).plan
+        if as_json:
+            print_json({**summary(plan, plan.artifact_bytes, None), "dry_run": True, "plan": plan.model_dump()})
+        else:
+            show(plan, plan.artifact_bytes, None, "plan (nothing written)")
+        return
+    assert output is not None
+    bundle = export(options, output, force=force, progress=stderr_progress())
+    manifest, size_bytes = bundle.manifest, bundle.artifact_path.stat().st_size
+    if as_json:
+        result = {"bundle": str(bundle.path), **summary(manifest.plan, size_bytes, manifest.quality)}
+        print_json({**result, "elapsed_s": time.monotonic() - started, "peak_rss_bytes": peak_rss_bytes()})
+    else:
+        show(manifest.plan, size_bytes, manifest.quality, str(bundle.path), time.monotonic() - started)
+
+
+def peak_rss_bytes() -> int:
+    """Highest resident size of this process so far."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def summary(plan: ExportPlan, artifact_bytes: int, quality: Quality | None) -> dict[str, Any]:
+    """The keys that scripts read; ``edgelm plan`` shows each candidate by the same ones."""
+    measured = None
+    if quality is not None:
+        keys = {"reference", "tokens", "kl_mean", "kl_p99", "top1_agreement", "ppl", "ppl_reference", "token_identity"}
+        measured = quality.model_dump(include=keys)
+    return {
+        "target": plan.target,
+        "format": plan.format,
+        "quant": plan.quant,
+        "bits_per_weight": plan.bits_per_weight,
+        "artifact_bytes": artifact_bytes,
+        "tensor_types": plan.type_counts,
+        "predicted": plan.predicted.model_dump(),
+        "quality": measured,
+        "notes": list(plan.notes),
+    }
+
+
+def show(
+    plan: ExportPlan, artifact_bytes: int, quality: Quality | None, title: str, elapsed_s: float | None = None
+) -> None:
+    """A small table for people, and the plan's remarks on stderr."""
+    from rich.table import Table
+
+    from edgelm.cli.console import print_table
+    from edgelm.units import format_bytes
+
+    predicted = plan.predicted
+    types = ", ".join(f"{count} {name}" for name, count in plan.type_counts.items())
+    rows = [
+        ("quantisation", f"{plan.quant}, {plan.bits_per_weight:.2f} bits per weight"),
+        ("tensors", types),
+        ("artefact", format_bytes(artifact_bytes)),
+        ("context", f"{plan.context.value} ({plan.context.reason})"),
+        ("target", plan.target),
+        ("expected RAM", f"{format_bytes(predicted.ram_bytes)} ({predicted.fits}: {predicted.fit_reason})"),
+        ("expected decode", _rate(predicted.decode_tps)),
+        ("expected prefill", _rate(predicted.prefill_tps)),
+    ]
+    if quality is not None:
+        rows += [
+            ("KL", f"{quality.kl_mean:.4f} mean, {quality.kl_p99:.4f} p99 nats per token ({quality.tokens} tokens)"),
+            ("same top token", f"{quality.top1_agreement:.1%}"),
+            ("perplexity", f"{quality.ppl:.2f}, unquantised {quality.ppl_reference:.2f} ({quality.reference})"),
+        ]
+    if elapsed_s is not None:
+        rows.append(("made in", f"{elapsed_s:.1f} s, peak memory {format_bytes(peak_rss_bytes())}"))
+    table = Table(title=title, show_header=False, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    print_table(table)
+    for note in plan.notes:
+        click.echo(f"note: {note}", err=True)
+
+
+def _rate(tps: float | None) -> str:
+    return "unknown" if tps is None else f"{tps:.1f} tokens/s"

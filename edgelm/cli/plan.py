@@ -1,0 +1,112 @@
+"""``edgelm plan``: what an export could become on a target, without writing anything."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgelm.cli.console import SIZE
+
+if TYPE_CHECKING:
+    from exporter.plan import Candidate
+
+
+@click.command(short_help="Show what an export could become on a target; write nothing.")
+@click.argument("source")
+@click.option("--target", default="host", show_default=True, metavar="ID|FILE", help="Device; see: edgelm targets list")
+@click.option("--format", "format_name", type=click.Choice(["auto", "gguf"]), default="auto", show_default=True)
+@click.option("--quant", default="auto", show_default=True, metavar="NAME", help="Look at this one only.")
+@click.option("--context", type=click.IntRange(min=1), metavar="N", help="Tokens that prompt and answer may have.")
+@click.option("--type", "types", multiple=True, metavar="PATTERN=TYPE", help="As for edgelm export.")
+@click.option("--max-ram", type=SIZE, metavar="SIZE", help="Limit on the memory expected to be used.")
+@click.option("--max-bytes", type=SIZE, metavar="SIZE", help="Limit on the size of the artefact.")
+@click.option("--min-decode-tps", type=float, metavar="X", help="Least tokens/s expected.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def command(
+    source: str,
+    target: str,
+    format_name: str,
+    quant: str,
+    context: int | None,
+    types: tuple[str, ...],
+    max_ram: int | None,
+    max_bytes: int | None,
+    min_decode_tps: float | None,
+    as_json: bool,
+) -> None:
+    """Show what exporting SOURCE to a target could give: size, memory, speed, and which one would be chosen.
+
+    Reads headers only. Exits with 4 when nothing keeps the limits.
+
+    \b
+    Example:
+      edgelm plan demo:smollm2 --target raspberry-pi-5-4gb
+      edgelm plan ./my-model --target laptop --max-ram 1GB --json
+    """
+    from edgelm.cli.console import print_json
+    from edgelm.errors import DoesNotFitError
+    from exporter.checkpoint import open_checkpoint, open_source
+    from exporter.options import ExportOptions, check_options, parse_type_override
+    from exporter.plan import candidates, choose
+    from targets.profile import load_profile
+
+    options = ExportOptions(
+        source=source,
+        target=target,
+        format="gguf" if format_name == "gguf" else "auto",
+        quant=quant,
+        context=context,
+        type_overrides=tuple(parse_type_override(text) for text in types),
+        max_ram_bytes=max_ram,
+        max_artifact_bytes=max_bytes,
+        min_decode_tps=min_decode_tps,
+    )
+    check_options(options)
+    profile = load_profile(target)
+    found = candidates(options, open_checkpoint(open_source(source)), profile)
+    chosen: Candidate | None = None
+    failure: DoesNotFitError | None = None
+    try:
+        chosen = choose(found, profile)
+    except DoesNotFitError as error:
+        failure = error
+    if as_json:
+        print_json(_document(profile.label, found, chosen))
+    else:
+        _show(profile.name, found, chosen)
+    if failure is not None:
+        raise failure
+
+
+def _document(target: str, found: list[Candidate], chosen: Candidate | None) -> dict[str, Any]:
+    from edgelm.cli.export import summary
+
+    rows = []
+    for item in found:
+        row = summary(item.plan, item.plan.artifact_bytes, None)
+        row.pop("quality")  # nothing is measured here
+        rows.append({**row, "fits": item.eligible, "reason": item.reason})
+    best = None if chosen is None else {"quant": chosen.plan.quant, "reason": chosen.reason}
+    return {"target": target, "candidates": rows, "chosen": best}
+
+
+def _show(target: str, found: list[Candidate], chosen: Candidate | None) -> None:
+    from rich.table import Table
+
+    from edgelm.cli.console import print_table
+    from edgelm.units import format_bytes
+
+    table = Table(title=target, title_justify="left")
+    for column in ("", "quant", "bits/weight", "size", "RAM", "decode tok/s", "prefill tok/s", "fits", "why"):
+        table.add_column(column, justify="right" if "/" in column or column in ("size", "RAM") else "left")
+    for item in found:
+        plan, predicted = item.plan, item.plan.predicted
+        rates = [f"{rate:.1f}" if rate is not None else "-" for rate in (predicted.decode_tps, predicted.prefill_tps)]
+        mark = "*" if chosen is not None and chosen.plan.quant == plan.quant else ""
+        sizes = [f"{plan.bits_per_weight:.2f}", format_bytes(plan.artifact_bytes), format_bytes(predicted.ram_bytes)]
+        fits = predicted.fits if item.eligible else "no"
+        table.add_row(mark, plan.quant, *sizes, *rates, fits, "" if fits == "fits" else item.reason)
+    print_table(table)
+    if chosen is not None:
+        click.echo(chosen.reason)
