@@ -74,11 +74,27 @@ class Spread(Record):
     prefill_unknown: float = Field(gt=1)
 
 
+class Unseen(Record):
+    """Errors of the fit for devices of which it saw no row (leave one device out), in percent."""
+
+    median_abs_pct_error: float = Field(ge=0)
+    within_25_pct: float = Field(ge=0, le=100)
+    within_30_pct: float = Field(ge=0, le=100)
+
+
+class Holdout(Record):
+    """``Unseen`` for both figures."""
+
+    decode: Unseen
+    prefill: Unseen
+
+
 class Calibration(Record):
     """All of ``calibration.toml``."""
 
     norm: float = Field(gt=1)
     spread: Spread
+    holdout: Holdout
     families: dict[str, Family]
     devices: dict[str, DeviceScale]
 
@@ -122,10 +138,18 @@ def _entry(table: dict[str, float], kind: str) -> float:
     return table["default"]
 
 
+def parse_calibration(text: str) -> Calibration:
+    """The constants in TOML text. Raises ``ProfileError``."""
+    try:
+        return Calibration.model_validate(tomllib.loads(text))
+    except (tomllib.TOMLDecodeError, ValidationError) as error:
+        raise ProfileError(f"{PATH.name} is damaged: {error}", hint="install EdgeLM again") from error
+
+
 @lru_cache(maxsize=1)
 def calibration() -> Calibration:
-    """The constants that come with EdgeLM. Raises ``ProfileError`` when the file is damaged."""
+    """The constants that come with EdgeLM. Raises ``ProfileError`` when the file is missing or damaged."""
     try:
-        return Calibration.model_validate(tomllib.loads(PATH.read_text(encoding="utf-8")))
-    except (OSError, tomllib.TOMLDecodeError, ValidationError) as error:
-        raise ProfileError(f"{PATH.name} is damaged: {error}", hint="install EdgeLM again") from error
+        return parse_calibration(PATH.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ProfileError(f"cannot read {PATH.name}: {error.strerror}", hint="install EdgeLM again") from error

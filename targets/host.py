@@ -12,12 +12,16 @@ import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import psutil
 
 from edgelm.bundle import Choice
 from edgelm.report import HostRecord
-from targets.profile import GB, Cores, Figure, Memory, TargetProfile, list_profiles
+from targets.profile import GB, Cores, Figure, Memory, TargetProfile, board_profile
+
+if TYPE_CHECKING:
+    from targets.bandwidth import ReadBandwidth
 
 ROOT = Path("/")
 # What one core draws and all cores sustain when nobody has measured: the low end of dual-channel DDR4 machines.
@@ -110,6 +114,25 @@ def detect_host(root: Path = ROOT) -> TargetProfile:
     )
 
 
+def measured(profile: TargetProfile, reading: ReadBandwidth) -> TargetProfile:
+    """A detected profile with the bandwidth that was measured on it, and decode threads that follow from it."""
+    source = f"measured: reading {reading.buffer_bytes // 2**20} MiB with 1 to {len(reading.by_threads)} threads"
+    shares = tuple(round(value / reading.best, 3) for value in reading.by_threads)
+    memory = profile.memory.model_copy(
+        update={
+            "effective": Figure(value=reading.best, source=source),
+            "per_core": Figure(value=reading.by_threads[0], source=source),
+            "by_threads": shares,
+            "theoretical": None,
+        }
+    )
+    threads = profile.threads_decode
+    if reading.best_threads < int(threads.value):
+        reason = f"{reading.best_threads} threads read {reading.best / GB:.1f} GB/s, more read no faster ({source})"
+        threads = Choice(value=reading.best_threads, reason=reason)
+    return profile.model_copy(update={"memory": memory, "threads_decode": threads})
+
+
 def default_threads(root: Path = ROOT) -> tuple[Choice, Choice]:
     """Threads for decode and for prefill on this machine: min(fast cores, affinity, cgroup quota), with the reason."""
     return _threads(cpu_layout(root), read_limits(root), known_board(root))
@@ -142,9 +165,8 @@ def host_record(root: Path = ROOT) -> HostRecord:
 
 def known_board(root: Path = ROOT) -> TargetProfile | None:
     """The built-in CPU profile of this very board, found by its device-tree name; None on other machines."""
-    model = board_model(root) or ""
-    found = [item for item in list_profiles() if item.kind == "cpu" and model.startswith(item.name)]
-    return max(found, key=lambda item: len(item.name), default=None)
+    model = board_model(root)
+    return board_profile(model) if model else None
 
 
 def _threads(layout: CpuLayout, limits: Limits, board: TargetProfile | None) -> tuple[Choice, Choice]:

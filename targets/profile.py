@@ -7,6 +7,8 @@ profiles. It does not know how they are used for prediction and does not look at
 
 from __future__ import annotations
 
+import difflib
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -29,6 +31,8 @@ GB = 1e9
 GIB = 2**30
 PROFILE_LIMIT_BYTES = 2**20
 _RAM_SUFFIX = re.compile(r"(?P<id>.+)-(?P<gib>\d+)gb")
+
+_NAME = re.compile(r'^name = "([^"\\]+)"$', re.MULTILINE)
 
 Backend = Literal["cpu", "cuda", "rocm", "metal", "vulkan"]
 
@@ -162,10 +166,7 @@ def load_profile(text: str) -> TargetProfile:
     sized = _RAM_SUFFIX.fullmatch(text)
     base = _by_name(sized["id"]) if sized else None
     if sized is None or base is None:
-        raise ProfileError(
-            f"there is no target '{text}'",
-            hint=f"there are: host, {', '.join(sorted(_builtin()))}; or give the path of a .toml profile",
-        )
+        raise ProfileError(f"there is no target '{text}'", hint=_what_exists(text))
     ram_bytes = int(sized["gib"]) * GIB
     if ram_bytes not in base.memory.variants_bytes:
         sizes = ", ".join(f"{base.id}-{size // GIB}gb" for size in base.memory.variants_bytes)
@@ -256,11 +257,81 @@ def _with_sources(document: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def profile_toml(profile: TargetProfile) -> str:
+    """The profile as the TOML text that ``parse_profile`` reads. What was free at one moment is not part of it."""
+    top = {"id": profile.id, "name": profile.name, "kind": profile.kind, "backend": profile.backend}
+    lines = [
+        f"{key} = {_quoted(value)}" for key, value in {**top, "kernels": profile.kernels, "cpu": profile.cpu}.items()
+    ]
+    for key in ("isa", "aliases", "devices", "notes"):
+        values = getattr(profile, key)
+        if values:
+            lines.append(f"{key} = [{', '.join(_quoted(value) for value in values)}]")
+    lines += [line for key in _FIGURES if "." not in key for line in _figure_line(profile, key)]
+    for key in ("threads_decode", "threads_prefill"):
+        choice: Choice = getattr(profile, key)
+        lines.append(f"{key} = {{ value = {choice.value}, reason = {_quoted(choice.reason)} }}")
+    if profile.cores is not None:
+        lines += ["", "[cores]", f"fast = {profile.cores.fast}", f"slow = {profile.cores.slow}"]
+        lines += _figure_line(profile, "cores.fast_ghz")
+    memory = profile.memory
+    sizes = ", ".join(f"{size / GIB!r}" for size in memory.variants_bytes)
+    lines += ["", "[memory]", f"kind = {_quoted(memory.kind)}", f"sizes_gib = [{sizes}]"]
+    lines.append(f"default_gib = {profile.ram_bytes / GIB!r}")
+    lines += [line for key in _FIGURES if key.startswith("memory.") for line in _figure_line(profile, key)]
+    if memory.by_threads:
+        lines.append(f"by_threads = [{', '.join(f'{share:.3f}' for share in memory.by_threads)}]")
+    sources = {key: figure.source for key in _FIGURES if (figure := _figure(profile, key)) is not None}
+    lines += ["", "[sources]", *(f"{_quoted(key)} = {_quoted(source)}" for key, source in sources.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _figure(profile: TargetProfile, key: str) -> Figure | None:
+    section, field, _ = _FIGURES[key]
+    holder = getattr(profile, section) if section else profile
+    figure: Figure | None = getattr(holder, field, None)
+    return figure
+
+
+def _figure_line(profile: TargetProfile, key: str) -> list[str]:
+    figure = _figure(profile, key)
+    return [] if figure is None else [f"{key.rpartition('.')[2]} = {figure.value / _FIGURES[key][2]!r}"]
+
+
+def _quoted(text: str) -> str:
+    # TOML's basic strings take JSON's escapes; only the delete character has to be escaped besides.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def _by_name(text: str) -> TargetProfile | None:
-    for profile in _builtin().values():
-        if text == profile.id or text in profile.aliases:
-            return profile
+    # Only files that mention the name are parsed: a command that needs one profile starts in time.
+    direct = PROFILES / f"{text}.toml"
+    if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", text) and direct.is_file():
+        return read_profile(direct)
+    for path in _files():
+        if f'"{text}"' in path.read_text(encoding="utf-8"):
+            profile = read_profile(path)
+            if text in profile.aliases:
+                return profile
     return None
+
+
+def board_profile(model: str) -> TargetProfile | None:
+    """The CPU profile whose name the board's own name begins with, the longest winning; None when there is none."""
+    found = []
+    for path in _files():
+        name = _NAME.search(path.read_text(encoding="utf-8"))
+        if name is not None and model.startswith(name.group(1)):
+            found.append(read_profile(path))
+    boards = [profile for profile in found if profile.kind == "cpu"]
+    return max(boards, key=lambda profile: len(profile.name), default=None)
+
+
+def _what_exists(text: str) -> str:
+    names = sorted({name for profile in _builtin().values() for name in (profile.id, *profile.aliases)})
+    near = difflib.get_close_matches(text, names, n=5, cutoff=0.5) or [name for name in names if text in name][:5]
+    listed = f"nearest are: {', '.join(near)}; all: edgelm targets list" if near else f"there are: {', '.join(names)}"
+    return f"{listed}; or give 'host' or the path of a .toml profile"
 
 
 def _files() -> Iterator[Path]:
