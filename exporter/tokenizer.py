@@ -206,7 +206,7 @@ def _read_directory(checkpoint: Checkpoint) -> SourceTokenizer:
     tokenizer = open_tokenizer(tokenizer_json, str(path))
     settings = {**(_read_json(directory / "special_tokens_map.json") or {})}
     settings.update(_read_json(directory / "tokenizer_config.json") or {})
-    tokens, types = _vocabulary(path, document, checkpoint.config)
+    tokens, types = _vocabulary(path, document, _embedding_rows(checkpoint))
     chat_template = _chat_template(directory, settings)
     generation_config = _generation_config(directory, checkpoint.config)
     metadata: dict[str, Any] = {
@@ -255,17 +255,23 @@ def _check_byte_level(path: Path, document: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path} drops merges at random (dropout {model['dropout']})", hint="set it to null")
 
 
-def _vocabulary(path: Path, document: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+def _embedding_rows(checkpoint: Checkpoint) -> Any:
+    """As the tensor has them, which may be more or fewer than the configuration says."""
+    embedding = checkpoint.tensors.get("model.embed_tokens.weight")
+    return embedding.shape[0] if embedding is not None and embedding.shape else checkpoint.config.get("vocab_size")
+
+
+def _vocabulary(path: Path, document: Mapping[str, Any], rows: Any) -> tuple[list[str], list[int]]:
     """Tokens by id and their GGUF types; ids without a token, up to the embedding's rows, are filled as unused."""
     by_id = {index: (token, NORMAL) for token, index in document["model"]["vocab"].items()}
     for added in document.get("added_tokens") or []:
         by_id[added["id"]] = (added["content"], CONTROL if added["special"] else USER_DEFINED)
     if any(not isinstance(index, int) or not 0 <= index < MAX_VOCABULARY for index in by_id):
         raise CheckpointError(f"{path} has token ids that are no numbers from 0 to {MAX_VOCABULARY - 1}")
-    size = config.get("vocab_size", max(by_id) + 1)
+    size = max(by_id) + 1 if rows is None else rows
     if not isinstance(size, int) or not max(by_id) < size <= MAX_VOCABULARY:
         raise CheckpointError(
-            f"{path} has {max(by_id) + 1} tokens, the model's vocab_size is {size!r}",
+            f"{path} has {max(by_id) + 1} tokens, the model's embedding {size!r} rows",
             hint="the checkpoint's tokenizer and weights do not belong together",
         )
     entries = [by_id.get(index, (f"[PAD{index}]", UNUSED)) for index in range(size)]

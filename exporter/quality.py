@@ -1,0 +1,193 @@
+"""What an artefact lost: its predictions beside those of the unquantised model, on the same text, in lockstep.
+
+Both models read the same windows chunk by chunk; every chunk's logits are compared and forgotten: memory is constant
+and nothing is written to disk. Figures: KL(reference || artefact) per predicted token, agreement of the likeliest
+token, perplexity of both. Knows the engine seam and the reference, not how either computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, exp
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgelm.bundle import Quality, TokenIdentity
+from edgelm.errors import ProofError, UsageError
+from edgelm.progress import Progress
+from exporter.checkpoint import Checkpoint
+from exporter.reference import BATCH, EngineModel, ReferenceChoice, ScoringModel, open_reference
+from exporter.texts import Text, evaluation_text
+from exporter.tokenizer import open_tokenizer, read_tokenizer
+from runtime.engine import EngineOptions, Logits
+from runtime.engines.llamacpp import load_engine
+from runtime.gguf_header import read_gguf_header
+
+MIN_TOKENS = 2000
+"""Fewer predictions make a p99 of fewer than 20 values."""
+WINDOW = 512
+MIN_CONTEXT = 32
+"""Predictions from fewer tokens than this are computed but not counted: text never starts that cold in use."""
+_ROWS = 16
+
+Doubles = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Figures of n positions, each array of length n: KL in nats, log-probabilities of the true next token."""
+
+    kl: Doubles
+    log_probability: Doubles
+    log_probability_reference: Doubles
+    agrees: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Tokens that both models read from an empty context; predictions from ``first`` on are counted."""
+
+    tokens: tuple[int, ...]
+    first: int
+
+    @property
+    def predictions(self) -> int:
+        return len(self.tokens) - 1 - self.first
+
+
+def measure(
+    artifact_path: Path,
+    checkpoint: Checkpoint,
+    identity: TokenIdentity,
+    evaluation: Path | None,
+    progress: Progress,
+    *,
+    reference: ReferenceChoice = "auto",
+    tokens: int = MIN_TOKENS,
+) -> Quality:
+    """Compare an artefact with its checkpoint over at least ``tokens`` predictions of evaluation text.
+
+    ``evaluation`` is a text file of the user, None the default text. Raises ``UsageError`` when the text is unusable or
+    too short, ``EngineError`` when a model cannot be run and ``ProofError`` when the artefact computes no numbers.
+    """
+    text = evaluation_text(evaluation)
+    windows = _windows(text, checkpoint, read_gguf_header(artifact_path).metadata, tokens)
+    length = max(len(window.tokens) for window in windows)
+    with open_reference(checkpoint, length, reference, progress) as original:
+        engine = load_engine(artifact_path, EngineOptions(context=length, batch=BATCH, all_logits=True))
+        try:
+            comparison = compare_models(original, EngineModel(engine), windows, progress)
+        finally:
+            engine.close()
+        name = original.name
+    return Quality(
+        reference=name,
+        text=text.name,
+        text_sha256=text.sha256,
+        tokens=len(comparison.kl),
+        kl_mean=float(comparison.kl.mean()),
+        kl_p99=float(np.quantile(comparison.kl, 0.99)),
+        kl_max=float(comparison.kl.max()),
+        top1_agreement=float(comparison.agrees.mean()),
+        ppl=exp(-float(comparison.log_probability.mean())),
+        ppl_reference=exp(-float(comparison.log_probability_reference.mean())),
+        token_identity=identity,
+    )
+
+
+def compare_models(
+    reference: ScoringModel, artifact: ScoringModel, windows: Sequence[Window], progress: Progress
+) -> Comparison:
+    """Read every window with both models and compare each counted prediction. Raises ``ProofError``."""
+    if reference.vocabulary != artifact.vocabulary:
+        raise ProofError(
+            f"the artefact has {artifact.vocabulary} tokens, its reference {reference.vocabulary}: not comparable"
+        )
+    parts: list[Comparison] = []
+    with progress.stage("measuring quality", sum(len(window.tokens) for window in windows), unit="tokens") as stage:
+        for window in windows:
+            reference.reset()
+            artifact.reset()
+            for start in range(0, len(window.tokens) - 1, BATCH):
+                end = min(start + BATCH, len(window.tokens) - 1)
+                chunk = window.tokens[start:end]
+                expected, found = reference.append(chunk), artifact.append(chunk)
+                skipped = max(0, window.first - start)
+                if skipped < len(chunk):
+                    targets = np.asarray(window.tokens[start + 1 + skipped : end + 1])
+                    parts.append(compare_logits(expected[skipped:], found[skipped:], targets))
+                stage.advance(len(chunk))
+            stage.advance()
+    return Comparison(
+        kl=np.concatenate([part.kl for part in parts]),
+        log_probability=np.concatenate([part.log_probability for part in parts]),
+        log_probability_reference=np.concatenate([part.log_probability_reference for part in parts]),
+        agrees=np.concatenate([part.agrees for part in parts]),
+    )
+
+
+def compare_logits(reference: Logits, artifact: Logits, targets: npt.NDArray[np.int64]) -> Comparison:
+    """Compare logits (n, vocabulary) of the same positions; ``targets`` (n) are the tokens that really came next.
+
+    KL(p || q) = sum over the vocabulary of p (log p - log q), in float64, p being the reference. Raises ``ProofError``
+    for logits that are no finite numbers.
+    """
+    count = len(targets)
+    kl, found, expected = np.empty(count), np.empty(count), np.empty(count)
+    for start in range(0, count, _ROWS):  # a float64 copy of a whole chunk would be the largest thing in memory
+        rows = slice(start, min(start + _ROWS, count))
+        log_p, log_q = log_softmax(reference[rows]), log_softmax(artifact[rows])
+        kl[rows] = np.einsum("ij,ij->i", np.exp(log_p), log_p - log_q)
+        index = np.arange(log_p.shape[0])
+        expected[rows], found[rows] = log_p[index, targets[rows]], log_q[index, targets[rows]]
+    if not (np.isfinite(kl).all() and np.isfinite(found).all()):
+        raise ProofError("the artefact or its reference computes logits that are no finite numbers")
+    agrees = reference.argmax(axis=1) == artifact.argmax(axis=1)
+    # Rounding may leave -1e-17 where both are equal.
+    return Comparison(np.maximum(kl, 0.0), found, expected, agrees)
+
+
+def log_softmax(logits: Logits) -> Doubles:
+    """Log-probabilities in float64, shifted by the row's maximum so that nothing overflows. Shape (n, vocabulary)."""
+    with np.errstate(invalid="ignore"):  # infinite logits become NaN, which the caller refuses
+        shifted = logits.astype(np.float64)
+        shifted -= shifted.max(axis=1, keepdims=True)
+        shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted
+
+
+def _windows(text: Text, checkpoint: Checkpoint, artifact_metadata: Mapping[str, Any], tokens: int) -> list[Window]:
+    source = read_tokenizer(checkpoint)
+    ids = open_tokenizer(source.tokenizer_json, "tokenizer.json").encode(text.content, add_special_tokens=False).ids
+    bos = source.gguf_metadata.get("tokenizer.ggml.bos_token_id")
+    prefix = (bos,) if source.gguf_metadata.get("tokenizer.ggml.add_bos_token") and bos is not None else ()
+    return cut_windows(ids, tokens, length=_window_length(artifact_metadata), prefix=prefix, name=text.name)
+
+
+def _window_length(metadata: Mapping[str, Any]) -> int:
+    trained = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    return min(WINDOW, trained) if isinstance(trained, int) and trained > 1 else WINDOW
+
+
+def cut_windows(
+    ids: Sequence[int], tokens: int, *, length: int, prefix: tuple[int, ...] = (), name: str = "the text"
+) -> list[Window]:
+    """Windows spread evenly over a text, without overlap, that hold at least ``tokens`` counted predictions together.
+
+    Raises ``UsageError`` when the text is too short for that.
+    """
+    first = min(MIN_CONTEXT, length // 2) - 1
+    taken = length - len(prefix)
+    count = ceil(tokens / (length - 1 - first))
+    if len(ids) < count * taken:
+        raise UsageError(
+            f"{name} has {len(ids)} tokens; {count * taken} are needed for {tokens} counted predictions",
+            hint="give a longer text, or none to use the default one",
+        )
+    space = (len(ids) - count * taken) // count
+    starts = [index * (taken + space) for index in range(count)]
+    return [Window((*prefix, *ids[start : start + taken]), first) for start in starts]

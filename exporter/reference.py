@@ -1,0 +1,327 @@
+"""The unquantised model that an artefact is measured against.
+
+With torch and transformers installed it is transformers in float32, an implementation that shares nothing with the
+engine; otherwise the same checkpoint, unquantised, in the engine itself. The manifest says which. No code from a
+checkpoint is ever run, and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from edgelm.bundle import TensorPlan
+from edgelm.errors import CheckpointError, DoesNotFitError
+from edgelm.progress import Progress
+from edgelm.units import format_bytes
+from exporter import ggml
+from exporter.architectures import describe
+from exporter.architectures.base import ModelDescription, TensorDescription
+from exporter.checkpoint import Checkpoint, weight_type
+from exporter.ggml import Floats
+from exporter.gguf import write_gguf
+from exporter.tokenizer import read_tokenizer
+from runtime.engine import Chunk, Engine, EngineOptions, Logits
+from runtime.engines.llamacpp import load_engine
+from targets.host import available_memory, default_threads
+
+BATCH = 128
+"""Tokens per step of either model: their logits and those of the artefact are in memory at the same time."""
+ReferenceChoice = Literal["auto", "transformers", "engine"]
+_FLOAT32_BYTES = 4
+_OVERHEAD = 1.15  # activations, caches and the allocator, over the weights
+
+
+class ScoringModel(Protocol):
+    """Reads tokens and tells the logits after each of them."""
+
+    @property
+    def name(self) -> str:
+        """What the manifest shows."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Length of a row of logits."""
+        ...
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        ...
+
+    def append(self, tokens: Sequence[int]) -> Logits:
+        """Read tokens after those read before; logits (tokens, vocabulary), valid until the next call."""
+        ...
+
+
+class EngineModel:
+    """An engine with ``all_logits`` as a ``ScoringModel``. The engine stays its owner's to close."""
+
+    def __init__(self, engine: Engine, name: str = "") -> None:
+        self._engine = engine
+        self.name = name or engine.info.engine
+        self.vocabulary = engine.info.vocabulary
+
+    def reset(self) -> None:
+        self._engine.truncate(0)
+
+    def append(self, tokens: Sequence[int]) -> Logits:
+        return self._engine.forward([Chunk(0, tokens, "all")])
+
+
+class TransformersModel:
+    """A transformers causal language model in float32 as a ``ScoringModel``, its keys and values cached."""
+
+    def __init__(self, model: Any, version: str) -> None:
+        self._model = model
+        self._cache: Any = None
+        self.name = f"transformers {version} float32"
+        self.vocabulary = int(model.config.vocab_size)
+
+    def reset(self) -> None:
+        self._cache = None
+
+    def append(self, tokens: Sequence[int]) -> Logits:
+        import torch
+
+        with torch.inference_mode():
+            output = self._model(torch.tensor([list(tokens)]), past_key_values=self._cache, use_cache=True)
+        self._cache = output.past_key_values
+        logits: Logits = output.logits[0].float().numpy()
+        return logits
+
+
+@contextmanager
+def open_reference(
+    checkpoint: Checkpoint, context: int, choice: ReferenceChoice, progress: Progress
+) -> Iterator[ScoringModel]:
+    """The reference for a checkpoint with room for ``context`` tokens.
+
+    ``auto`` takes transformers when it is installed, knows the model and its float32 weights fit into memory. Raises
+    ``CheckpointError`` when an explicit choice is impossible, ``DoesNotFitError`` when memory or disk is too small.
+    """
+    description = describe(checkpoint)
+    if choice != "engine":
+        obstacle = _transformers_obstacle(checkpoint, description)
+        if obstacle is None:
+            with _quiet_transformers():
+                yield _open_transformers(checkpoint, description, progress)
+            return
+        if choice == "transformers":
+            raise CheckpointError(f"transformers cannot be the reference: {obstacle}")
+    with _open_engine(checkpoint, description, context, progress) as model:
+        yield model
+
+
+# --- transformers
+
+
+def _transformers_obstacle(checkpoint: Checkpoint, description: ModelDescription) -> str | None:
+    """Why transformers cannot compute this checkpoint here, None when it can."""
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+    needed_bytes, available = _float32_bytes(description) * _OVERHEAD, available_memory()
+    if needed_bytes > int(available.value):
+        return f"it needs {format_bytes(needed_bytes)} of memory, there are {format_bytes(int(available.value))}"
+    if checkpoint.source.kind == "gguf":
+        unknown = [item.name for item in description.tensors if _transformers_name(item.name) is None]
+        if description.architecture != "llama" or unknown:
+            return f"a GGUF file with {unknown[0] if unknown else description.architecture} is not translated for it"
+    return None
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """As many threads as the host allows, no progress bars and no notes on stderr; all as before afterwards."""
+    import torch
+    from transformers.utils import logging
+
+    threads, verbosity, bars = torch.get_num_threads(), logging.get_verbosity(), logging.is_progress_bar_enabled()
+    torch.set_num_threads(int(default_threads()[1].value))
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _open_transformers(checkpoint: Checkpoint, description: ModelDescription, progress: Progress) -> TransformersModel:
+    import transformers
+
+    with progress.stage("loading the reference", 1) as stage:
+        if checkpoint.source.kind == "gguf":
+            model = _llama_from_gguf(checkpoint, description)
+        else:
+            model = _load_directory(checkpoint.source.path)
+        stage.advance()
+    return TransformersModel(model.eval(), transformers.__version__)
+
+
+def _load_directory(directory: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="eager",
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise CheckpointError(f"transformers cannot load {directory}: {str(error).splitlines()[0]}") from error
+
+
+# Names in a GGUF of the llama family -> names in transformers, without layer and suffix.
+_GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_GGUF_NAME = re.compile(r"(?:blk\.(\d+)\.)?([a-z_]+)\.weight")
+
+
+def _transformers_name(name: str) -> str | None:
+    match = _GGUF_NAME.fullmatch(name)
+    if match is None:
+        return None
+    layer, role = match.groups()
+    if layer is None:
+        return f"{_GLOBAL_NAMES[role]}.weight" if role in _GLOBAL_NAMES else None
+    return f"model.layers.{layer}.{_LAYER_NAMES[role]}.weight" if role in _LAYER_NAMES else None
+
+
+def _llama_from_gguf(checkpoint: Checkpoint, description: ModelDescription) -> Any:
+    """The weights of a llama GGUF, dequantised one by one into transformers' own Llama."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(_llama_config(description))
+    dimensions = description.dimensions
+    names = {name: _transformers_name(name) for name in checkpoint.tensors}
+    state = {}
+    for name, target in names.items():
+        values = checkpoint.load(name)
+        if ".attn_q." in name or ".attn_k." in name:
+            values = _halves(values, dimensions.head_size)
+        state[target] = torch.from_numpy(values)
+    if dimensions.tied:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, strict=True, assign=True)
+    # Not part of the weights, so still without values: the frequencies, which follow from the configuration.
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    return model
+
+
+def _llama_config(description: ModelDescription) -> Any:
+    from transformers import LlamaConfig
+
+    dimensions, metadata = description.dimensions, description.metadata
+    return LlamaConfig(
+        vocab_size=dimensions.vocabulary,
+        hidden_size=dimensions.hidden,
+        intermediate_size=dimensions.feed_forward,
+        num_hidden_layers=dimensions.layers,
+        num_attention_heads=dimensions.heads,
+        num_key_value_heads=dimensions.kv_heads,
+        head_dim=dimensions.head_size,
+        max_position_embeddings=dimensions.context_trained,
+        rms_norm_eps=metadata["llama.attention.layer_norm_rms_epsilon"],
+        rope_theta=metadata.get("llama.rope.freq_base", 10000.0),
+        tie_word_embeddings=dimensions.tied,
+        attn_implementation="eager",
+    )
+
+
+def _halves(rows: Floats, head_size: int) -> Floats:
+    """Undo the order of rows in a llama GGUF, where rotation partners are neighbours: two halves per head instead."""
+    pairs = rows.reshape(-1, head_size // 2, 2, rows.shape[-1])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
+
+
+# --- the engine
+
+
+@contextmanager
+def _open_engine(
+    checkpoint: Checkpoint, description: ModelDescription, context: int, progress: Progress
+) -> Iterator[ScoringModel]:
+    """The checkpoint unquantised as a temporary GGUF: in F32 when that fits, else in the source's own types."""
+    with tempfile.TemporaryDirectory(prefix="edgelm-reference-") as directory:
+        plans, kind = _reference_plans(checkpoint, description, Path(directory))
+        path = Path(directory) / "reference.gguf"
+        metadata = {
+            **description.metadata,
+            "general.file_type": 0,
+            **read_tokenizer(checkpoint).gguf_metadata,
+        }
+        write_gguf(path, checkpoint, description.tensors, plans, metadata, progress=progress)
+        options = EngineOptions(context=context, batch=BATCH, kv_type="f32", all_logits=True)
+        engine = load_engine(path, options)
+        try:
+            yield EngineModel(engine, f"{engine.info.engine} {kind}")
+        finally:
+            engine.close()
+
+
+def _reference_plans(
+    checkpoint: Checkpoint, description: ModelDescription, directory: Path
+) -> tuple[list[TensorPlan], str]:
+    """Storage of every tensor and its name: ``F32``, or the source's types when F32 fits neither memory nor disk."""
+    free_bytes = min(int(available_memory().value), shutil.disk_usage(directory).free)
+    own = {item.name: _own_type(checkpoint, item) for item in description.tensors}
+    largest = max(description.tensors, key=lambda item: math.prod(item.shape))
+    for types, kind in ((dict.fromkeys(own, "F32"), "F32"), (own, own[largest.name])):
+        plans = [
+            TensorPlan(
+                name=item.name,
+                source_name=item.source_name,
+                shape=item.shape,
+                type=types[item.name],
+                size_bytes=ggml.TYPES[types[item.name]].row_bytes(item.shape[-1]) * math.prod(item.shape[:-1]),
+                reason="unquantised reference",
+            )
+            for item in description.tensors
+        ]
+        needed_bytes = sum(plan.size_bytes for plan in plans) * _OVERHEAD
+        if needed_bytes <= free_bytes:
+            return plans, kind
+    raise DoesNotFitError(
+        f"the unquantised reference needs {format_bytes(needed_bytes)} of memory and disk, "
+        f"{format_bytes(free_bytes)} are free",
+        hint="prove it on a larger machine, or export with --no-verify",
+    )
+
+
+def _own_type(checkpoint: Checkpoint, item: TensorDescription) -> str:
+    if item.values is not None or len(item.shape) < 2:
+        return "F32"  # llama.cpp wants vectors in F32
+    return weight_type(checkpoint.tensors[item.source_name])
+
+
+def _float32_bytes(description: ModelDescription) -> int:
+    return _FLOAT32_BYTES * sum(math.prod(item.shape) for item in description.tensors)
