@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openai
 from fake_engine import CHATML, EOS, IM_END, FakeEngine, FakeTokenizer, wait_until
 
 from runtime.chat import ChatTemplate
@@ -35,6 +34,10 @@ def fake_model(engine: FakeEngine, *, template: bool = True) -> LoadedModel:
     )
 
 
+if TYPE_CHECKING:
+    import openai
+
+
 @dataclass
 class LiveServer:
     """Where it listens, and what is behind it."""
@@ -50,6 +53,8 @@ class LiveServer:
     @contextmanager
     def client(self) -> Iterator[openai.OpenAI]:
         """The official client, without its retries."""
+        import openai  # takes a second, and the processes that only serve need none
+
         with openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=20) as client:
             yield client
 

@@ -121,6 +121,7 @@ class Guard:
             return
         try:
             headers = Headers(scope=scope)
+            _check_header_size(scope)
             self._check_host(scope, headers)
             self._check_origin(headers)
             if scope["path"] != OPEN_ROUTE:
@@ -177,6 +178,14 @@ def _presented_key(value: str) -> bytes:
         return base64.b64decode(raw, validate=True).partition(b":")[2]
     except binascii.Error:
         return b""
+
+
+def _check_header_size(scope: Scope) -> None:
+    """The protocol layer bounds only headers that come in pieces; what one packet brings is measured here."""
+    size = len(scope["raw_path"]) + len(scope["query_string"])
+    size += sum(len(name) + len(value) for name, value in scope["headers"])
+    if size > HEADER_LIMIT_BYTES:
+        raise ApiError(431, f"the headers are larger than {HEADER_LIMIT_BYTES} bytes", code="headers_too_large")
 
 
 async def _read_body(headers: Headers, receive: Receive) -> bytes | None:

@@ -2,6 +2,8 @@
 const find = (id) => document.getElementById(id);
 const log = find("log"), form = find("form"), prompt = find("prompt"), status = find("status");
 const send = find("send"), stop = find("stop");
+// Small models ramble at the API's default of 1.
+const sampling = { temperature: 0.5, top_p: 0.95 };
 let messages = [], running = null;
 
 function show(role, text) {
@@ -43,7 +45,7 @@ async function answer() {
     const response = await fetch("v1/chat/completions", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ messages: mine, stream: true }),
+      body: JSON.stringify({ messages: mine, stream: true, ...sampling }),
       signal: running.signal,
     });
     if (!response.ok) throw new Error((await response.json()).error.message);

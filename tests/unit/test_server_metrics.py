@@ -1,0 +1,139 @@
+"""Figures, logs and the page: readable by Prometheus, free of words, free of foreign requests."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import logging
+import re
+from collections.abc import Iterator
+
+import pytest
+from fake_engine import FakeEngine
+from live_server import LiveServer, fake_model, live_server
+from prometheus_client.parser import text_string_to_metric_families
+
+from runtime.server.limits import Access
+from runtime.server.logs import LOGGER, JsonLines, log_event
+from runtime.server.page import Page
+
+SECRET = "a-very-secret-prompt"
+
+
+@pytest.fixture
+def server() -> Iterator[LiveServer]:
+    with live_server(fake_model(FakeEngine(script="Paris", context=512, sequences=2))) as running:
+        yield running
+
+
+def samples(server: LiveServer) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    status, headers, text = server.request("GET", "/metrics")
+    assert status == 200
+    assert headers["content-type"].startswith("text/plain")
+    families = list(text_string_to_metric_families(text.decode()))
+    assert all(family.documentation for family in families)
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_metrics_count_what_happened(server: LiveServer) -> None:
+    for _ in range(2):
+        server.post("/v1/completions", {"prompt": "0123456789", "max_tokens": 3})
+    server.request("GET", "/somewhere/else")
+    server.request("GET", "/health/live", headers={"Host": "evil.example"})
+    found = samples(server)
+    assert found["edgelm_http_requests_total", (("route", "/v1/completions"), ("status", "200"))] == 2
+    assert found["edgelm_http_requests_total", (("route", "other"), ("status", "404"))] == 1
+    assert found["edgelm_http_requests_total", (("route", "/health/live"), ("status", "403"))] == 1
+    assert found["edgelm_generations_total", (("reason", "length"),)] == 2
+    assert found["edgelm_prefill_tokens_total", ()] + found["edgelm_cached_tokens_total", ()] == 20
+    assert found["edgelm_decode_tokens_total", ()] == 6
+    assert found["edgelm_ttft_seconds_count", ()] == 2
+    assert found["edgelm_inter_token_seconds_count", ()] == 4
+    assert found["edgelm_queue_wait_seconds_count", ()] == 2
+    assert found["edgelm_requests_running", ()] == 0
+    assert found["edgelm_requests_queued", ()] == 0
+    assert found["edgelm_engine_ready", ()] == 1
+    assert found["edgelm_process_resident_memory_bytes", ()] > 10**6
+
+
+def test_two_servers_in_one_process_count_apart(server: LiveServer) -> None:
+    server.post("/v1/completions", {"prompt": "x"})
+    with live_server(fake_model(FakeEngine())) as other:
+        assert samples(other)["edgelm_decode_tokens_total", ()] == 0
+
+
+def test_logs_are_single_lines_without_words_or_keys() -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonLines())
+    LOGGER.addHandler(handler)
+    level = LOGGER.level
+    LOGGER.setLevel(logging.INFO)
+    key = b"key-0123456789-abcdef"
+    try:
+        with live_server(fake_model(FakeEngine(script="Paris")), Access(key=key)) as server:
+            headers = {"Authorization": f"Bearer {key.decode()}"}
+            assert server.post("/v1/completions", {"prompt": SECRET}, headers)[0] == 200
+            assert server.post("/v1/completions", {"prompt": SECRET, SECRET: 1}, headers)[0] == 400
+            assert server.request("GET", f"/{SECRET}?key={SECRET}", headers=headers)[0] == 404
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(level)
+    text = stream.getvalue()
+    records = [json.loads(line) for line in text.splitlines()]
+    answered = next(record for record in records if record.get("status") == 200)
+    assert answered["event"] == "request"
+    assert answered["route"] == "/v1/completions"
+    assert answered["completion_tokens"] == len("Paris")
+    assert answered["finish_reason"] == "stop"
+    assert not any(word in text for word in (SECRET, "Paris", key.decode()))
+
+
+def test_an_exception_in_the_log_is_one_line() -> None:
+    try:
+        raise ValueError("two\nlines")
+    except ValueError as error:
+        record = LOGGER.makeRecord("x", logging.ERROR, "x", 1, "broken", (), (type(error), error, error.__traceback__))
+    line = JsonLines().format(record)
+    assert "\n" not in line
+    assert "two\nlines" in json.loads(line)["exception"]
+    log_event("said without a handler")
+
+
+def test_the_page_is_self_contained(server: LiveServer) -> None:
+    status, headers, body = server.request("GET", "/")
+    html = body.decode()
+    assert status == 200
+    assert headers["content-type"] == "text/html; charset=utf-8"
+    assert not re.search(r"""(src|href|url\(|@import|https?:|//[a-z])""", html)
+    assert "fake" in html
+    for tag in ("style", "script"):
+        content = re.search(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        assert content is not None
+        digest = base64.b64encode(hashlib.sha256(content.group(1).encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in headers["content-security-policy"]
+    assert "default-src 'none'" in headers["content-security-policy"]
+    assert 'lang="en"' in html
+    assert '<label for="prompt">' in html
+    assert "color-scheme: light dark" in html
+
+
+def test_facts_on_the_page_are_escaped() -> None:
+    page = Page("<script>alert(1)</script>", {"A & B": "<img src=x onerror=alert(1)>"})
+    assert "<script>alert" not in page.html
+    assert "<img" not in page.html
+    assert "A &amp; B" in page.html
+
+
+def test_every_answer_carries_the_protective_headers(server: LiveServer) -> None:
+    for route in ("/", "/v1/models", "/nothing", "/metrics"):
+        _, headers, _ = server.request("GET", route)
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cache-control"] == "no-store"
+        assert "server" not in headers
