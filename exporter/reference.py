@@ -12,6 +12,7 @@ import math
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,9 +144,11 @@ def _transformers_obstacle(checkpoint: Checkpoint, description: ModelDescription
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """As many threads as the host allows, no progress bars and no notes on stderr; all as before afterwards."""
-    import torch
-    from transformers.utils import logging
-
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # both warn about their own imports; none of it is the user's
+        import torch
+        import transformers
+    logging = transformers.utils.logging
     threads, verbosity, bars = torch.get_num_threads(), logging.get_verbosity(), logging.is_progress_bar_enabled()
     torch.set_num_threads(int(default_threads()[1].value))
     logging.set_verbosity_error()

@@ -80,17 +80,22 @@ def read_tokenizer(checkpoint: Checkpoint) -> SourceTokenizer:
 
 
 def prove_identity(source: SourceTokenizer, artifact_path: Path) -> TokenIdentity:
-    """Encode a hard corpus with the source tokenizer and with the vocabulary inside the artefact, and compare.
+    """Compare the source tokenizer with the vocabulary inside the artefact, see ``compare_tokenizers``."""
+    return compare_tokenizers(source.tokenizer_json, source.vocabulary, artifact_path)
 
-    Special tokens written in the texts are recognised, none are added. Texts are passed through the source's Unicode
-    normalization first, if it has one: llama.cpp has none. Raises ``BundleError`` for an invalid artefact and
-    ``EngineError`` when llama.cpp cannot load it.
+
+def compare_tokenizers(tokenizer_json: str, vocabulary: int, artifact_path: Path) -> TokenIdentity:
+    """Encode a hard corpus with a tokenizer.json and with the vocabulary inside an artefact, and compare.
+
+    ``vocabulary`` is the number of tokens that the artefact must have. Special tokens written in the texts are
+    recognised, none are added. Texts are passed through the tokenizer's Unicode normalization first, if it has one:
+    llama.cpp has none. Raises ``BundleError`` for an invalid artefact, ``EngineError`` when llama.cpp cannot load it.
     """
-    texts, expected = _expected(source.tokenizer_json)
+    texts, expected = _expected(tokenizer_json)
     answer = tokenize_with_llama(artifact_path, texts)
     difference = _first_difference(texts, expected, answer.ids)
-    if difference is None and answer.vocabulary != source.vocabulary:
-        difference = f"the source has {source.vocabulary} tokens, the artefact {answer.vocabulary}"
+    if difference is None and answer.vocabulary != vocabulary:
+        difference = f"the source has {vocabulary} tokens, the artefact {answer.vocabulary}"
     return TokenIdentity(
         identical=difference is None,
         texts=len(texts),

@@ -1,0 +1,101 @@
+"""Checks a finished bundle from outside: what it promises against what it holds, and on demand the whole proof again.
+
+Reads the bundle as a stranger would. Knows nothing of how it was made, except for what the manifest says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgelm.bundle import Bundle, Quality, TokenIdentity, open_bundle
+from edgelm.errors import BundleError, ProofError
+from edgelm.progress import SILENT, Progress
+from exporter import quality
+from exporter.checkpoint import open_checkpoint, open_source
+from exporter.tokenizer import compare_tokenizers, read_tokenizer
+from runtime.gguf_header import GGUFHeader, read_gguf_header
+
+TOKENIZER = "tokenizer.json"
+# A repeated measurement may come from the other reference and from other kernels.
+KL_TOLERANCE_FACTOR, KL_TOLERANCE_NATS = 1.10, 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was checked, all of it good. ``quality`` is the new measurement, None without a reference."""
+
+    bundle: Bundle
+    header: GGUFHeader
+    token_identity: TokenIdentity
+    quality: Quality | None
+
+
+def verify(directory: Path, reference: str | None, progress: Progress = SILENT) -> Verification:
+    """Check hashes, sizes, the artefact's header and the tokenizer; with a ``reference`` source prove all again.
+
+    Raises ``BundleError`` when the bundle is not what its manifest says, ``ProofError`` when a tokenizer differs or the
+    quality is worse than recorded, and what reading the reference raises.
+    """
+    with progress.stage("checking hashes", 1) as stage:
+        bundle = open_bundle(directory)
+        stage.advance()
+    header = read_gguf_header(bundle.artifact_path)
+    _check_tensors(bundle, header)
+    with progress.stage("comparing tokenizers", 1) as stage:
+        identity = _own_tokenizer(bundle, header)
+        stage.advance()
+    if reference is None:
+        return Verification(bundle, header, identity, None)
+    checkpoint = open_checkpoint(open_source(reference))
+    source = read_tokenizer(checkpoint)
+    identity = compare_tokenizers(source.tokenizer_json, source.vocabulary, bundle.artifact_path)
+    _require_identity(identity, f"{reference} and the artefact")
+    measured = quality.measure(bundle.artifact_path, checkpoint, identity, None, progress)
+    _check_quality(bundle.manifest.quality, measured)
+    return Verification(bundle, header, identity, measured)
+
+
+def _check_tensors(bundle: Bundle, header: GGUFHeader) -> None:
+    planned = {(item.name, item.shape, item.type) for item in bundle.manifest.plan.tensors}
+    stored = {(item.name, item.shape, item.type) for item in header.tensors}
+    if planned != stored:
+        name, shape, kind = min(planned ^ stored)
+        where = "only the plan has" if (name, shape, kind) in planned else "the plan does not have"
+        raise BundleError(
+            f"{bundle.artifact_path} is not what its manifest plans: {where} the tensor {name} {list(shape)} as {kind}",
+            hint="export it again",
+        )
+
+
+def _own_tokenizer(bundle: Bundle, header: GGUFHeader) -> TokenIdentity:
+    path = bundle.file(TOKENIZER)
+    if path is None:
+        raise BundleError(f"{bundle.path} has no {TOKENIZER}", hint="export it again")
+    try:
+        tokenizer_json = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{path} is not UTF-8", hint="export it again") from error
+    tokens = header.metadata.get("tokenizer.ggml.tokens", ())
+    identity = compare_tokenizers(tokenizer_json, len(tokens), bundle.artifact_path)
+    _require_identity(identity, f"{path} and the artefact")
+    return identity
+
+
+def _require_identity(identity: TokenIdentity, what: str) -> None:
+    if not identity.identical:
+        raise ProofError(
+            f"{what} do not give the same token ids: {identity.first_difference}", hint="export the bundle again"
+        )
+
+
+def _check_quality(recorded: Quality | None, measured: Quality) -> None:
+    if recorded is None:
+        return
+    limit = recorded.kl_mean * KL_TOLERANCE_FACTOR + KL_TOLERANCE_NATS
+    comparable = recorded.text_sha256 == measured.text_sha256
+    if comparable and measured.kl_mean > limit:
+        raise ProofError(
+            f"mean KL is {measured.kl_mean:.4f} nats per token, the manifest says {recorded.kl_mean:.4f}",
+            hint="is --reference the checkpoint that the bundle was made from?",
+        )
