@@ -65,6 +65,8 @@ GPU_DECODE = {
     "F16": 0.9, "Q8_0": 0.85, "Q4_0": 0.8, "Q4_K": 0.75, "Q5_K": 0.72, "Q6_K": 0.75, "Q2_K": 0.6, "Q2_0": 0.5,
     "Q1_0": 0.35, "default": 0.6,
 }  # fmt: skip
+# A layer is about ten operators, each ending in a barrier between threads of about a microsecond.
+CPU_LAYER_US = 12.0
 # How much slower a type without repacked kernel is in prefill on Arm, where repacking brings matrix instructions in.
 UNPACKED = 1.7
 # What repack.cpp of llama.cpp rearranges, by instruction set.
@@ -123,6 +125,8 @@ def starting_families() -> dict[str, Family]:
             bandwidth_share=share,
             per_core_gbs=per_core,
             parallel_loss=loss,
+            layer_us=CPU_LAYER_US,
+            old_layer_us=CPU_LAYER_US,
             old_prefill=0.7,
             repacked=REPACKED[name],
             prefill={

@@ -125,10 +125,11 @@ def workload_from_figures(
     """A workload from published figures. ``parameters`` counts weights, ``quant`` is a preset or a type.
 
     A known ``model`` name gives the exact shape, otherwise the usual shape of that size is assumed. Whether the head
-    is stored beside the embedding is decided by which of the two explains ``file_bytes`` better. Raises ``UsageError``
+    is stored beside the embedding is decided by which of the two explains ``file_bytes`` better. ``COPY`` (a file taken
+    as it was) is read off the size. Raises ``UsageError``
     for an unknown quantisation or figures that cannot be.
     """
-    mix = mix_of(quant)
+    mix = mix_of(quant) if parameters is None or quant.upper() != "COPY" else _mix_of_size(file_bytes / parameters)
     if file_bytes <= 0 or (parameters is not None and parameters <= 0):
         raise UsageError("parameters and file size have to be above zero")
     known = known_model(model) if model else None
@@ -176,6 +177,11 @@ def mix_of(quant: str) -> dict[str, float]:
         f"unknown quantisation '{quant}'",
         hint=f"known are: {', '.join([*MIXES, *(k for k in BITS if k not in MIXES)])}",
     )
+
+
+def _mix_of_size(bytes_per_weight: float) -> dict[str, float]:
+    """The type whose size is nearest, for a file that was taken as it was and whose types nobody stated."""
+    return {min(BITS, key=lambda kind: abs(BITS[kind] / 8 - bytes_per_weight)): 1.0}
 
 
 def known_model(name: str) -> KnownModel | None:

@@ -1,9 +1,9 @@
 """What a target will reach with a model: decode and prefill speed, memory, and whether it fits.
 
 Decode is a roofline: the bytes streamed per token over the sustained bandwidth against the arithmetic of the types'
-kernels, plus a fixed cost per layer on GPUs. Prefill is arithmetic by kernel class. Memory is the sum of process,
-weights, repacked copy, KV cache and compute buffers. Pure functions of a workload, a profile and the calibration:
-nothing is measured, no model file is opened.
+kernels, plus a fixed cost per layer (launches on a GPU, barriers between threads on a CPU). Prefill is arithmetic by
+kernel class. Memory is the sum of process, weights, repacked copy, KV cache and compute buffers. Pure functions of a
+workload, a profile and the calibration: nothing is measured, no model file is opened.
 """
 
 from __future__ import annotations
@@ -164,17 +164,17 @@ def decode_seconds(
     kv_bytes = settings.depth * workload.kv_elements_per_token * KV_BYTES[settings.kv_type]
     bandwidth = effective_bandwidth(profile, family, scale)
     attention = 2.0 * workload.layers * workload.hidden * settings.depth
+    fixed_s = workload.layers * (family.old_layer_us if settings.old_engine else family.layer_us) * 1e-6
     if family.gpu:
         streamed_s = sum(item.size_bytes / family.decode_of(item.type) for item in workload.weights) / bandwidth
-        layer_us = family.old_layer_us if settings.old_engine else family.layer_us
-        return streamed_s + kv_bytes / bandwidth + workload.layers * layer_us * 1e-6
+        return streamed_s + kv_bytes / bandwidth + fixed_s
     threads = settings.threads_decode or int(profile.threads_decode.value)
     cores = _cores(profile, threads)
     clock = _hertz(profile) * scale.compute
     cycles = sum(item.parameters * family.decode_of(item.type) for item in workload.weights)
     cycles += attention * family.decode_of("F16")
     memory_s = (workload.streamed_bytes + kv_bytes) / bandwidth_at(profile, family, bandwidth, threads)
-    return _norm((memory_s, cycles / (clock * cores)), norm)
+    return _norm((memory_s, cycles / (clock * cores)), norm) + fixed_s
 
 
 def prefill_seconds(

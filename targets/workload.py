@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from edgelm.bundle import ExportPlan
+from edgelm.bundle import ExportPlan, ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +49,15 @@ class Workload:
 
 
 def workload_from_plan(plan: ExportPlan) -> Workload | None:
-    """The workload that a bundle's plan describes; None for a plan that was stored without its ``shape``."""
-    if plan.shape is None:
+    """The workload that a bundle's plan describes, None for one that states no ``shape`` and has no GGUF names."""
+    shape = plan.shape or _shape_from_names(plan)
+    if shape is None:
         return None
     parameters: Counter[str] = Counter()
     size_bytes: Counter[str] = Counter()
     lookup = None
     for tensor in plan.tensors:
-        if tensor.name == plan.shape.lookup_tensor:
+        if tensor.name == shape.lookup_tensor:
             lookup = TypedWeights(tensor.type, prod(tensor.shape), tensor.size_bytes)
             continue
         parameters[tensor.type] += prod(tensor.shape)
@@ -68,8 +69,24 @@ def workload_from_plan(plan: ExportPlan) -> Workload | None:
         file_bytes=plan.artifact_bytes,
         weights=tuple(TypedWeights(kind, parameters[kind], size_bytes[kind]) for kind in sorted(parameters)),
         lookup=lookup,
-        layers=plan.shape.layers,
-        hidden=plan.shape.hidden,
-        vocabulary=plan.shape.vocabulary,
-        kv_elements_per_token=plan.shape.kv_elements_per_token,
+        layers=shape.layers,
+        hidden=shape.hidden,
+        vocabulary=shape.vocabulary,
+        kv_elements_per_token=shape.kv_elements_per_token,
+    )
+
+
+def _shape_from_names(plan: ExportPlan) -> ModelShape | None:
+    """The shape that the tensors of a GGUF show by their names; keys and values are as wide as their projections."""
+    by_name = {tensor.name: tensor for tensor in plan.tensors}
+    table = by_name.get("token_embd.weight")
+    keys = [tensor for name, tensor in by_name.items() if name.endswith((".attn_k.weight", ".attn_v.weight"))]
+    if table is None or len(table.shape) != 2 or not keys:
+        return None
+    return ModelShape(
+        layers=len({tensor.name.split(".")[1] for tensor in keys}),
+        hidden=table.shape[1],
+        vocabulary=table.shape[0],
+        kv_elements_per_token=sum(tensor.shape[0] for tensor in keys),
+        lookup_tensor=table.name if "output.weight" in by_name else None,
     )
