@@ -215,7 +215,8 @@ class Observer:
             self._metrics.requests.labels(route, str(status or 499)).inc()
             elapsed_s = round(time.monotonic() - started, 6)
             method = scope["method"] if scope["method"] in {"GET", "POST", "HEAD", "OPTIONS"} else "other"
-            log_event("request", route=route, method=method, status=status or 499, elapsed_s=elapsed_s, **facts)
+            request = {"route": route, "method": method, "status": status or 499, "elapsed_s": elapsed_s}
+            log_event("request", request | facts)
 
 
 def create_app(model: LoadedModel, worker: Worker, metrics: Metrics, access: Access) -> ASGIApp:

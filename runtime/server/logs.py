@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import Any, TextIO
+from typing import TextIO
 
 LOGGER = logging.getLogger("edgelm.server")
-_FIELDS = "edgelm_fields"
+_FACTS = "edgelm_facts"
 
 
-def log_event(event: str, level: int = logging.INFO, /, **fields: Any) -> None:
+def log_event(event: str, facts: Mapping[str, object] | None = None, *, level: int = logging.INFO) -> None:
     """Log ``event`` with its facts. Facts that are None are left out."""
-    LOGGER.log(level, event, extra={_FIELDS: {name: item for name, item in fields.items() if item is not None}})
+    told = {name: fact for name, fact in (facts or {}).items() if fact is not None}
+    LOGGER.log(level, event, extra={_FACTS: told})
 
 
 class JsonLines(logging.Formatter):
@@ -28,7 +30,7 @@ class JsonLines(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "event": record.getMessage().strip(),
-            **getattr(record, _FIELDS, {}),
+            **getattr(record, _FACTS, {}),
         }
         if record.exc_info:
             document["exception"] = self.formatException(record.exc_info)

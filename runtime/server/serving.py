@@ -63,7 +63,7 @@ def resolve_access(options: ServerOptions) -> Access:
         return Access(hosts)
     key, created = read_or_create_key(options.key_file)
     if created:
-        log_event("API key generated", file=str(options.key_file))
+        log_event("API key generated", {"file": str(options.key_file)})
     return Access(hosts, key)
 
 
@@ -105,10 +105,11 @@ class _DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         for listener in sockets or []:
             host, port = listener.getsockname()[:2]
-            log_event("listening", url=f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            log_event("listening", {"url": f"http://{f'[{host}]' if ':' in host else host}:{port}"})
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        log_event("draining", running=self._worker.running, queued=self._worker.queued, deadline_s=self._drain_s)
+        facts = {"running": self._worker.running, "queued": self._worker.queued, "deadline_s": self._drain_s}
+        log_event("draining", facts)
         deadline = asyncio.get_running_loop().call_later(
             self._drain_s, self._worker.abort, "the server is stopping and the drain deadline has passed"
         )

@@ -128,11 +128,12 @@ class Worker:
         try:
             self._compute_one_token()
             self._state = "ready"
-            log_event("ready", model=self._engine.info.model_name, load_s=round(self._engine.info.load_s, 3))
+            info = self._engine.info
+            log_event("ready", {"model": info.model_name, "load_s": round(info.load_s, 3)})
             while self._wait_for_work():
                 self._step()
         except EngineError as error:
-            log_event("engine failed", logging.ERROR, reason=error.message)
+            log_event("engine failed", {"reason": error.message}, level=logging.ERROR)
         finally:
             # Reached by an unexpected exception too: then nobody else would ever answer the clients that wait.
             with self._changed:
@@ -158,7 +159,8 @@ class Worker:
         except EngineInterruptedError:
             return  # nothing was computed and nothing lost: the next step leaves out what was cancelled
         except EngineError as error:
-            log_event("engine error", logging.ERROR, reason=error.message, running=self._scheduler.running)
+            facts = {"reason": error.message, "running": self._scheduler.running}
+            log_event("engine error", facts, level=logging.ERROR)
             self._scheduler.fail(Failure("the engine failed while computing this request"))
             # One failed call may have been the requests' fault. An engine that cannot compute one token is dead.
             self._compute_one_token()
