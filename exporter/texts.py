@@ -33,13 +33,15 @@ class Text:
 def _documentation() -> str:
     from pydoc_data.topics import topics
 
-    # Sorted: newer Python versions reorder the table.
-    return "\n\n".join(topics[name].strip() for name in sorted(topics)) + "\n"
+    # Sorted: newer Python versions reorder the table. Sections stand under several topics: a paragraph is taken once,
+    # or what calibrated would be evaluated.
+    paragraphs = (part.strip("\n") for name in sorted(topics) for part in topics[name].split("\n\n"))
+    return "\n\n".join(dict.fromkeys(part for part in paragraphs if part.strip())) + "\n"
 
 
 def _halves() -> tuple[str, str]:
     text = _documentation()
-    middle = text.index("\n", len(text) // 2) + 1
+    middle = text.index("\n\n", len(text) // 2) + 2
     return text[:middle], text[middle:]
 
 
