@@ -28,7 +28,7 @@ from targets.host import default_threads
 _KV_BYTES_PER_ELEMENT = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}  # ggml blocks: q8_0 is 32 int8 and one f16 scale
 _CONTEXT_STEP = 256  # llama_context pads every sequence's share of the cache to this
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
-_LOG_WARN, _LOG_ERROR, _LOG_CONTINUE = 2, 3, 5  # enum ggml_log_level
+_LOG_WARN, _LOG_ERROR, _LOG_CONTINUE = 3, 4, 5  # enum ggml_log_level
 _NO_SLOT, _ABORTED = 1, 2  # return values of llama_decode
 
 
@@ -36,24 +36,25 @@ class _Log:
     """Keeps llama.cpp's latest warnings and errors instead of letting it write to stderr."""
 
     def __init__(self) -> None:
-        self._lines: deque[str] = deque(maxlen=24)
-        self._keep = False
+        self._lines: deque[tuple[int, str]] = deque(maxlen=24)
+        self._level = 0
         self.callback: Any = None
 
     def receive(self, level: int, text: bytes, _data: object) -> None:
         if level != _LOG_CONTINUE:
-            self._keep = level in (_LOG_WARN, _LOG_ERROR)
-        if not self._keep:
+            self._level = level
+        if self._level not in (_LOG_WARN, _LOG_ERROR):
             return
         line = text.decode("utf-8", "replace").rstrip("\n")
         if level == _LOG_CONTINUE and self._lines:
-            self._lines[-1] += line
+            self._lines[-1] = (self._level, self._lines[-1][1] + line)
         elif line.strip():
-            self._lines.append(line)
+            self._lines.append((self._level, line.strip()))
 
     def take(self) -> str:
-        """The collected lines in one, oldest first; the collection starts anew."""
-        text = "; ".join(line.strip() for line in self._lines)
+        """The collected errors in one line, oldest first, or the warnings when there are none; then starts anew."""
+        worst = max((level for level, _ in self._lines), default=0)
+        text = "; ".join(line for level, line in self._lines if level == worst)
         self._lines.clear()
         return text
 
