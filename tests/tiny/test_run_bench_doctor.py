@@ -1,0 +1,259 @@
+"""The commands run, bench and doctor on a tiny random model, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgelm.cli.app import run_cli
+from edgelm.errors import BundleError
+from edgelm.report import read_report
+from runtime.bench import BenchOptions, bench
+from runtime.doctor import cpu_features
+from runtime.engine import EngineOptions
+from runtime.model import generation_end, open_model
+from runtime.probe import ProbeError, probe, write_tiny_gguf
+from tests.fake_engine import CHATML
+
+pytestmark = pytest.mark.tiny
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    write_tiny_gguf(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def chat_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a chat template in its header."""
+    import gguf as library
+
+    directory = tmp_path_factory.mktemp("chat")
+    write_tiny_gguf(directory / "plain.gguf", context=4096)
+    reader = library.GGUFReader(directory / "plain.gguf")
+    path = directory / "chat.gguf"
+    writer = library.GGUFWriter(str(path), "llama")
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            kind = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=kind)
+    writer.add_chat_template(CHATML)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def edgelm(*arguments: str, capfd: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    code = run_cli(list(arguments))
+    captured = capfd.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_one_answer_as_json(chat_gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ("run", str(chat_gguf), "hello", "-n", "5", "--threads", "1", "--json", "--seed", "1")
+    code, out, err = edgelm(*arguments, capfd=capfd)
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    assert document["model"] == "chat"
+    # <|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n: three special tokens, bytes, "he" merged into one
+    assert document["prompt_tokens"] == 3 + len("user\nhello") - 1 + len("\n") + len("assistant\n")
+    assert document["completion_tokens"] <= 5
+    assert document["decode_tps"] > 0
+    assert document["rss_bytes"] > 0
+
+
+def test_raw_text_is_continued_and_the_last_line_tells_the_speed(gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, err = edgelm("run", str(gguf), "hello", "--raw", "-n", "4", "--threads", "1", capfd=capfd)
+    assert code == 0
+    assert out.endswith("\n")
+    assert "decode" in err
+    assert "prefill" in err
+    assert "TTFT" in err
+    assert "RSS" in err
+
+
+def test_a_chat_reuses_its_prefix_and_survives_overflow(
+    chat_gguf: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["hello", "", "again", "x" * 300, "more", "/exit", "never"])
+    monkeypatch.setattr("builtins.input", lambda _prompt="": next(lines))
+    arguments = ("run", str(chat_gguf), "-n", "4", "--threads", "1", "--context", "200")
+    code, _, err = edgelm(*arguments, capfd=capfd)
+    assert code == 0
+    told = [line for line in err.splitlines() if line.startswith("decode")]
+    assert len(told) == 3
+    assert " 0 cached" in told[0]
+    assert " 0 cached" not in told[1]
+    assert "error: the prompt has" in err
+    assert next(lines) == "never"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--json",), "needs a PROMPT"),
+        (("hi", "--raw", "--system", "x"), "exclude each other"),
+        (("hi", "--temperature", "-1"), "temperature"),
+        (("hi", "--top-p", "0"), "top_p"),
+        ((), "no chat template"),
+    ],
+)
+def test_wrong_usage_exits_2(
+    gguf: Path, arguments: tuple[str, ...], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = edgelm("run", str(gguf), *arguments, capfd=capfd)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+@pytest.mark.parametrize("command", ["run", "bench"])
+def test_a_missing_bundle_is_one_error(tmp_path: Path, command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    extra = ("hi",) if command == "run" else ()
+    code, out, err = edgelm(command, str(tmp_path / "none"), *extra, capfd=capfd)
+    assert (code, out) == (1, "")
+    assert err.splitlines()[0].startswith("error: ")
+    assert "none" in err
+
+
+def test_ctrl_c_ends_a_long_answer_at_once(chat_gguf: Path) -> None:
+    code = "import sys; from edgelm.cli.app import run_cli; sys.exit(run_cli(sys.argv[1:]))"
+    arguments = ["run", str(chat_gguf), "hello", "-n", "4000", "--threads", "1", "--raw", "--temperature", "1"]
+    child = subprocess.Popen(
+        [sys.executable, "-u", "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        assert child.stdout is not None
+        assert child.stdout.read(1)
+        child.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        _, err = child.communicate(timeout=30)
+    finally:
+        child.kill()
+    assert child.returncode == 130
+    assert time.monotonic() - started < 10
+    assert b"interrupted" in err
+    assert b"Traceback" not in err
+
+
+def test_bench_writes_a_report(gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "report.json"
+    arguments = ("bench", str(gguf), "-p", "32", "-n", "8", "-r", "2", "--depth", "16", "--threads", "1")
+    code, out, _ = edgelm(*arguments, "--json", "-o", str(path), capfd=capfd)
+    assert code == 0
+    document: dict[str, Any] = json.loads(out)
+    for name in ("prefill_tps", "decode_tps", "ttft_s"):
+        assert len(document[name]["samples"]) == 2
+        assert document[name]["p5"] <= document[name]["median"] <= document[name]["p95"]
+    assert set(document["memory"]) >= {"rss_peak_bytes", "anonymous_bytes", "file_bytes", "kv_bytes", "weights_bytes"}
+    assert document["predicted"]["decode_tps"] > 0
+    assert document["model"]["quant"] in ("Q4_0", "Q8_0")
+    assert document["settings"]["depth"] == 16
+    assert document["valid"] == (not document["warnings"])
+    assert read_report(path).model_dump(mode="json") == document
+
+
+def test_bench_as_markdown_and_as_a_table(gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ("bench", str(gguf), "-p", "8", "-n", "4", "-r", "1", "--threads", "1")
+    code, out, _ = edgelm(*arguments, "--markdown", capfd=capfd)
+    assert code == 0
+    assert out.splitlines()[1] == "|---|---|---|"
+    assert "| prefill 8 (tok/s) |" in out
+    code, out, _ = edgelm(*arguments, capfd=capfd)
+    assert "weights / KV cache" in out
+
+
+def test_bench_refuses_what_does_not_fit_the_model(gguf: Path) -> None:
+    with pytest.raises(Exception, match="trained for 512"):
+        bench(gguf, BenchOptions(prompt_tokens=600, generated_tokens=1, threads_decode=1, threads_prefill=1))
+
+
+def test_doctor_tells_what_it_looked_at(gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = edgelm("doctor", str(gguf), "--json", capfd=capfd)
+    document = json.loads(out)
+    status = {finding["name"]: finding["status"] for finding in document["findings"]}
+    assert status["engine"] == status["model"] == "ok"
+    assert (code, document["healthy"]) == (0, True)
+    assert {"python", "cpu", "threads", "memory"} <= set(status)
+    assert "CPU" in document["engine"]["system"]
+
+
+def test_doctor_exits_1_for_a_broken_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + b"\xff" * 100)
+    code, out, _ = edgelm("doctor", str(broken), capfd=capfd)
+    assert code == 1
+    assert "broken" in out
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(signal.SIGSEGV, "segmentation fault"), (signal.SIGILL, "instruction"), (signal.SIGKILL, "killed")],
+)
+def test_a_crash_becomes_a_sentence(
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, words: str
+) -> None:
+    crashing = tmp_path / "python"
+    crashing.write_text(f"#!/bin/sh\nkill -{number.value} $$\n")
+    crashing.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(crashing))
+    with pytest.raises(ProbeError, match=rf"{words}.*\({number.name}\)") as caught:
+        probe(gguf)
+    assert caught.value.hint
+
+
+def test_a_hanging_engine_is_given_up(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging = tmp_path / "python"
+    hanging.write_text("#!/bin/sh\nexec sleep 60\n")
+    hanging.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(hanging))
+    with pytest.raises(ProbeError, match=r"did not finish .* in 0\.2 s"):
+        probe(gguf, timeout_s=0.2)
+
+
+def test_cpu_features_that_lie_idle_are_told() -> None:
+    system = "CPU : SSE3 = 1 | AVX = 1 | AVX2 = 1 | FMA = 1 | F16C = 1 | LLAMAFILE = 1 |"
+    assert cpu_features(("avx", "avx2", "fma"), system).status == "ok"
+    finding = cpu_features(("avx", "avx2", "avx512_vnni", "amx_int8"), system)
+    assert finding.status == "warning"
+    assert "avx512_vnni" in finding.detail
+    assert "amx" not in finding.detail
+    assert cpu_features(("neon", "dotprod"), "CPU : NEON = 1 | ARM_FMA = 1 | DOTPROD = 1 |").status == "ok"
+
+
+def test_a_bare_file_gets_a_context_it_was_trained_for(gguf: Path, chat_gguf: Path) -> None:
+    for path, context in ((gguf, 512), (chat_gguf, 4096)):
+        model = open_model(path, EngineOptions(context=0, threads_decode=1, threads_prefill=1))
+        assert model.engine.info.context == context
+        assert (model.chat_template is None) == (path == gguf)
+        assert model.stop_tokens >= {258}
+        model.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("{}", set()), ('{"eos_token_id": 2}', {2}), ('{"eos_token_id": [2, 5]}', {2, 5})]
+)
+def test_generation_config(tmp_path: Path, text: str, expected: set[int]) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text(text, encoding="utf-8")
+    assert generation_end(path) == expected
+
+
+@pytest.mark.parametrize("text", ["", '{"eos_token_id": "x"}', '{"eos_token_id": [-1]}'])
+def test_malformed_generation_config(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(BundleError, match="generation_config"):
+        generation_end(path)
