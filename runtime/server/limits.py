@@ -68,9 +68,9 @@ def split_host(value: str) -> str | None:
         port = rest[1:]
     elif ":" in value:
         name, _, port = value.partition(":")
-    if not name or (port and not (port.isascii() and port.isdigit())):
+    if port and not (port.isascii() and port.isdigit()):
         return None
-    return name.lower().removesuffix(".")
+    return name.lower().removesuffix(".") or None
 
 
 def parse_json(body: bytes) -> Any:

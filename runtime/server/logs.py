@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import TextIO
@@ -45,3 +46,10 @@ def start_logging(stream: TextIO | None = None) -> None:
         logger.handlers = [handler]
         logger.setLevel(level)
         logger.propagate = False
+    threading.excepthook = _log_thread_fault
+
+
+def _log_thread_fault(fault: threading.ExceptHookArgs) -> None:
+    """A thread that dies of a mistake of ours is told in one line, too."""
+    cause = (fault.exc_type, fault.exc_value or fault.exc_type(), fault.exc_traceback)
+    LOGGER.critical("thread failed", exc_info=cause)

@@ -31,13 +31,13 @@ class Metrics:
         self.cached_tokens = self._counter("edgelm_cached_tokens", "Prompt tokens found in the cache")
         self.decode_tokens = self._counter("edgelm_decode_tokens", "Tokens generated")
         self.ttft_s = self._histogram(
-            "edgelm_ttft_seconds", "From the arrival of a request to its first token", _WAIT_BUCKETS_S
+            "edgelm_ttft_seconds", "From the queueing of a request to its first token", _WAIT_BUCKETS_S
         )
         self.inter_token_s = self._histogram(
             "edgelm_inter_token_seconds", "Between two tokens of one request", _TOKEN_BUCKETS_S
         )
         self.queue_wait_s = self._histogram(
-            "edgelm_queue_wait_seconds", "From the arrival of a request to its first computation", _WAIT_BUCKETS_S
+            "edgelm_queue_wait_seconds", "From the queueing of a request to its first computation", _WAIT_BUCKETS_S
         )
         self.batch_tokens = self._histogram("edgelm_batch_tokens", "Tokens computed in one engine call", _BATCH_BUCKETS)
         process = psutil.Process()

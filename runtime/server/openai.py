@@ -221,7 +221,7 @@ def _as_api_error(error: ValidationError) -> ApiError:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """How a request went. ``ttft_s`` counts from its arrival, queueing included; rates are tokens per second."""
+    """How a request went. All times count from when its tokens were queued; rates are tokens per second."""
 
     queue_s: float
     ttft_s: float | None

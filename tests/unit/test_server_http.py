@@ -298,6 +298,17 @@ def test_a_dead_engine_is_told_by_readiness_and_not_by_liveness() -> None:
         assert (status, answer["error"]["code"]) == (503, "engine_unavailable")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_mistake_in_the_engine_thread_answers_everybody_who_waits() -> None:
+    engine = FakeEngine(sequences=1)
+    with live_server(fake_model(engine)) as server:
+        engine.on_forward = lambda chunks: chunks[0].tokens[10**6]  # an IndexError, which nobody expects
+        status, answer = server.post("/v1/completions", {"prompt": "x"})
+        assert (status, answer["error"]["type"]) == (503, "server_error")
+        assert server.request("GET", "/health/ready")[0] == 503
+        assert engine.closed
+
+
 def test_readiness_waits_for_a_first_token() -> None:
     gate = threading.Event()
     engine = FakeEngine(on_forward=lambda _: gate.wait(5) and None)

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from runtime.server.serving import bind
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = """
 import sys
+import threading
 from fake_engine import FakeEngine
 from live_server import fake_model
 from runtime.server.limits import Access
@@ -44,7 +46,9 @@ def _logging_as_before() -> Iterator[None]:
     """The command configures the process's logging; the next test's stderr is another one."""
     loggers = (logging.getLogger("edgelm.server"), logging.getLogger("uvicorn.error"))
     before = [(logger, logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    hook = threading.excepthook
     yield
+    threading.excepthook = hook
     for logger, handlers, level, propagate in before:
         logger.handlers, logger.propagate = handlers, propagate
         logger.setLevel(level)
