@@ -22,8 +22,11 @@ from targets.workload import TypedWeights, Workload
 
 KvType = Literal["f32", "f16", "q8_0"]
 KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
-# Resident size of the interpreter with the engine loaded and no model, and of a llama.cpp context without a model.
-PROCESS_BYTES = 40 * 2**20
+# Resident size of the runtime with the engine's libraries and no model, of one vocabulary entry in tokenizer and engine
+# together (both measured with SmolLM2), and of a GPU context without a model.
+PROCESS_BYTES = 57 * 2**20
+VOCABULARY_ENTRY_BYTES = 740
+KV_PADDING = 256  # llama.cpp rounds the cache up to this many tokens
 GPU_CONTEXT_BYTES = 300 * 2**20
 COMPUTE_BASE_BYTES = 5 * 2**20
 # Activations of one position that are alive at once, in units of the hidden size (measured on SmolLM2: 17 MiB at 512).
@@ -234,7 +237,8 @@ def without_head(workload: Workload) -> Iterable[TypedWeights]:
 
 def ram_parts(workload: Workload, profile: TargetProfile, settings: RunSettings, family: Family) -> RamParts:
     """Resident memory by purpose. A GPU's memory holds weights, cache and buffers; the process lives elsewhere."""
-    kv_bytes = workload.kv_elements_per_token * KV_BYTES[settings.kv_type] * settings.context
+    cells = math.ceil(settings.context / KV_PADDING) * KV_PADDING
+    kv_bytes = workload.kv_elements_per_token * KV_BYTES[settings.kv_type] * cells
     batch = min(settings.batch, settings.context)
     compute_bytes = COMPUTE_BASE_BYTES + batch * workload.hidden * LIVE_ACTIVATIONS * 4 + workload.vocabulary * 4
     repack_bytes = 0
@@ -245,7 +249,9 @@ def ram_parts(workload: Workload, profile: TargetProfile, settings: RunSettings,
         repack_bytes=repack_bytes,
         kv_bytes=round(kv_bytes),
         compute_bytes=round(compute_bytes),
-        process_bytes=GPU_CONTEXT_BYTES if family.gpu else PROCESS_BYTES,
+        process_bytes=(
+            GPU_CONTEXT_BYTES if family.gpu else PROCESS_BYTES + workload.vocabulary * VOCABULARY_ENTRY_BYTES
+        ),
     )
 
 
