@@ -13,9 +13,16 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
-from rich.progress import TaskID
 from rich.table import Table
 
 from edgelm.errors import UsageError
@@ -25,7 +32,7 @@ from edgelm.units import parse_size
 WIDE = 160
 
 
-class SizeType(click.ParamType):
+class SizeType(click.ParamType[int]):
     """``2GB``, ``1.5GiB`` or bytes, as an int of bytes."""
 
     name = "size"
