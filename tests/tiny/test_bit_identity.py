@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -34,13 +35,14 @@ OWN = {"MXFP4", "NVFP4"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quiet() -> None:
+def _quiet() -> Iterator[None]:
     @llama_cpp.llama_log_callback
     def silent(level: int, text: bytes, data: object) -> None:
         pass
 
-    _quiet.callback = silent  # type: ignore[attr-defined]  # keeps it alive
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
+    yield
+    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), ctypes.c_void_p(0))
 
 
 @pytest.fixture(scope="module", params=SHAPES)
