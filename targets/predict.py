@@ -29,8 +29,9 @@ VOCABULARY_ENTRY_BYTES = 740
 KV_PADDING = 256  # llama.cpp rounds the cache up to this many tokens
 GPU_CONTEXT_BYTES = 300 * 2**20
 COMPUTE_BASE_BYTES = 5 * 2**20
-# Activations of one position that are alive at once, in units of the hidden size (measured on SmolLM2: 17 MiB at 512).
-LIVE_ACTIVATIONS = 10
+# Activations of one position that are alive at once, in units of the hidden size: measured on SmolLM2 with full batches;
+# short prompts touch about half of it.
+LIVE_ACTIVATIONS = 20
 SLOW_CORE_SHARE = 0.45
 # Share of the rated read rate that generation from storage reaches: faults are small, cyclic access defeats caches.
 PAGING_SHARE = 0.5
