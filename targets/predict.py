@@ -29,7 +29,7 @@ VOCABULARY_ENTRY_BYTES = 740
 KV_PADDING = 256  # llama.cpp rounds the cache up to this many tokens
 GPU_CONTEXT_BYTES = 300 * 2**20
 COMPUTE_BASE_BYTES = 5 * 2**20
-# Activations of one position that are alive at once, in units of the hidden size: measured on SmolLM2 with full batches;
+# Activations of one position that are alive at once, in units of the hidden size, for full batches (SmolLM2);
 # short prompts touch about half of it.
 LIVE_ACTIVATIONS = 20
 SLOW_CORE_SHARE = 0.45
