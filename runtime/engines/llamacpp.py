@@ -225,9 +225,10 @@ def _create_context(library: Any, model: Any, path: Path, options: EngineOptions
     per_sequence = -(-options.context // _CONTEXT_STEP) * _CONTEXT_STEP
     parameters.n_ctx = per_sequence * options.sequences
     parameters.n_seq_max = options.sequences
-    # Separate caches: in a unified one each sequence's attention walks over the cells of all the others. The price:
-    # llama.cpp computes only sequences of neighbouring numbers together (SmolLM2, one thread, CPU time per step of
-    # four sequences 54 ms against 59 unified; of sequences 0 and 2 alone 39 against 31), so take the lowest free one.
+    # Separate caches: in a unified one each sequence's attention walks over the cells of all the others, which grows
+    # with depth. The price: llama.cpp computes only sequences of neighbouring numbers together, so owners should take
+    # the lowest free one. SmolLM2, one thread of a busy machine, CPU ms per step, separate / unified: four sequences
+    # 54 / 59 at depth 32, 87 / 87 at 512; sequences 0 and 2 alone 39 / 31 and 58 / 48.
     parameters.kv_unified = False
     # One micro-batch per call: the same work for the CPU, and a call can be interrupted between two of them.
     parameters.n_batch = parameters.n_ubatch = options.batch
