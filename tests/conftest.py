@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# libgomp reads this when it loads. Spinning threads on a busy machine made single tests 16 times slower; waiting ones
+# compute the same numbers.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 LOOPBACK = ("127.", "::1", "localhost")
 
