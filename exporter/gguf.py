@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFValueType, GGUFWriter
 
 from edgelm.bundle import TensorPlan
 from edgelm.errors import BundleError, CheckpointError
@@ -28,9 +27,9 @@ from edgelm.units import format_bytes
 from exporter import ggml
 from exporter.architectures.base import TensorDescription, interleave_rows
 from exporter.checkpoint import Checkpoint, TensorReader, weight_type
+from exporter.gguf_header import encode_header, padded
 
 SLAB_ELEMENTS = 2**19
-_ALIGNMENT = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +72,9 @@ def write_gguf(
     by_name = {item.name: item for item in descriptions}
     try:
         with write_errors(path):
-            data_start = _write_header(path, checkpoint.architecture, plans, metadata)
-            slabs = list(_slabs(plans, by_name, data_start))
+            header = encode_header(checkpoint.architecture, metadata, plans)
+            path.write_bytes(header)
+            slabs = list(_slabs(plans, by_name, len(header)))
             with progress.stage("quantising", sum(slab.size_bytes for slab in slabs), unit="bytes") as stage:
                 _write_slabs(path, checkpoint, slabs, threads or usable_cpus(), stage)
     except BaseException:
@@ -96,52 +96,6 @@ def write_errors(path: Path) -> Iterator[None]:
         raise BundleError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _write_header(path: Path, architecture: str, plans: Sequence[TensorPlan], metadata: Mapping[str, Any]) -> int:
-    """Write everything before the data; the number of bytes written, padding included."""
-    writer = GGUFWriter(path, architecture)
-    try:
-        for key, value in metadata.items():
-            kind, sub_type, plain = _typed_value(key, value)
-            writer.add_key_value(key, plain, kind, sub_type)
-        for plan in plans:
-            dtype = np.dtype(np.float32)  # ignored: raw_dtype says how the tensor is stored
-            writer.add_tensor_info(plan.name, plan.shape, dtype, plan.size_bytes, raw_dtype=ggml.TYPES[plan.type].id)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        assert writer.fout is not None
-        end = int(writer.fout[0].tell())
-    finally:
-        writer.close()
-    return _padded(end)
-
-
-def _typed_value(key: str, value: Any) -> tuple[GGUFValueType, GGUFValueType | None, Any]:
-    """The GGUF type of a metadata value, as llama.cpp expects it: counts are uint32, numbers float32."""
-    if isinstance(value, bool):
-        return GGUFValueType.BOOL, None, value
-    if isinstance(value, int):
-        if 0 <= value < 2**32:
-            return GGUFValueType.UINT32, None, value
-        return (GGUFValueType.INT32 if -(2**31) <= value < 0 else GGUFValueType.INT64), None, value
-    if isinstance(value, float):
-        return GGUFValueType.FLOAT32, None, value
-    if isinstance(value, str):
-        return GGUFValueType.STRING, None, value
-    if isinstance(value, (bytes, Mapping)) or not hasattr(value, "__len__"):
-        raise TypeError(f"metadata {key} is of the type {type(value).__name__}")
-    items = value.tolist() if isinstance(value, np.ndarray) else list(value)
-    kinds = {type(item) for item in items}
-    if len(kinds) > 1 or not kinds <= {bool, int, float, str}:
-        raise TypeError(f"metadata {key} is a list of {', '.join(sorted(kind.__name__ for kind in kinds))}")
-    named = {bool: GGUFValueType.BOOL, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
-    return GGUFValueType.ARRAY, named.get(next(iter(kinds), str), GGUFValueType.INT32), items
-
-
-def _padded(size_bytes: int) -> int:
-    return -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
-
-
 def _slabs(
     plans: Sequence[TensorPlan], descriptions: Mapping[str, TensorDescription], data_start: int
 ) -> Iterator[_Slab]:
@@ -158,13 +112,13 @@ def _slabs(
             stop = min(start + step, rows)
             size_bytes = (stop - start) * row_bytes
             yield _Slab(plan, description, start, stop, position + start * row_bytes, size_bytes)
-        position = _padded(position + plan.size_bytes)
+        position = padded(position + plan.size_bytes)
 
 
 def _write_slabs(path: Path, checkpoint: Checkpoint, slabs: Sequence[_Slab], threads: int, stage: Stage) -> None:
     descriptor = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
     try:
-        os.ftruncate(descriptor, max(_padded(slab.position + slab.size_bytes) for slab in slabs))
+        os.ftruncate(descriptor, max(padded(slab.position + slab.size_bytes) for slab in slabs))
         with TensorReader() as reader:
             for file in {header.file for header in checkpoint.tensors.values()}:
                 reader.open(file)

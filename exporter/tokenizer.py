@@ -20,6 +20,7 @@ from edgelm.bundle import TokenIdentity
 from edgelm.errors import BundleError, CheckpointError, EngineError, ProofError
 from edgelm.progress import Progress
 from exporter.checkpoint import Checkpoint
+from exporter.gguf_header import encode_header
 from exporter.pretokenizers import CONTROL, NORMAL, UNUSED, USER_DEFINED, likely_candidates, rebuild_tokenizer_json
 from exporter.texts import hard_corpus
 from exporter.vocabulary import tokenize_with_llama
@@ -150,7 +151,7 @@ def _with_pre_tokenizer(source: SourceTokenizer, checkpoint: Checkpoint, progres
         path = Path(directory) / "vocabulary.gguf"
         for name in candidates:
             metadata = {**source.gguf_metadata, "tokenizer.ggml.pre": name}
-            write_vocabulary(path, metadata)
+            path.write_bytes(encode_header("llama", metadata, ()))
             stage.advance()
             try:
                 found = tokenize_with_llama(path, texts).ids
@@ -171,25 +172,6 @@ def _with_pre_tokenizer(source: SourceTokenizer, checkpoint: Checkpoint, progres
         f"the closest, {closest[1]!r}, fails on {closest[2]}",
         hint="llama.cpp cannot run this tokenizer; another format may",
     )
-
-
-def write_vocabulary(path: Path, metadata: Mapping[str, Any]) -> None:
-    """A GGUF file with a vocabulary and no tensors."""
-    from gguf import GGUFWriter
-
-    writer = GGUFWriter(path, "llama")
-    for key, value in metadata.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
 
 
 # --- Hugging Face directories

@@ -14,8 +14,9 @@ import exporter.tokenizer
 from edgelm.errors import BundleError, EngineError, ProofError
 from edgelm.progress import SILENT
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
+from exporter.gguf_header import encode_header
 from exporter.texts import hard_corpus
-from exporter.tokenizer import load_tokenizer, prove_identity, read_tokenizer, write_vocabulary
+from exporter.tokenizer import load_tokenizer, prove_identity, read_tokenizer
 from exporter.vocabulary import tokenize_with_llama
 
 pytestmark = pytest.mark.tiny
@@ -63,7 +64,7 @@ def test_pre_tokenizer_is_found_and_survives_the_way_back(tmp_path: Path, name: 
     # Where no token spans what two families cut differently, either is right: what counts is that the ids are.
     assert found == name or name == "llama-bpe"
     path = tmp_path / "vocabulary.gguf"
-    write_vocabulary(path, {**source.gguf_metadata, "tokenizer.ggml.pre": name})
+    path.write_bytes(encode_header("llama", {**source.gguf_metadata, "tokenizer.ggml.pre": name}, ()))
     identity = prove_identity(source, path)
     assert identity.identical, identity.first_difference
     assert identity.texts > 150
@@ -81,7 +82,7 @@ def test_pre_tokenizer_is_found_and_survives_the_way_back(tmp_path: Path, name: 
 def test_wrong_pre_tokenizer_is_noticed(tmp_path: Path) -> None:
     source = read_tokenizer(checkpoint_with(tmp_path / "model", byte_level()))
     path = tmp_path / "wrong.gguf"
-    write_vocabulary(path, {**source.gguf_metadata, "tokenizer.ggml.pre": "llama-bpe"})
+    path.write_bytes(encode_header("llama", {**source.gguf_metadata, "tokenizer.ggml.pre": "llama-bpe"}, ()))
     identity = prove_identity(source, path)
     assert not identity.identical
     assert identity.first_difference is not None
@@ -91,7 +92,7 @@ def test_wrong_pre_tokenizer_is_noticed(tmp_path: Path) -> None:
 def test_wrong_number_of_tokens_is_noticed(tmp_path: Path) -> None:
     source = load_tokenizer(checkpoint_with(tmp_path / "model"), SILENT)
     path = tmp_path / "vocabulary.gguf"
-    write_vocabulary(path, source.gguf_metadata)
+    path.write_bytes(encode_header("llama", source.gguf_metadata, ()))
     identity = prove_identity(replace(source, vocabulary=501), path)
     assert identity.first_difference == "the source has 501 tokens, the artefact 500"
 
@@ -111,7 +112,7 @@ def test_vocabulary_that_kills_llama_cpp_is_a_sentence(tmp_path: Path) -> None:
     tokens = list(source.gguf_metadata["tokenizer.ggml.tokens"])
     tokens[300] = tokens[301]  # llama.cpp asserts that tokens are unique, and aborts
     path = tmp_path / "deadly.gguf"
-    write_vocabulary(path, {**source.gguf_metadata, "tokenizer.ggml.tokens": tokens})
+    path.write_bytes(encode_header("llama", {**source.gguf_metadata, "tokenizer.ggml.tokens": tokens}, ()))
     with pytest.raises(EngineError, match=r"deadly\.gguf: it died of SIGABRT"):
         tokenize_with_llama(path, ["a"])
 
