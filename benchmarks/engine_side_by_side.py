@@ -2,7 +2,7 @@
 
 Needs ``make peers`` and GGUF files (any bundle's ``model.gguf``).
 
-    python benchmarks/engine_side_by_side.py a.gguf b.gguf --peers .cache/peers --rounds 7
+    python benchmarks/engine_side_by_side.py a.gguf b.gguf --peers .cache/peers --rounds 15
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--peers", type=Path, default=Path(".cache/peers"))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--repetitions", type=int, default=3, help="inside one process; its median is one sample")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--repetitions", type=int, default=1, help="inside one process; its median is one sample")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     binary = arguments.peers / "build" / "bin" / "llama-bench"
@@ -46,28 +46,32 @@ def main() -> None:
     for number in range(arguments.rounds):
         for model in arguments.models:
             # Who goes first alternates, so that a drifting machine favours neither.
-            order = ["edgelm", "llama-bench"] if number % 2 else ["llama-bench", "edgelm"]
-            for side in order:
+            for side in ("edgelm", "llama-bench") if number % 2 else ("llama-bench", "edgelm"):
                 rates = (
                     ours(model, arguments.threads, arguments.repetitions)
                     if side == "edgelm"
                     else llama_bench(binary, model, arguments.threads, arguments.repetitions)
                 )
                 rows.append({"round": number, "model": model.stem, "side": side, "threads": arguments.threads, **rates})
+        path = save("engine_side_by_side", rows)
+    summarise(rows, [model.stem for model in arguments.models])
+    print(f"raw rows: {path}")
+
+
+def summarise(rows: list[dict[str, Any]], models: list[str]) -> None:
+    """Medians of each side, and the median of the ratios pair by pair."""
     print("| model | prefill ours | prefill llama-bench | ratio | decode ours | decode llama-bench | ratio |")
     print("|---|---|---|---|---|---|---|")
-    for model in arguments.models:
-        cells = [model.stem]
+    for model in models:
+        cells = [model]
         for field in ("prefill_tps", "decode_tps"):
-            by_side = {
-                side: [item[field] for item in rows if item["side"] == side and item["model"] == model.stem]
+            sides = [
+                [item[field] for item in rows if item["side"] == side and item["model"] == model]
                 for side in ("edgelm", "llama-bench")
-            }
-            pairs = zip(by_side["edgelm"], by_side["llama-bench"], strict=True)
-            ratio = statistics.median(mine / other for mine, other in pairs)
-            cells += [f"{statistics.median(by_side[side]):.1f}" for side in by_side] + [f"{ratio:.3f}"]
+            ]
+            ratio = statistics.median(mine / other for mine, other in zip(*sides, strict=True))
+            cells += [f"{statistics.median(side):.1f}" for side in sides] + [f"{ratio:.3f}"]
         print("| " + " | ".join(cells) + " |")
-    print(f"raw rows: {save('engine_side_by_side', rows)}")
 
 
 if __name__ == "__main__":
