@@ -237,9 +237,11 @@ def _huggingface_tensors(directory: Path) -> dict[str, TensorHeader]:
         raise _no_weights(directory)
     shards = read_index(directory / _INDEX)
     tensors: dict[str, TensorHeader] = {}
+    missing = [shard for shard in sorted(set(shards.values())) if not (directory / shard).is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more: {', '.join(missing[1:6])}" if len(missing) > 1 else ""
+        raise CheckpointError(f"{directory / missing[0]} is missing{more}", hint="download the checkpoint completely")
     for shard in sorted(set(shards.values())):
-        if not (directory / shard).is_file():
-            raise CheckpointError(f"{directory / shard} is missing", hint="download the checkpoint completely")
         headers = read_safetensors_header(directory / shard)
         listed = {name for name, place in shards.items() if place == shard}
         if set(headers) != listed:

@@ -25,7 +25,7 @@ from edgelm.errors import BundleError, CheckpointError
 from edgelm.progress import SILENT, Progress, Stage
 from edgelm.units import format_bytes
 from exporter import ggml
-from exporter.architectures.base import TensorDescription, interleave_rows
+from exporter.architectures.base import TensorDescription, interleave_rows, split_rows
 from exporter.checkpoint import Checkpoint, TensorReader, weight_type
 from exporter.gguf_header import encode_header, padded
 
@@ -65,8 +65,8 @@ def write_gguf(
 ) -> None:
     """Write ``path`` with the planned tensors of a checkpoint, flushed to disk when this returns.
 
-    ``metadata`` are all keys but ``general.architecture``, which is ``checkpoint.architecture``. ``threads`` of 0 means
-    all usable CPUs. On any exception the file is removed. Raises ``BundleError`` when it cannot be written and
+    ``metadata`` are all keys; without ``general.architecture`` it is ``checkpoint.architecture``. ``threads`` of 0
+    means all usable CPUs. On any exception the file is removed. Raises ``BundleError`` when it cannot be written and
     ``CheckpointError`` when the source cannot be read or holds NaN or infinity.
     """
     by_name = {item.name: item for item in descriptions}
@@ -103,16 +103,25 @@ def _slabs(
     for plan in plans:
         description = descriptions[plan.name]
         columns, rows = plan.shape[-1], math.prod(plan.shape[:-1])
-        if len(plan.shape) == 1 and description.interleave:  # a bias: its numbers are the rows to reorder
+        if len(plan.shape) == 1 and _reordered(description):  # a bias: its numbers are the rows to reorder
             columns, rows = 1, plan.shape[0]
         row_bytes = ggml.TYPES[plan.type].row_bytes(columns)
-        group = description.interleave or 1
+        group = rows if description.split or description.transposed else description.interleave or 1
         step = max(1, SLAB_ELEMENTS // (columns * group)) * group
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             size_bytes = (stop - start) * row_bytes
             yield _Slab(plan, description, start, stop, position + start * row_bytes, size_bytes)
         position = padded(position + plan.size_bytes)
+
+
+def _reordered(description: TensorDescription) -> bool:
+    return bool(description.interleave or description.split)
+
+
+def _changed(description: TensorDescription) -> bool:
+    """Whether bytes of the source's type cannot be taken as they are, apart from their order of rows."""
+    return description.transposed or description.scale != 1.0 or description.offset != 0.0
 
 
 def _write_slabs(path: Path, checkpoint: Checkpoint, slabs: Sequence[_Slab], threads: int, stage: Stage) -> None:
@@ -172,7 +181,9 @@ class _Worker:
         raw = self._reader.read(header, slab.start * row_bytes, size_bytes, self._buffer("raw", size_bytes))
         if slab.description.interleave:
             raw = interleave_rows(raw.reshape(rows, row_bytes), slab.description.interleave).reshape(-1)
-        if source_type == slab.plan.type:
+        if slab.description.split:
+            raw = split_rows(raw.reshape(rows, row_bytes), slab.description.split).reshape(-1)
+        if source_type == slab.plan.type and not _changed(slab.description):
             if not ggml.is_valid(raw, source_type):
                 raise _not_finite(header.name)
             return raw
@@ -180,13 +191,14 @@ class _Worker:
         ggml.dequantize(raw, source_type, rows * columns, floats)
         if not (math.isfinite(floats.min()) and math.isfinite(floats.max())):  # NaN goes through min and max
             raise _not_finite(header.name)
+        floats = _values(floats, slab.description, rows, columns)
         out = self._buffer("out", slab.size_bytes)
         return ggml.quantize(floats.reshape(rows, columns), slab.plan.type, out)
 
     @staticmethod
     def _rows(slab: _Slab) -> int:
         shape = slab.plan.shape
-        return shape[0] if len(shape) == 1 and slab.description.interleave else math.prod(shape[:-1])
+        return shape[0] if len(shape) == 1 and _reordered(slab.description) else math.prod(shape[:-1])
 
     def _buffer(self, name: str, size_bytes: int) -> ggml.Bytes:
         held: ggml.Bytes | None = getattr(self._buffers, name, None)
@@ -194,6 +206,15 @@ class _Worker:
             held = np.empty(size_bytes, dtype=np.uint8)
             setattr(self._buffers, name, held)
         return held[:size_bytes]
+
+
+def _values(floats: ggml.Floats, description: TensorDescription, rows: int, columns: int) -> ggml.Floats:
+    """The numbers that the artefact wants, from those that the source has."""
+    if description.transposed:
+        floats = np.ascontiguousarray(floats.reshape(columns, rows).T)
+    if description.scale != 1.0 or description.offset != 0.0:
+        floats = floats * np.float32(description.scale) + np.float32(description.offset)
+    return floats
 
 
 def _not_finite(name: str) -> CheckpointError:

@@ -27,9 +27,9 @@ _DTYPES = {_INT32: "<i4", _FLOAT32: "<f4", _BOOL: "?", _INT64: "<i8"}
 def encode_header(architecture: str, metadata: Mapping[str, Any], plans: Sequence[TensorPlan]) -> bytes:
     """Bytes up to the first tensor, which starts aligned right after them.
 
-    ``metadata`` are all keys but ``general.architecture``, as plain Python values: a whole number is stored as uint32
-    (as int32 or int64 when it does not fit), a float as float32, lists hold one kind of value. Raises ``TypeError`` for
-    anything else.
+    ``metadata`` are all other keys (a ``general.architecture`` among them wins), as plain Python values: a whole number
+    is stored as uint32 (as int32 or int64 when it does not fit), a float as float32, lists hold one kind of value.
+    Raises ``TypeError`` for anything else.
     """
     entries = {"general.architecture": architecture, **metadata}
     parts = [_MAGIC, struct.pack("<IQQ", _VERSION, len(plans), len(entries))]

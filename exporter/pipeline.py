@@ -24,6 +24,7 @@ from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
 from exporter.gguf import check_room, write_errors, write_gguf
 from exporter.options import ExportOptions, check_options
 from exporter.plan import file_type, resolve
+from exporter.preflight import check_checkpoint
 from exporter.tokenizer import SourceTokenizer
 from targets.profile import load_profile
 
@@ -48,6 +49,7 @@ def prepare(options: ExportOptions) -> Prepared:
     check_options(options)
     profile = load_profile(options.target)
     checkpoint = open_checkpoint(open_source(options.source))
+    check_checkpoint(checkpoint)
     return Prepared(checkpoint, resolve(options, checkpoint, profile))
 
 

@@ -175,7 +175,7 @@ def _plan(
 def _notes(
     quant: str, checkpoint: Checkpoint, description: ModelDescription, tensors: Sequence[TensorPlan]
 ) -> tuple[str, ...]:
-    notes = []
+    notes = list(description.notes)
     if quant != COPY and _is_quantized(checkpoint, description):
         notes.append("the source is quantised already; its losses stay and those of this export are added to them")
     replaced = sum("no multiple" in item.reason for item in tensors)
@@ -274,7 +274,7 @@ def _workload(description: ModelDescription, tensors: Sequence[TensorPlan], arti
         layers=dimensions.layers,
         hidden=dimensions.hidden,
         vocabulary=dimensions.vocabulary,
-        kv_elements_per_token=2 * dimensions.layers * dimensions.kv_heads * dimensions.head_size,
+        kv_elements_per_token=2 * dimensions.kv_heads_total * dimensions.head_size,
     )
 
 

@@ -1,8 +1,8 @@
 """Pre-tokenizers by the names that GGUF files give them, and a ``tokenizer.json`` rebuilt from a GGUF vocabulary.
 
 A GGUF names how text is cut into words before merging and leaves the rules to the reader. The rules here are those of
-the published tokenizers of each family; whoever uses a rebuilt tokenizer proves it against llama.cpp first. Byte-level
-BPE only.
+the published tokenizers of each family; whoever uses a rebuilt tokenizer proves it against llama.cpp first. What
+SentencePiece writes is put together by ``tokenizer_sentencepiece``.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgelm.errors import CheckpointError
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
-"""Token types of the GGUF format."""
+from exporter.tokenizer_sentencepiece import rebuilt_parts
+from exporter.tokenizer_types import CONTROL, UNKNOWN, USER_DEFINED
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _BYTES_ONLY = {**_BYTE_LEVEL, "use_regex": False}
@@ -84,6 +83,19 @@ def rebuild_tokenizer_json(metadata: Mapping[str, Any], name: str) -> str:
 
     Raises ``CheckpointError`` when the merges are no pairs, or text is cut in a way not known here.
     """
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    document = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _added_tokens(tokens, types),
+        "post_processor": _post_processor(metadata, tokens),
+        **(rebuilt_parts(metadata) if "tokenizer.ggml.scores" in metadata else _byte_level_parts(metadata, name)),
+    }
+    return json.dumps(document, ensure_ascii=False)
+
+
+def _byte_level_parts(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
     tokens, merges = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.merges"]
     pre = metadata.get("tokenizer.ggml.pre")
     family = next((family for family in _FAMILIES if pre in family.names), None)
@@ -93,24 +105,17 @@ def rebuild_tokenizer_json(metadata: Mapping[str, Any], name: str) -> str:
             f"{name} cuts text by the pre-tokenizer {pre!r}, unknown to EdgeLM (known: {known})",
             hint="export from the original Hugging Face checkpoint",
         )
-    types = metadata["tokenizer.ggml.token_type"]
     model = {
         "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
         "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": family.ignore_merges,
         "vocab": {token: index for index, token in enumerate(tokens)}, "merges": _pairs(merges, name),
     }  # fmt: skip
-    document = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": _added_tokens(tokens, types),
+    return {
         "normalizer": family.normalizer,
         "pre_tokenizer": family.pre_tokenizer,
-        "post_processor": _post_processor(metadata, tokens),
         "decoder": _BYTE_LEVEL,
         "model": model,
     }
-    return json.dumps(document, ensure_ascii=False)
 
 
 def _pairs(merges: Sequence[str], name: str) -> list[list[str]]:

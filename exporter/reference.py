@@ -134,6 +134,8 @@ def _transformers_obstacle(checkpoint: Checkpoint, description: ModelDescription
     needed_bytes, available = _float32_bytes(description) * _OVERHEAD, available_memory()
     if needed_bytes > int(available.value):
         return f"it needs {format_bytes(needed_bytes)} of memory, there are {format_bytes(int(available.value))}"
+    if description.dimensions.uneven:
+        return "its layers differ in width, which transformers cannot load"
     if checkpoint.source.kind == "gguf":
         unknown = [item.name for item in description.tensors if _transformers_name(item.name) is None]
         if description.architecture != "llama" or unknown:

@@ -1,8 +1,8 @@
 """The tokenizer of a checkpoint: read, translated into GGUF metadata, and proven to give the same ids there.
 
 Nothing is taken from lists of known models: which of llama.cpp's pre-tokenizers fits is found by asking llama.cpp, and
-a tokenizer rebuilt from a GGUF file is compared with that file's own vocabulary. Byte-level BPE only. Does not know how
-an artefact is written.
+a tokenizer rebuilt from a GGUF file is compared with that file's own vocabulary. Byte-level BPE, and the one that
+SentencePiece writes. Does not know how an artefact is written.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ import numpy as np
 from edgelm.bundle import TokenIdentity
 from edgelm.errors import BundleError, CheckpointError, EngineError, ProofError
 from edgelm.progress import Progress
+from exporter.architectures import embedding_names
 from exporter.checkpoint import Checkpoint
 from exporter.gguf_header import encode_header
-from exporter.pretokenizers import CONTROL, NORMAL, UNUSED, USER_DEFINED, likely_candidates, rebuild_tokenizer_json
+from exporter.pretokenizers import likely_candidates, rebuild_tokenizer_json
 from exporter.texts import hard_corpus
+from exporter.tokenizer_sentencepiece import MODEL as SENTENCEPIECE
+from exporter.tokenizer_sentencepiece import is_sentencepiece, sentencepiece_metadata, space_variants
+from exporter.tokenizer_types import CONTROL, NORMAL, UNUSED, USER_DEFINED
 from exporter.vocabulary import tokenize_with_llama
 from runtime.gguf_header import GGUFStrings, read_gguf_header
 
@@ -52,7 +56,7 @@ class SourceTokenizer:
 def load_tokenizer(checkpoint: Checkpoint, progress: Progress) -> SourceTokenizer:
     """The tokenizer of a checkpoint, its GGUF form already found or proven by llama.cpp.
 
-    Raises ``CheckpointError`` when it is missing, malformed or no byte-level BPE, ``ProofError`` when llama.cpp cannot
+    Raises ``CheckpointError`` when it is missing, malformed or of another kind, ``ProofError`` when llama.cpp cannot
     give the same ids.
     """
     source = read_tokenizer(checkpoint)
@@ -119,7 +123,8 @@ def _expected(tokenizer_json: str) -> tuple[list[str], list[tuple[int, ...]]]:
     tokenizer = open_tokenizer(tokenizer_json, "tokenizer.json")
     added = tokenizer.get_added_tokens_decoder()
     texts = list(hard_corpus([added[index].content for index in sorted(added)]))
-    if tokenizer.normalizer is not None:
+    # Spaces are a matter of both sides, and tried; Unicode forms have no place in llama.cpp.
+    if tokenizer.normalizer is not None and not is_sentencepiece(json.loads(tokenizer_json)):
         texts = [tokenizer.normalizer.normalize_str(text) for text in texts]
     return texts, [tuple(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
 
@@ -140,8 +145,8 @@ def _first_difference(
 
 
 def _with_pre_tokenizer(source: SourceTokenizer, checkpoint: Checkpoint, progress: Progress) -> SourceTokenizer:
-    """Try llama.cpp's pre-tokenizers on a vocabulary-only file until one gives the source's ids on every text."""
-    candidates = likely_candidates(json.loads(source.tokenizer_json)["pre_tokenizer"])
+    """Try llama.cpp's ways to cut text on a vocabulary-only file until one gives the source's ids on every text."""
+    candidates = _candidates(json.loads(source.tokenizer_json))
     texts, expected = _expected(source.tokenizer_json)
     closest: tuple[int, str, str] | None = None
     with (
@@ -149,8 +154,8 @@ def _with_pre_tokenizer(source: SourceTokenizer, checkpoint: Checkpoint, progres
         progress.stage("finding the pre-tokenizer", len(candidates)) as stage,
     ):
         path = Path(directory) / "vocabulary.gguf"
-        for name in candidates:
-            metadata = {**source.gguf_metadata, "tokenizer.ggml.pre": name}
+        for name, keys in candidates:
+            metadata = {**source.gguf_metadata, **keys}
             path.write_bytes(encode_header("llama", metadata, ()))
             stage.advance()
             try:
@@ -174,6 +179,13 @@ def _with_pre_tokenizer(source: SourceTokenizer, checkpoint: Checkpoint, progres
     )
 
 
+def _candidates(document: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What to try, by a name to tell and the keys that it means."""
+    if is_sentencepiece(document):
+        return space_variants(document)
+    return [(name, {"tokenizer.ggml.pre": name}) for name in likely_candidates(document["pre_tokenizer"])]
+
+
 # --- Hugging Face directories
 
 
@@ -187,27 +199,38 @@ def _read_directory(checkpoint: Checkpoint) -> SourceTokenizer:
             f"{directory} has no tokenizer.json" + (f", only {others[0]}" if others else ""),
             hint="save it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
         )
-    _check_byte_level(path, document)
+    _check_kind(path, document)
+    rows = _embedding_rows(checkpoint)
+    _drop_tokens_without_rows(document, rows)
     document["truncation"] = document["padding"] = None  # they belong to training; here they would cut prompts
     tokenizer_json = json.dumps(document, ensure_ascii=False)
     tokenizer = open_tokenizer(tokenizer_json, str(path))
     settings = {**(_read_json(directory / "special_tokens_map.json") or {})}
     settings.update(_read_json(directory / "tokenizer_config.json") or {})
-    tokens, types = _vocabulary(path, document, _embedding_rows(checkpoint))
+    tokens, types = _vocabulary(path, document, rows)
     chat_template = _chat_template(directory, settings)
     generation_config = _generation_config(directory, checkpoint.config)
-    metadata: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": _merges(path, document),
-        **_special_ids(settings, tokens, generation_config),
-        "tokenizer.ggml.add_space_prefix": False,
-    }
+    if is_sentencepiece(document):
+        words = sentencepiece_metadata(document, tokens, types, str(path))
+    else:
+        words = _byte_level_metadata(document, tokens, types, path)
+    metadata: dict[str, Any] = {**words, **_special_ids(settings, tokens, generation_config)}
     metadata.update(_added_at_the_ends(tokenizer, settings, metadata))
     if chat_template is not None:
         metadata["tokenizer.chat_template"] = chat_template
     return SourceTokenizer(metadata, tokenizer_json, chat_template, generation_config, len(tokens))
+
+
+def _byte_level_metadata(
+    document: Mapping[str, Any], tokens: list[str], types: list[int], path: Path
+) -> dict[str, Any]:
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": _merges(path, document),
+        "tokenizer.ggml.add_space_prefix": False,
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -226,26 +249,47 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return document
 
 
-def _check_byte_level(path: Path, document: Mapping[str, Any]) -> None:
+def _check_kind(path: Path, document: Mapping[str, Any]) -> None:
     model = document.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         kind = model.get("type") if isinstance(model, dict) else None
-        raise CheckpointError(f"{path} is a tokenizer of type {kind}; only byte-level BPE is supported")
+        raise CheckpointError(f"{path} is a tokenizer of type {kind}; only BPE is supported")
     rules = json.dumps(document.get("pre_tokenizer"))
+    if model.get("dropout"):
+        raise CheckpointError(f"{path} drops merges at random (dropout {model['dropout']})", hint="set it to null")
+    if is_sentencepiece(document):
+        return
     if model.get("type", "BPE") != "BPE" or '"ByteLevel"' not in rules:
-        kind = "a SentencePiece-like BPE" if model.get("byte_fallback") else f"of type {model.get('type')}"
-        raise CheckpointError(f"{path} is {kind}, not a byte-level BPE; no other kind is supported")
+        kind = f"of type {model.get('type')}"
+        raise CheckpointError(f"{path} is {kind}, neither a BPE of bytes nor one that falls back to them")
     normalizer = document.get("normalizer")
     if normalizer is not None and not (isinstance(normalizer, dict) and normalizer.get("type") == "NFC"):
         raise CheckpointError(f"{path} changes text before tokenizing in a way that llama.cpp cannot: {normalizer}")
-    if model.get("dropout"):
-        raise CheckpointError(f"{path} drops merges at random (dropout {model['dropout']})", hint="set it to null")
 
 
 def _embedding_rows(checkpoint: Checkpoint) -> Any:
     """As the tensor has them, which may be more or fewer than the configuration says."""
-    embedding = checkpoint.tensors.get("model.embed_tokens.weight")
-    return embedding.shape[0] if embedding is not None and embedding.shape else checkpoint.config.get("vocab_size")
+    for name in embedding_names(checkpoint):
+        embedding = checkpoint.tensors.get(name)
+        if embedding is not None and embedding.shape:
+            return embedding.shape[0]
+    return checkpoint.config.get("vocab_size")
+
+
+def _drop_tokens_without_rows(document: dict[str, Any], rows: Any) -> None:
+    """Added tokens beyond the embedding (as of a picture, in the text-only part of a model) can never be computed."""
+    added = document.get("added_tokens")
+    if not isinstance(added, list) or not isinstance(rows, int):
+        return
+    gone = {
+        item.get("content")
+        for item in added
+        if isinstance(item, dict) and isinstance(item.get("id"), int) and item["id"] >= rows
+    }
+    document["added_tokens"] = [item for item in added if not isinstance(item, dict) or item.get("content") not in gone]
+    vocabulary = document["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        document["model"]["vocab"] = {token: index for token, index in vocabulary.items() if token not in gone}
 
 
 def _vocabulary(path: Path, document: Mapping[str, Any], rows: Any) -> tuple[list[str], list[int]]:
@@ -357,11 +401,21 @@ def _read_gguf(path: Path) -> SourceTokenizer:
     except BundleError as error:
         raise CheckpointError(error.message, hint=error.hint) from error
     model, tokens = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.tokens")
-    if model != "gpt2" or not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
-        raise CheckpointError(f"{path} has a tokenizer of type {model!r}; only byte-level BPE ('gpt2') is supported")
-    merges = metadata.get("tokenizer.ggml.merges")
-    if not isinstance(merges, list) or not merges or not isinstance(merges[0], str):
-        raise CheckpointError(f"{path} has a vocabulary without merges")
+    if (
+        model not in ("gpt2", SENTENCEPIECE)
+        or not isinstance(tokens, list)
+        or not tokens
+        or not isinstance(tokens[0], str)
+    ):
+        raise CheckpointError(
+            f"{path} has a tokenizer of type {model!r}; only BPE ('gpt2', '{SENTENCEPIECE}') is supported"
+        )
+    needed = "scores" if model == SENTENCEPIECE else "merges"
+    held = metadata.get(f"tokenizer.ggml.{needed}")
+    if not isinstance(held, list) or not held or not isinstance(held[0], float if needed == "scores" else str):
+        raise CheckpointError(f"{path} has a vocabulary without {needed}")
+    if needed == "scores" and len(held) != len(tokens):
+        raise CheckpointError(f"{path} does not give a score to each of its {len(tokens)} tokens")
     types = metadata.setdefault("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens):
         raise CheckpointError(f"{path} does not give a type to each of its {len(tokens)} tokens")

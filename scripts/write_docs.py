@@ -1,11 +1,14 @@
-"""Write the parts of docs/ that are generated: the command reference from every ``--help``.
+"""Write the parts of docs/ that are generated: the command reference from every ``--help``, and the architectures.
 
-A test compares the files with what this prints, so that they cannot drift.
+``--parity`` measures every architecture anew, which needs torch and transformers. Tests compare the files with what
+this prints, so that they cannot drift.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 from pathlib import Path
 
 os.environ["COLUMNS"] = "100"  # click wraps help to the terminal's width; the document has one
@@ -39,7 +42,18 @@ def cli_reference() -> str:
     return HEADER + "".join(sections)
 
 
+def architectures() -> str:
+    """The whole of docs/architectures.md, measured now."""
+    sys.path.insert(0, str(ROOT))  # the models are those of the tests
+    from tests.parity import ROWS, document, measure
+
+    with tempfile.TemporaryDirectory() as directory:
+        return document({row.name: measure(row, Path(directory) / str(index)) for index, row in enumerate(ROWS)})
+
+
 def main() -> None:
+    if "--parity" in sys.argv[1:]:
+        (ROOT / "docs" / "architectures.md").write_text(architectures(), encoding="utf-8")
     (ROOT / "docs" / "cli.md").write_text(cli_reference(), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""The form that every family describes itself in: counts, GGUF metadata and what becomes of each tensor.
+"""The form that every family describes itself in: counts, structure, GGUF metadata and what becomes of each tensor.
 
 Families fill it in (one module per ``model_type``), planners and writers read it; neither side knows the other. Knows
 no types of storage and no files.
@@ -6,9 +6,9 @@ no types of storage and no files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,21 @@ COMPUTED = "(computed)"
 
 
 @dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What pruning may leave different in every layer."""
+
+    heads: int
+    kv_heads: int
+    feed_forward: int
+
+
+@dataclass(frozen=True, slots=True)
 class Dimensions:
-    """The counts that planning and writing need. All layers have the same ones."""
+    """The counts that planning and writing need.
+
+    ``uneven`` is empty when all layers have the same widths; otherwise it holds those of every layer, and ``heads``,
+    ``kv_heads`` and ``feed_forward`` are the first layer's.
+    """
 
     layers: int
     hidden: int
@@ -32,6 +45,55 @@ class Dimensions:
     vocabulary: int
     context_trained: int
     tied: bool
+    uneven: tuple[LayerShape, ...] = ()
+
+    @property
+    def kv_heads_total(self) -> int:
+        """Heads of keys over all layers."""
+        return sum(shape.kv_heads for shape in self.uneven) or self.layers * self.kv_heads
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """How positions rotate queries and keys: the first ``size`` elements of a head, by p * theta^(-2i/size).
+
+    ``adjacent``: partners are neighbours in the artefact's rows, else half of ``size`` apart. ``local_theta`` is that
+    of layers with a window. ``skipped`` are layers that do not rotate. ``attention_factor`` multiplies sine and cosine.
+    """
+
+    size: int
+    theta: float
+    adjacent: bool
+    scaling: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
+    attention_factor: float = 1.0
+    local_theta: float | None = None
+    skipped: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """How the parts of a decoder are joined, for builders that draw the graph themselves.
+
+    ``rotary`` None: positions are learned rows. ``windows`` per layer: how many tokens attention sees, 0 for all.
+    ``norm_place``: norms follow attention and feed-forward network ("after"), precede them ("before") or both.
+    ``query_norm``: of each head, or of all heads together. Scales of 1 and soft-caps of 0 do nothing.
+    """
+
+    norm: Literal["rms", "layer"]
+    epsilon: float
+    activation: Literal["silu", "gelu", "gelu_tanh"]
+    gated: bool
+    norm_place: Literal["before", "after", "both"]
+    parallel_residual: bool
+    query_norm: Literal["none", "head", "all"]
+    rotary: Rotary | None
+    windows: tuple[int, ...]
+    attention_scale: float
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,8 +101,10 @@ class TensorDescription:
     """One tensor of the artefact.
 
     ``interleave`` of n > 0 reorders rows on the way: each group of n rows is two halves in the source (rotation
-    partners n/2 apart) and alternates between them in the artefact (partners adjacent). ``values`` holds a computed
-    tensor, which has no place in the source.
+    partners n/2 apart) and alternates between them in the artefact (partners adjacent). ``split`` of n > 0 reorders
+    too: the source holds query, key and value of n rows each head by head, the artefact all queries, all keys, all
+    values. ``transposed``: columns of the source are rows here. Values are multiplied by ``scale``, then ``offset`` is
+    added. ``values`` holds a computed tensor, which has no place in the source.
     """
 
     name: str
@@ -48,24 +112,31 @@ class TensorDescription:
     shape: tuple[int, ...]
     interleave: int = 0
     values: npt.NDArray[np.float32] | None = None
+    split: int = 0
+    transposed: bool = False
+    scale: float = 1.0
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A checkpoint in terms of the artefact. ``metadata`` are GGUF keys and values, the tokenizer's apart."""
+    """A checkpoint in terms of the artefact.
+
+    ``architecture`` is GGUF's name for it, ``metadata`` are GGUF keys and values, the tokenizer's apart. ``structure``
+    is None where the source is a GGUF file, which is copied as it stands. ``notes`` say what a user should know.
+    """
 
     architecture: str
     dimensions: Dimensions
     metadata: Mapping[str, Any]
     tensors: tuple[TensorDescription, ...]
+    structure: Structure | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
         """Numbers in all tensors that come from the source."""
         return sum(int(np.prod(item.shape)) for item in self.tensors if item.values is None)
-
-
-Describe = Callable[[Checkpoint], ModelDescription]
 
 
 def interleave_rows(rows: npt.NDArray[Any], group: int) -> npt.NDArray[Any]:
@@ -76,6 +147,12 @@ def interleave_rows(rows: npt.NDArray[Any], group: int) -> npt.NDArray[Any]:
     """
     halves = rows.reshape(len(rows) // group, 2, group // 2, *rows.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def split_rows(rows: npt.NDArray[Any], group: int) -> npt.NDArray[Any]:
+    """Reorder rows (heads * 3 * group, ...) from head by head to all queries, then all keys, then all values."""
+    parts = rows.reshape(len(rows) // (3 * group), 3, group, *rows.shape[1:])
+    return np.ascontiguousarray(parts.swapaxes(0, 1)).reshape(rows.shape)
 
 
 def config_count(checkpoint: Checkpoint, key: str, default: int | None = None) -> int:

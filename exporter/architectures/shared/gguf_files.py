@@ -1,0 +1,70 @@
+"""An existing GGUF file described as it stands: its own metadata, its own tensor names and order of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gguf.constants import MODEL_TENSOR, TENSOR_NAMES, Keys
+
+from edgelm.errors import CheckpointError
+from exporter.architectures.base import Dimensions, LayerShape, ModelDescription, TensorDescription
+from exporter.checkpoint import Checkpoint
+
+_NOT_OURS = ("tokenizer.", "split.", "quantize.")
+
+
+def describe_gguf(checkpoint: Checkpoint) -> ModelDescription:
+    """Describe a GGUF file. Raises ``CheckpointError`` naming the metadata that makes no sense."""
+    architecture = checkpoint.architecture
+    metadata = {
+        key: value
+        for key, value in checkpoint.config.items()
+        if not key.startswith(_NOT_OURS) and key != Keys.General.ALIGNMENT
+    }
+    if metadata.get(Keys.LLM.EXPERT_COUNT.format(arch=architecture), 0):
+        raise CheckpointError(f"{checkpoint.source.location} is a mixture of experts, which is not supported")
+    tensors = tuple(TensorDescription(name, name, item.shape) for name, item in checkpoint.tensors.items())
+    return ModelDescription(architecture, _dimensions(checkpoint, metadata), metadata, tensors)
+
+
+def _dimensions(checkpoint: Checkpoint, metadata: dict[str, Any]) -> Dimensions:
+    def checked(name: str, value: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            raise CheckpointError(f"{checkpoint.source.location}: metadata {name} is {value!r}, which is no count")
+        return value
+
+    def count(key: str, default: int | None = None) -> int:
+        name = key.format(arch=checkpoint.architecture)
+        return checked(name, metadata.get(name, default))
+
+    layers = count(Keys.LLM.BLOCK_COUNT)
+
+    def counts(key: str, default: list[int] | None = None) -> list[int]:
+        name = key.format(arch=checkpoint.architecture)
+        value = metadata.get(name, default)
+        values = value.tolist() if isinstance(value, np.ndarray) else value
+        if not isinstance(values, list):
+            return [checked(name, values)] * layers
+        if len(values) != layers:
+            raise CheckpointError(f"{checkpoint.source.location}: metadata {name} is not one number for each layer")
+        return [checked(name, item) for item in values]
+
+    heads, hidden = counts(Keys.Attention.HEAD_COUNT), count(Keys.LLM.EMBEDDING_LENGTH)
+    kv_heads = counts(Keys.Attention.HEAD_COUNT_KV, heads)
+    shapes = tuple(map(LayerShape, heads, kv_heads, counts(Keys.LLM.FEED_FORWARD_LENGTH)))
+    embedding = checkpoint.tensors.get(f"{TENSOR_NAMES[MODEL_TENSOR.TOKEN_EMBD]}.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError(f"{checkpoint.source.location} has no tensor token_embd.weight of two dimensions")
+    return Dimensions(
+        layers=layers,
+        hidden=hidden,
+        heads=heads[0],
+        kv_heads=kv_heads[0],
+        head_size=count(Keys.Attention.KEY_LENGTH, hidden // heads[0] or 1),
+        feed_forward=shapes[0].feed_forward,
+        vocabulary=embedding.shape[0],
+        context_trained=count(Keys.LLM.CONTEXT_LENGTH),
+        tied=f"{TENSOR_NAMES[MODEL_TENSOR.OUTPUT]}.weight" not in checkpoint.tensors,
+        uneven=shapes if len(set(shapes)) > 1 else (),
+    )

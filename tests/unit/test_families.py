@@ -1,0 +1,150 @@
+"""Families as data: what llama.cpp can hold is kept, what it cannot is refused by name, from headers alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from edgelm.errors import CheckpointError
+from exporter.architectures import available, describe, family, gguf_architectures
+from exporter.architectures.base import LayerShape, ModelDescription, split_rows
+from exporter.checkpoint import open_checkpoint, open_source
+
+HIDDEN, HEAD, VOCABULARY = 32, 8, 40
+EVEN = (LayerShape(4, 2, 48),) * 4
+COMMON = {"num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 128, "n_layer": 4, "n_head": 4}
+
+
+def made(directory: Path, model_type: str, shapes: tuple[LayerShape, ...] = EVEN, **config: Any) -> ModelDescription:
+    """Describe a checkpoint of zeros that has every tensor of the family, in layers of these shapes."""
+    kind, held = family(model_type), {}
+    described = {"model_type": model_type, "tie_word_embeddings": True, "n_positions": 128, **COMMON, **config}
+    for layer in (None, *range(len(shapes))):
+        shape = shapes[layer or 0]
+        query, key = shape.heads * HEAD, shape.kv_heads * HEAD
+        widths = {
+            "vocabulary": VOCABULARY,
+            "hidden": HIDDEN,
+            "positions": 128,
+            "query": query,
+            "key": key,
+            "head": HEAD,
+        }
+        widths |= {"qkv": query + 2 * key, "feed_forward": shape.feed_forward, "gate_up": 2 * shape.feed_forward}
+        for rule in kind.tensors if layer is None else kind.layer_tensors:
+            rows = [widths[name] for name in rule.widths]
+            name = kind.prefixes[0] + rule.source.format(layer=layer)
+            held[f"{name}.weight"] = np.zeros(rows[::-1] if rule.transposed else rows, np.float32)
+            if rule.bias == "required":
+                held[f"{name}.bias"] = np.zeros(rows[0], np.float32)
+    directory.mkdir(exist_ok=True)
+    save_file(held, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps({"head_dim": HEAD, **described}))
+    return describe(open_checkpoint(open_source(str(directory))))
+
+
+@pytest.mark.parametrize("model_type", available())
+def test_every_name_is_one_that_the_architecture_has(model_type: str, tmp_path: Path) -> None:
+    description = made(tmp_path / "m", model_type)
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == description.architecture)
+    known = {gguf.TENSOR_NAMES[kind].format(bid=layer) for kind in gguf.MODEL_TENSORS[number] for layer in range(4)}
+    assert {item.name.rsplit(".", 1)[0] for item in description.tensors} <= known
+    assert description.architecture in gguf_architectures()
+    assert description.dimensions.heads == 4
+    assert description.dimensions.feed_forward == 48
+    assert description.structure is not None
+    assert len(description.structure.windows) == 4
+    assert all(key.startswith(("general.", f"{description.architecture}.")) for key in description.metadata)
+
+
+def test_layers_of_their_own_widths_become_arrays(tmp_path: Path) -> None:
+    shapes = (LayerShape(4, 2, 48), LayerShape(2, 1, 40), LayerShape(2, 2, 16), LayerShape(4, 1, 3))
+    for model_type in ("llama", "mistral", "qwen2"):
+        description = made(tmp_path / model_type, model_type, shapes)
+        assert description.architecture == "deci"
+        assert description.dimensions.uneven == shapes
+        assert description.dimensions.kv_heads_total == 6
+        assert description.metadata["deci.attention.head_count"] == [4, 2, 2, 4]
+        assert description.metadata["deci.attention.head_count_kv"] == [2, 1, 2, 1]
+        assert description.metadata["deci.feed_forward_length"] == [48, 40, 16, 3]
+        assert any("deci" in note for note in description.notes)
+
+
+@pytest.mark.parametrize("model_type", sorted(set(available()) - {"llama", "mistral", "qwen2"}))
+def test_layers_that_no_graph_can_hold_are_named(model_type: str, tmp_path: Path) -> None:
+    shapes = (*EVEN[:2], LayerShape(4, 2, 40), LayerShape(4, 2, 44))
+    with pytest.raises(CheckpointError, match="layer 2 has 40, layer 3 has 44, others 48 feed-forward rows") as caught:
+        made(tmp_path / "m", model_type, shapes)
+    assert "pad them with zeros" in (caught.value.hint or "")
+
+
+def test_fewer_heads_than_a_graph_wants(tmp_path: Path) -> None:
+    shapes = (LayerShape(2, 1, 48),) * 4
+    assert made(tmp_path / "q", "qwen2", shapes).architecture == "llama"
+    assert made(tmp_path / "g", "gemma2", shapes).architecture == "gemma2"
+    with pytest.raises(CheckpointError, match=r"layer 0 has 16, llama.cpp's starcoder2 takes 32 rows of queries"):
+        made(tmp_path / "s", "starcoder2", shapes)
+
+
+def test_a_window_that_the_graph_lacks_ends_the_context(tmp_path: Path) -> None:
+    for model_type, config in (
+        ("mistral", {"sliding_window": 50}),
+        ("phi3", {"sliding_window": 50}),
+        ("starcoder2", {"sliding_window": 50}),
+        ("qwen2", {"sliding_window": 50, "use_sliding_window": True, "max_window_layers": 2}),
+    ):
+        description = made(tmp_path / model_type, model_type, **config)
+        assert description.dimensions.context_trained == 50
+        assert description.metadata[f"{description.architecture}.context_length"] == 50
+        assert any("ends at 50 tokens instead of 128" in note for note in description.notes)
+    switched_off = made(tmp_path / "off", "qwen2", sliding_window=50, use_sliding_window=False)
+    assert switched_off.dimensions.context_trained == 128
+    assert not switched_off.notes
+
+
+def test_windows_of_gemma_are_kept(tmp_path: Path) -> None:
+    gemma2 = made(tmp_path / "a", "gemma2", sliding_window=50)
+    assert gemma2.metadata["gemma2.attention.sliding_window"] == 50
+    assert gemma2.metadata["gemma2.attention.sliding_window_pattern"] == [True, False, True, False]
+    kinds = ["full_attention", "full_attention", "sliding_attention", "full_attention"]
+    gemma3 = made(tmp_path / "b", "gemma3_text", sliding_window=50, layer_types=kinds)
+    assert gemma3.structure is not None
+    assert gemma3.structure.windows == (0, 0, 50, 0)
+    assert gemma3.dimensions.context_trained == 128
+    with pytest.raises(CheckpointError, match="layer_types is no list of 4"):
+        made(tmp_path / "c", "gemma3_text", layer_types=kinds[:3])
+
+
+def test_pruned_smollm3_must_keep_its_rhythm(tmp_path: Path) -> None:
+    assert made(tmp_path / "a", "smollm3", no_rope_layers=[1, 1, 1, 0]).structure is not None
+    with pytest.raises(CheckpointError, match="remove layers in groups of four"):
+        made(tmp_path / "b", "smollm3", no_rope_layers=[1, 1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "message"),
+    [
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm is True"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("olmo2", {"rope_scaling": {"rope_type": "llama3"}}, "'llama3' has no place in llama.cpp's olmo2"),
+        ("phi3", {"rope_scaling": {"type": "longrope", "long_factor": [1]}}, "long_factor is no list of 4 numbers"),
+        ("gpt_neox", {"rotary_pct": 3}, "24 of the 8 elements of a head rotate"),
+        ("granite", {"logits_scaling": "16"}, "logits_scaling is '16', which is no positive number"),
+        ("gemma2", {"tie_word_embeddings": False}, r"no tensor lm_head\.weight"),
+    ],
+)
+def test_settings_that_have_no_place(model_type: str, config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        made(tmp_path / "m", model_type, **config)
+
+
+def test_rows_head_by_head_become_queries_then_keys_then_values() -> None:
+    rows = np.array([["q0"], ["q1"], ["k0"], ["k1"], ["v0"], ["v1"], ["Q0"], ["Q1"], ["K0"], ["K1"], ["V0"], ["V1"]])
+    assert "".join(split_rows(rows, 2)[:, 0]) == "q0q1Q0Q1k0k1K0K1v0v1V0V1"
