@@ -43,13 +43,13 @@ $(VENV)/.demo: $(VENV)/.base
 	@touch $@
 
 $(VENV)/.check: $(VENV)/.base
-	$(PIP) install $(QUIET) $(PINS) -e '.[test,dev]'
+	$(PIP) install $(QUIET) $(PINS) -e '.[report,test,dev]'
 	@touch $@
 
 # torch first and alone, at the version that has a CPU build: nothing after it may pull the CUDA one.
 $(VENV)/.test: $(VENV)/.demo $(VENV)/.check
 	$(PIP) install $(QUIET) $(PINS) torch==2.13.0
-	$(PIP) install $(QUIET) $(PINS) -e '.[export,test,dev]'
+	$(PIP) install $(QUIET) $(PINS) -e '.[export,report,test,dev]'
 	@touch $@
 
 # -- what people run -----------------------------------------------------------------------------------------------

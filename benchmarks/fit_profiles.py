@@ -318,6 +318,21 @@ def summary(fit: Fit, errors: dict[int, float], what: str) -> tuple[float, float
     return statistics.median(percent), within[0], within[1], math.exp(float(np.quantile(np.abs(logs), 0.8)))
 
 
+def inside_band(fit: Fit, errors: dict[int, float], what: str) -> float:
+    """Percent of left-out errors inside an 80 % band that was taken from the errors of all other devices."""
+    by_device: dict[str, list[float]] = {}
+    for index, error in errors.items():
+        if fit.data[index].what == what:
+            by_device.setdefault(fit.data[index].profile.id, []).append(abs(error))
+    inside = total = 0
+    for device, own in by_device.items():
+        others = [error for name, logs in by_device.items() if name != device for error in logs]
+        limit = float(np.quantile(others, 0.8))
+        inside += sum(error <= limit for error in own)
+        total += len(own)
+    return 100 * inside / total
+
+
 def document(fit: Fit, values: np.ndarray, measured: tuple[Spread, dict[str, Unseen]], notes: list[str]) -> str:
     """The text of ``calibration.toml``."""
     spread, holdout = measured
@@ -368,13 +383,22 @@ def main() -> None:
     ]
     factors: dict[str, float] = {}
     holdout: dict[str, Unseen] = {}
+    insides: dict[tuple[str, str], float] = {}
     for way, errors in ways.items():
         for what in ("decode", "prefill"):
             median, within25, within30, factor = summary(fit, errors, what)
             factors[f"{what}_{'unknown' if way == 'device left out' else 'known'}"] = factor
             # The last way wins: whole devices left out, unless that was skipped.
-            holdout[what] = Unseen(median_abs_pct_error=median, within_25_pct=within25, within_30_pct=within30)
+            insides[way, what] = inside_band(fit, errors, what)
+            holdout[what] = Unseen(
+                median_abs_pct_error=median,
+                within_25_pct=within25,
+                within_30_pct=within30,
+                inside_band_pct=insides[way, what],
+                rows_inside_band_pct=insides.get(("rows left out", what), insides[way, what]),
+            )
             shares = f"{within25:.0f} % within 25 %, {within30:.0f} % within 30 %"
+            shares += f", {insides[way, what]:.0f} % inside the 80 % band of other devices"
             notes.append(f"# {way}, {what}: median error {median:.1f} %, {shares}")
     for what in ("decode", "prefill"):
         factors.setdefault(f"{what}_unknown", factors[f"{what}_known"])

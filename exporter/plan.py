@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from edgelm.bundle import Choice, ExportPlan, Prediction, TensorPlan
+from edgelm.bundle import Choice, ExportPlan, ModelShape, Prediction, TensorPlan
 from edgelm.errors import DoesNotFitError, UsageError
 from edgelm.units import format_bytes
 from exporter import ggml, mixes
@@ -168,6 +168,13 @@ def _plan(
         threads_prefill=profile.threads_prefill,
         tensors=tensors,
         predicted=prediction,
+        shape=ModelShape(
+            layers=workload.layers,
+            hidden=workload.hidden,
+            vocabulary=workload.vocabulary,
+            kv_elements_per_token=workload.kv_elements_per_token,
+            lookup_tensor=None if workload.lookup is None else "token_embd.weight",
+        ),
         notes=_notes(name, checkpoint, description, tensors),
     )
 

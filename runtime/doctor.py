@@ -18,7 +18,8 @@ from edgelm.bundle import open_bundle
 from edgelm.errors import EdgelmError
 from edgelm.units import format_bytes
 from runtime.probe import ProbeResult, probe
-from targets.host import available_memory, default_threads, host_notes, host_record
+from targets.facts import host_notes
+from targets.host import available_memory, default_threads, host_record
 
 Status = Literal["ok", "note", "warning", "broken"]
 

@@ -115,7 +115,7 @@ def write_tiny_gguf(path: Path, *, context: int = 512) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(_HIDDEN // _HEADS)
     writer.add_vocab_size(_VOCABULARY)
-    _add_vocabulary(writer)
+    add_byte_vocabulary(writer, _VOCABULARY)
 
     def matrix(name: str, rows: int, columns: int, kind: Type) -> None:
         values = (random.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
@@ -143,7 +143,7 @@ def write_tiny_gguf(path: Path, *, context: int = 512) -> None:
     writer.close()
 
 
-def _add_vocabulary(writer: object) -> None:
+def add_byte_vocabulary(writer: object, size: int) -> None:
     """Byte-level BPE: one token per byte, one merge (llama.cpp wants some), special tokens, unused fillers."""
     from gguf import GGUFWriter, TokenType
 
@@ -153,7 +153,7 @@ def _add_vocabulary(writer: object) -> None:
     by_byte = {byte: character for character, byte in byte_of_character().items()}
     tokens = [by_byte[byte] for byte in range(256)] + ["he", "<|im_start|>", "<|im_end|>"]
     types = [TokenType.NORMAL] * 257 + [TokenType.CONTROL] * 2
-    fillers = _VOCABULARY - len(tokens)
+    fillers = size - len(tokens)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens + [f"<unused{index}>" for index in range(fillers)])

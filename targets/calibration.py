@@ -75,11 +75,17 @@ class Spread(Record):
 
 
 class Unseen(Record):
-    """Errors of the fit for devices of which it saw no row (leave one device out), in percent."""
+    """Errors of the fit for devices of which it saw no row (leave one device out), in percent.
+
+    ``inside_band_pct`` is the share inside the 80 % band of devices without rows, ``rows_inside_band_pct`` that of left
+    out rows inside the band of devices with rows; each band was taken from other devices than those it is judged on.
+    """
 
     median_abs_pct_error: float = Field(ge=0)
     within_25_pct: float = Field(ge=0, le=100)
     within_30_pct: float = Field(ge=0, le=100)
+    inside_band_pct: float = Field(ge=0, le=100)
+    rows_inside_band_pct: float = Field(ge=0, le=100)
 
 
 class Holdout(Record):

@@ -18,12 +18,12 @@ import psutil
 
 from edgelm.bundle import Choice
 from edgelm.report import HostRecord
+from targets.facts import ROOT, cpu_list, host_notes, meminfo, number, text_of
 from targets.profile import GB, Cores, Figure, Memory, TargetProfile, board_profile
 
 if TYPE_CHECKING:
     from targets.bandwidth import ReadBandwidth
 
-ROOT = Path("/")
 # What one core draws and all cores sustain when nobody has measured: the low end of dual-channel DDR4 machines.
 UNMEASURED_PER_CORE = 6.0 * GB
 UNMEASURED_TOTAL = 16.0 * GB
@@ -199,7 +199,7 @@ def cpu_layout(root: Path = ROOT) -> CpuLayout:
         return CpuLayout(tuple(range(count)), (), 1, _clock_ghz(root, 0), "counted by the operating system")
     cores: dict[str, int] = {}
     for cpu in cpus:
-        siblings = _text(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu)
+        siblings = text_of(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu)
         cores.setdefault(siblings, cpu)
     first = tuple(sorted(cores.values()))
     speed, what = _speeds(root, first)
@@ -213,11 +213,11 @@ def cpu_layout(root: Path = ROOT) -> CpuLayout:
 
 def _speeds(root: Path, cpus: tuple[int, ...]) -> tuple[dict[int, float], str]:
     base = root / "sys/devices/system/cpu"
-    atom = _cpu_list(_text(root / "sys/devices/cpu_atom/cpus"))
+    atom = cpu_list(text_of(root / "sys/devices/cpu_atom/cpus"))
     if atom and not atom.issuperset(cpus):
         return {cpu: 0.5 if cpu in atom else 1.0 for cpu in cpus}, "kind (efficiency cores)"
     for name, what in (("cpu_capacity", "capacity"), ("cpufreq/cpuinfo_max_freq", "clock")):
-        values = {cpu: _number(base / f"cpu{cpu}/{name}") for cpu in cpus}
+        values = {cpu: number(base / f"cpu{cpu}/{name}") for cpu in cpus}
         known = {cpu: value for cpu, value in values.items() if value is not None and value > 0}
         if len(known) == len(cpus):
             return known, what
@@ -225,11 +225,11 @@ def _speeds(root: Path, cpus: tuple[int, ...]) -> tuple[dict[int, float], str]:
 
 
 def _clock_ghz(root: Path, cpu: int) -> float:
-    khz = _number(root / f"sys/devices/system/cpu/cpu{cpu}/cpufreq/cpuinfo_max_freq")
+    khz = number(root / f"sys/devices/system/cpu/cpu{cpu}/cpufreq/cpuinfo_max_freq")
     if khz:
         return khz / 1e6
     match = re.search(r"@\s*([\d.]+)\s*GHz", cpu_name(root)) or re.search(
-        r"^cpu MHz\s*:\s*([\d.]+)", _text(root / "proc/cpuinfo"), re.MULTILINE
+        r"^cpu MHz\s*:\s*([\d.]+)", text_of(root / "proc/cpuinfo"), re.MULTILINE
     )
     if match is None:
         return UNKNOWN_GHZ
@@ -243,7 +243,7 @@ def read_limits(root: Path = ROOT) -> Limits:
     quota, quota_source = None, ""
     limit, limit_source = None, ""
     total = _memory_total(root)
-    free = _meminfo(root).get("MemAvailable") or int(psutil.virtual_memory().available)
+    free = meminfo(root).get("MemAvailable") or int(psutil.virtual_memory().available)
     available = Choice(value=free, reason=f"MemAvailable says {free / GB:.2f} GB of {total / GB:.2f} GB")
     for directory, version in _cgroups(root):
         granted = _quota(directory, version)
@@ -266,7 +266,7 @@ def _cgroups(root: Path) -> list[tuple[Path, int]]:
     """Directories of this process's cgroups from the innermost to the root, v2 and v1 controllers."""
     found: list[tuple[Path, int]] = []
     mount = root / "sys/fs/cgroup"
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in text_of(root / "proc/self/cgroup").splitlines():
         parts = line.split(":", 2)
         if len(parts) != 3:
             continue
@@ -286,10 +286,10 @@ def _cgroups(root: Path) -> list[tuple[Path, int]]:
 
 def _quota(directory: Path, version: int) -> float | None:
     if version == 2:
-        words = _text(directory / "cpu.max").split()
+        words = text_of(directory / "cpu.max").split()
         quota, period = (words[0], words[1]) if len(words) == 2 else ("max", "1")
     else:
-        quota, period = _text(directory / "cpu.cfs_quota_us"), _text(directory / "cpu.cfs_period_us")
+        quota, period = text_of(directory / "cpu.cfs_quota_us"), text_of(directory / "cpu.cfs_period_us")
     if not (quota.isdigit() and period.isdigit() and int(quota) > 0 and int(period) > 0):
         return None
     return int(quota) / int(period)
@@ -299,19 +299,19 @@ def _memory_limit(directory: Path, version: int) -> tuple[int, int, str] | None:
     """(limit, bytes left under it, file name). Inactive page cache counts as free: the kernel drops it first."""
     v2 = version == 2
     name = "memory.max" if v2 else "memory.limit_in_bytes"
-    maximum = _number(directory / name)
+    maximum = number(directory / name)
     if maximum is None:
         return None
-    current = _number(directory / ("memory.current" if v2 else "memory.usage_in_bytes")) or 0
+    current = number(directory / ("memory.current" if v2 else "memory.usage_in_bytes")) or 0
     key = "inactive_file" if v2 else "total_inactive_file"
-    match = re.search(rf"^{key} (\d+)$", _text(directory / "memory.stat"), re.MULTILINE)
+    match = re.search(rf"^{key} (\d+)$", text_of(directory / "memory.stat"), re.MULTILINE)
     inactive = int(match.group(1)) if match else 0
     return int(maximum), max(int(maximum - max(current - inactive, 0)), 0), name
 
 
 def instruction_set(root: Path = ROOT) -> tuple[str, ...]:
     """Instruction set extensions that matter here, by the names that profiles use."""
-    match = re.search(r"^(?:flags|Features|isa)\s*:\s*(.+)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
+    match = re.search(r"^(?:flags|Features|isa)\s*:\s*(.+)$", text_of(root / "proc/cpuinfo"), re.MULTILINE)
     if match is None:
         return ("neon", "dotprod", "fp16") if platform.machine().lower() == "arm64" else ()
     flags = set(match.group(1).lower().split())
@@ -335,7 +335,7 @@ def kernel_family(isa: tuple[str, ...]) -> str:
 
 def cpu_name(root: Path = ROOT) -> str:
     """The processor's name for people."""
-    text = _text(root / "proc/cpuinfo")
+    text = text_of(root / "proc/cpuinfo")
     match = re.search(r"^(?:model name|Hardware)\s*:\s*(.+)$", text, re.MULTILINE)
     if match:
         return match.group(1).strip()
@@ -347,33 +347,15 @@ def cpu_name(root: Path = ROOT) -> str:
 def board_model(root: Path = ROOT) -> str | None:
     """The board's name from the device tree, or the machine's from DMI; None when neither is told."""
     for name in ("proc/device-tree/model", "sys/firmware/devicetree/base/model", "sys/class/dmi/id/product_name"):
-        text = _text(root / name).strip("\x00 \n")
+        text = text_of(root / name).strip("\x00 \n")
         if text and not text.lower().startswith(("system product", "to be filled", "default")):
             return text
     return None
 
 
-def host_notes(root: Path = ROOT) -> tuple[str, ...]:
-    """Facts that change speed and that people can change: governor, swap, page size."""
-    notes = []
-    governor = _text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-    if governor and governor != "performance":
-        notes.append(f"CPU governor is '{governor}': the clock follows the load, 'performance' gives steadier figures")
-    swap = _meminfo(root).get("SwapTotal", 0)
-    if swap:
-        kinds = {"zram" if "zram" in line else "disk" for line in _text(root / "proc/swaps").splitlines()[1:]}
-        notes.append(f"swap: {swap / GB:.2f} GB on {' and '.join(sorted(kinds)) or 'unknown'}")
-    gpus = sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))
-    notes += [f"NVIDIA GPU: {match.group(1).strip()}" for path in gpus if (match := _GPU_MODEL.search(_text(path)))]
-    return tuple(notes)
-
-
-_GPU_MODEL = re.compile(r"^Model:\s*(.+)$", re.MULTILINE)
-
-
 def _affinity(root: Path) -> frozenset[int]:
-    match = re.search(r"^Cpus_allowed_list:\s*(.+)$", _text(root / "proc/self/status"), re.MULTILINE)
-    listed = _cpu_list(match.group(1)) if match else set()
+    match = re.search(r"^Cpus_allowed_list:\s*(.+)$", text_of(root / "proc/self/status"), re.MULTILINE)
+    listed = cpu_list(match.group(1)) if match else set()
     if listed:
         return frozenset(listed)
     return frozenset(range(psutil.cpu_count() or 1))
@@ -381,40 +363,12 @@ def _affinity(root: Path) -> frozenset[int]:
 
 def _online_cpus(root: Path) -> tuple[int, ...]:
     base = root / "sys/devices/system/cpu"
-    listed = _cpu_list(_text(base / "online"))
+    listed = cpu_list(text_of(base / "online"))
     if not listed and base.is_dir():
         names = (path.name[3:] for path in base.glob("cpu[0-9]*"))
         listed = {int(name) for name in names if name.isdigit()}
     return tuple(sorted(listed))
 
 
-def _cpu_list(text: str) -> set[int]:
-    cpus: set[int] = set()
-    for part in text.strip().split(","):
-        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part.strip())
-        if match:
-            cpus.update(range(int(match.group(1)), int(match.group(2) or match.group(1)) + 1))
-    return cpus
-
-
 def _memory_total(root: Path) -> int:
-    return _meminfo(root).get("MemTotal") or int(psutil.virtual_memory().total)
-
-
-def _meminfo(root: Path) -> dict[str, int]:
-    found = re.findall(r"^(\w+):\s+(\d+) kB$", _text(root / "proc/meminfo"), re.MULTILINE)
-    return {name: int(kib) * 1024 for name, kib in found}
-
-
-def _number(path: Path) -> float | None:
-    text = _text(path)
-    return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else None
-
-
-def _text(path: Path) -> str:
-    """A small kernel file as text, empty when it is not there or not readable."""
-    try:
-        with path.open("rb") as stream:
-            return stream.read(2**20).decode("utf-8", errors="replace").strip()
-    except OSError:
-        return ""
+    return meminfo(root).get("MemTotal") or int(psutil.virtual_memory().total)

@@ -9,6 +9,7 @@ workload, a profile and the calibration: nothing is measured, no model file is o
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +21,8 @@ from targets.calibration import Calibration, DeviceScale, Family, calibration
 from targets.profile import GB, TargetProfile
 from targets.workload import TypedWeights, Workload
 
+# A device of which nothing is known beyond its family, or of which everything was measured.
+NO_SCALE = DeviceScale()
 KvType = Literal["f32", "f16", "q8_0"]
 KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 # Resident size of the runtime with the engine's libraries and no model, of one vocabulary entry in tokenizer and engine
@@ -74,7 +77,7 @@ def predict(
         if value < least:
             raise UsageError(f"{name} has to be at least {least}, not {value}")
     constants = constants or calibration()
-    family = constants.family(profile.kernels)
+    family = family_of(profile, constants)
     parts = ram_parts(workload, profile, settings, family)
     fits, reason = judge_fit(parts, profile, settings)
     if fits == "no":
@@ -122,11 +125,12 @@ def predict_speed(
 ) -> Speed:
     """Speed alone, as if memory were no question. Raises ``ProfileError`` for an unknown kernel family."""
     constants = constants or calibration()
-    family = constants.family(profile.kernels)
+    family = family_of(profile, constants)
     scale = device_scale(profile, constants)
     spread = constants.spread
     known_decode = scale.decode_rows > 0 or profile.memory.effective is not None
-    known_prefill = scale.prefill_rows > 0 or profile.compute_scale is not None
+    measured = profile.compute_scale is not None or profile.kernel_cycles is not None
+    known_prefill = scale.prefill_rows > 0 or measured
     return Speed(
         prefill_tps=1 / prefill_seconds(workload, profile, settings, family, scale),
         decode_tps=1 / decode_seconds(workload, profile, settings, family, scale, constants.norm),
@@ -135,13 +139,41 @@ def predict_speed(
     )
 
 
+def family_of(profile: TargetProfile, constants: Calibration) -> Family:
+    """The kernel family of a profile, with what was measured on the machine itself in place of its constants.
+
+    Types that were not measured move with those that were: by the middle ratio of measured to the family's cycles.
+    Raises ``ProfileError`` for an unknown family.
+    """
+    family = constants.family(profile.kernels)
+    cycles = profile.kernel_cycles
+    if cycles is None:
+        return family
+    return family.model_copy(
+        update={
+            "prefill": _moved(family.prefill, cycles.prefill),
+            "decode": _moved(family.decode, cycles.decode),
+            "layer_us": cycles.layer_us,
+            "parallel_loss": cycles.parallel_loss,
+        }
+    )
+
+
+def _moved(table: dict[str, float], measured: dict[str, float]) -> dict[str, float]:
+    ratios = [value / table[kind] for kind, value in measured.items() if kind in table]
+    ratio = statistics.median(ratios) if ratios else 1.0
+    return {kind: value * ratio for kind, value in table.items()} | measured
+
+
 def device_scale(profile: TargetProfile, constants: Calibration) -> DeviceScale:
     """How this device differs from its family by the rows that were published for it; a profile's own word wins.
 
     A detected host answers to the published devices that it was recognised as.
     """
     names = (profile.id, *profile.devices) if profile.available is not None else (profile.id,)
-    scale = next((constants.devices[name] for name in names if name in constants.devices), DeviceScale())
+    scale = next((constants.devices[name] for name in names if name in constants.devices), NO_SCALE)
+    if profile.kernel_cycles is not None:
+        return NO_SCALE
     if profile.compute_scale is not None:
         scale = scale.model_copy(update={"compute": profile.compute_scale.value})
     return scale
@@ -199,11 +231,15 @@ def prefill_seconds(
             arithmetic_s + 2 * attention / (family.prefill_of("F16") * flops) + streamed_s / min(tokens, settings.batch)
         )
     threads = settings.threads_prefill or int(profile.threads_prefill.value)
-    cores = _cores(profile, threads)
-    parallel = cores / (1 + family.parallel_loss * (cores - 1))
     cycles = sum(item.parameters * family.prefill_of(item.type) for item in body) + attention * family.prefill_of("F16")
     clock = _hertz(profile) * scale.compute * (family.old_prefill if settings.old_engine else 1)
-    return cycles / (clock * parallel)
+    return cycles / (clock * parallel_cores(profile, family, threads))
+
+
+def parallel_cores(profile: TargetProfile, family: Family, threads: int) -> float:
+    """Cores' worth of prefill that ``threads`` threads give."""
+    cores = _cores(profile, threads)
+    return cores / (1 + family.parallel_loss * (cores - 1))
 
 
 def bandwidth_at(profile: TargetProfile, family: Family, best: float, threads: int) -> float:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -73,6 +73,20 @@ class Memory(Record):
     by_threads: tuple[float, ...] = ()
 
 
+class KernelCycles(Record):
+    """What the engine's kernels were measured to take on this very machine, in place of the family's constants.
+
+    Cycles of one core at the profile's clock per weight and token, by type; ``layer_us`` and ``parallel_loss`` as in
+    ``calibration.toml``.
+    """
+
+    prefill: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    decode: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    layer_us: float = Field(ge=0, allow_inf_nan=False)
+    parallel_loss: float = Field(ge=0, lt=1)
+    source: str = Field(min_length=8)
+
+
 class TargetProfile(Record):
     """One device, with one of its memory sizes chosen (``ram_bytes``).
 
@@ -95,6 +109,7 @@ class TargetProfile(Record):
     cores: Cores | None = None
     compute: Figure | None = None
     compute_scale: Figure | None = None
+    kernel_cycles: KernelCycles | None = None
     threads_decode: Choice
     threads_prefill: Choice
     storage_read: Figure | None = None
@@ -281,9 +296,24 @@ def profile_toml(profile: TargetProfile) -> str:
     lines += [line for key in _FIGURES if key.startswith("memory.") for line in _figure_line(profile, key)]
     if memory.by_threads:
         lines.append(f"by_threads = [{', '.join(f'{share:.3f}' for share in memory.by_threads)}]")
+    if profile.kernel_cycles is not None:
+        lines += ["", "[kernel_cycles]", *_kernel_lines(profile.kernel_cycles)]
     sources = {key: figure.source for key in _FIGURES if (figure := _figure(profile, key)) is not None}
     lines += ["", "[sources]", *(f"{_quoted(key)} = {_quoted(source)}" for key, source in sources.items())]
     return "\n".join(lines) + "\n"
+
+
+def _kernel_lines(cycles: KernelCycles) -> list[str]:
+    def table(values: dict[str, float]) -> str:
+        return f"{{ {', '.join(f'{kind} = {value:.4g}' for kind, value in values.items())} }}"
+
+    return [
+        f"prefill = {table(cycles.prefill)}",
+        f"decode = {table(cycles.decode)}",
+        f"layer_us = {cycles.layer_us:.4g}",
+        f"parallel_loss = {cycles.parallel_loss:.4g}",
+        f"source = {_quoted(cycles.source)}",
+    ]
 
 
 def _figure(profile: TargetProfile, key: str) -> Figure | None:

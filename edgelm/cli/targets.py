@@ -10,9 +10,11 @@ import click
 from edgelm.cli.console import print_json, print_table
 
 if TYPE_CHECKING:
+    from targets.predict import KvType
     from targets.profile import TargetProfile
     from targets.validate import Accuracy
 
+BUSY_SHARE = 0.1  # of all CPUs, taken by others: above it measured figures are not the machine's
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 
 
@@ -81,13 +83,13 @@ def show(target: str, as_json: bool) -> None:
       edgelm targets show raspberry-pi-5-4gb
     """
     from targets.calibration import calibration
-    from targets.predict import device_scale, effective_bandwidth
+    from targets.predict import device_scale, effective_bandwidth, family_of
     from targets.profile import load_profile, profile_toml
 
     profile = load_profile(target)
     constants = calibration()
     scale = device_scale(profile, constants)
-    bandwidth = effective_bandwidth(profile, constants.family(profile.kernels), scale)
+    bandwidth = effective_bandwidth(profile, family_of(profile, constants), scale)
     rows = f"{scale.decode_rows} published decode rows of it and {scale.prefill_rows} prefill rows"
     if as_json:
         document = profile.model_dump(mode="json")
@@ -102,25 +104,38 @@ def show(target: str, as_json: bool) -> None:
 
 @command.command()
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the profile to this file.")
-@click.option("--measure/--no-measure", default=True, show_default=True, help="Measure the read bandwidth (seconds).")
+@click.option(
+    "--measure/--no-measure", default=True, show_default=True, help="Measure memory and kernels (half a minute)."
+)
+@click.option(
+    "--storage",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Measure how fast this directory's disk reads as well (writes and removes 128 MiB).",
+)
 @click.option("--id", "name", default="host", show_default=True, help="Id of the written profile.")
 @JSON
-def detect(output: Path | None, measure: bool, name: str, as_json: bool) -> None:
-    """Describe this machine as a profile: cores, limits, memory, and its measured read bandwidth.
+def detect(output: Path | None, measure: bool, storage: Path | None, name: str, as_json: bool) -> None:
+    """Describe this machine as a profile: cores, limits, memory, and what is measured on it.
+
+    Measured are the read bandwidth on every thread count and the speed of the engine's kernels by type of weights. A
+    busy machine gives low figures.
 
     \b
     Example:
       edgelm targets detect -o me.toml
       edgelm plan demo:smollm2 --target me.toml
     """
-    from targets.bandwidth import measure_read_bandwidth
-    from targets.host import detect_host, measured
-    from targets.profile import parse_profile, profile_toml
+    from targets.host import detect_host
+    from targets.profile import Figure, parse_profile, profile_toml
+    from targets.storage import measure_storage
 
     profile = detect_host().model_copy(update={"id": name})
     if measure:
-        click.echo("measuring the read bandwidth ...", err=True)
-        profile = measured(profile, measure_read_bandwidth(int(profile.threads_prefill.value)))
+        profile = _measured(profile)
+    if storage is not None:
+        rate = Figure(value=measure_storage(storage), source="measured: one unbuffered pass over 128 MiB")
+        profile = profile.model_copy(update={"storage_read": rate})
     text = profile_toml(profile)
     parse_profile(text.encode(), "the detected profile")
     if output is not None:
@@ -132,6 +147,32 @@ def detect(output: Path | None, measure: bool, name: str, as_json: bool) -> None
         click.echo(text, nl=False)
 
 
+def _measured(profile: TargetProfile) -> TargetProfile:
+    """The detected profile with what is measured on this machine, told on stderr."""
+    import psutil
+
+    from runtime.kernels import measure_kernels
+    from targets.bandwidth import measure_read_bandwidth
+    from targets.host import measured
+    from targets.kernels import throughput_gflops, with_kernels
+
+    threads = int(profile.threads_prefill.value)
+    busy = psutil.cpu_percent(interval=0.5) / 100
+    if busy > BUSY_SHARE:
+        note = f"measured while other processes took {busy:.0%} of the CPU: the figures are too low"
+        click.echo(f"warning: {note}; detect again on a quiet machine", err=True)
+        profile = profile.model_copy(update={"notes": (*profile.notes, note)})
+    click.echo("measuring the read bandwidth ...", err=True)
+    profile = measured(profile, measure_read_bandwidth(threads))
+    click.echo("measuring the engine's kernels ...", err=True)
+    profile = with_kernels(profile, measure_kernels(threads, profile.usable_ram_bytes))
+    for kind, name in (("Q8_0", "int8"), ("F16", "f16")):
+        gflops = throughput_gflops(profile, kind)
+        if gflops is not None:
+            click.echo(f"{name} matrix throughput: {gflops:.0f} GFLOP/s ({kind}, {threads} threads)", err=True)
+    return profile
+
+
 @command.command()
 @click.argument("target", metavar="ID")
 @click.option("--params-b", type=click.FloatRange(min=0, min_open=True), required=True, help="Parameters in billions.")
@@ -140,6 +181,8 @@ def detect(output: Path | None, measure: bool, name: str, as_json: bool) -> None
 @click.option("--model", help="Name of a published model, for its exact shape; else the usual one of that size.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads for decode and prefill; else the profile's own.")
 @click.option("--context", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens of KV cache.")
+@click.option("--depth", type=click.IntRange(min=0), default=0, show_default=True, help="Tokens cached before decode.")
+@click.option("--kv-type", type=click.Choice(["f16", "q8_0", "f32"]), default="f16", show_default=True)
 @JSON
 def predict(
     target: str,
@@ -149,6 +192,8 @@ def predict(
     model: str | None,
     threads: int | None,
     context: int,
+    depth: int,
+    kv_type: KvType,
     as_json: bool,
 ) -> None:
     """Predict speed and memory of a model on a target from the figures that a download page states.
@@ -156,7 +201,9 @@ def predict(
     \b
     Example:
       edgelm targets predict raspberry-pi-5 --params-b 1.24 --file-mib 770 --quant Q4_K_M
+      edgelm targets predict pi5 --params-b 1.24 --file-mib 770 --quant Q4_K_M --depth 4000 --kv-type q8_0
     """
+    from edgelm.errors import UsageError
     from targets.catalogue import workload_from_figures
     from targets.predict import RunSettings
     from targets.predict import predict as predict_workload
@@ -165,7 +212,11 @@ def predict(
     workload = workload_from_figures(
         parameters=params_b * 1e9, file_bytes=round(file_mib * 2**20), quant=quant, model=model
     )
-    settings = RunSettings(context=context, threads_decode=threads, threads_prefill=threads)
+    if depth >= context:
+        raise UsageError(f"--depth {depth} does not fit into --context {context}", hint="give a larger --context")
+    settings = RunSettings(
+        context=context, depth=depth, threads_decode=threads, threads_prefill=threads, kv_type=kv_type
+    )
     prediction = predict_workload(workload, load_profile(target), settings)
     if as_json:
         print_json(prediction.model_dump(mode="json"))
@@ -212,11 +263,22 @@ def validate(table: Path, worst: int, as_json: bool) -> None:
     from rich.table import Table
 
     shown = Table(title=f"{outcome.predicted_rows} of {outcome.rows} rows have a profile")
-    for column in ("figure", "rows", "median error", "within 25 %", "within 30 %", "inside 80 % band", "median unseen"):
+    for column in (
+        "figure",
+        "rows",
+        "median error",
+        "within 25 %",
+        "within 30 %",
+        "inside 80 % band",
+        "median unseen",
+        "inside unseen",
+    ):
         shown.add_column(column, justify="left" if column == "figure" else "right")
     for name, accuracy in (("decode", outcome.decode), ("prefill", outcome.prefill)):
         unseen = getattr(holdout, name)
-        shown.add_row(name, *_accuracy_cells(accuracy), f"{unseen.median_abs_pct_error:.1f} %")
+        shown.add_row(
+            name, *_accuracy_cells(accuracy), f"{unseen.median_abs_pct_error:.1f} %", f"{unseen.inside_band_pct:.1f} %"
+        )
     print_table(shown)
     click.echo("median unseen: leave-one-device-out error of the calibration, fitted without any row of the device")
     for name, accuracy in (("decode", outcome.decode), ("prefill", outcome.prefill)):
