@@ -184,6 +184,14 @@ class Manifest(Record):
     files: tuple[FileRecord, ...]
     tool_versions: dict[str, str]
 
+    @property
+    def artifact_bytes(self) -> int:
+        """Size of the artefact with the data files that belong to it (``model.onnx.data``)."""
+        belonging = f"{self.artifact}."
+        return sum(
+            item.size_bytes for item in self.files if item.name == self.artifact or item.name.startswith(belonging)
+        )
+
 
 class Bundle(Record):
     """An opened bundle: its directory and its manifest."""

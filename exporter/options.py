@@ -5,10 +5,23 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from edgelm.errors import UsageError
 from exporter import ggml
+from exporter.onnx_types import parse_type
+
+FormatChoice = Literal["auto", "gguf", "onnx"]
+"""``auto`` is GGUF until measurements on the target say otherwise."""
+
+
+def as_format(name: str) -> FormatChoice:
+    """The format of that name. Raises ``UsageError``."""
+    for choice in get_args(FormatChoice):
+        if name == choice:
+            found: FormatChoice = choice
+            return found
+    raise UsageError(f"there is no format '{name}'", hint=f"there are: {', '.join(get_args(FormatChoice))}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +34,7 @@ class ExportOptions:
 
     source: str
     target: str = "host"
-    format: Literal["auto", "gguf"] = "auto"
+    format: FormatChoice = "auto"
     quant: str = "auto"
     context: int | None = None
     type_overrides: tuple[tuple[str, str], ...] = ()
@@ -33,7 +46,7 @@ class ExportOptions:
     verify: bool = True
 
 
-def parse_type_override(text: str) -> tuple[str, str]:
+def parse_type_override(text: str, format_name: FormatChoice = "auto") -> tuple[str, str]:
     """(pattern, type) of ``PATTERN=TYPE``. Raises ``UsageError`` naming the part that makes no sense."""
     pattern, separator, type_name = text.rpartition("=")
     if not separator or not pattern:
@@ -42,6 +55,8 @@ def parse_type_override(text: str) -> tuple[str, str]:
         re.compile(pattern)
     except re.error as error:
         raise UsageError(f"'{pattern}' is no regular expression: {error}") from error
+    if format_name == "onnx":
+        return pattern, parse_type(type_name).name
     kind = ggml.type_named(type_name)
     if not kind.quantizable:
         raise UsageError(f"nothing can be quantised to {kind.name}")

@@ -28,9 +28,10 @@ from exporter.preflight import check_checkpoint
 from exporter.tokenizer import SourceTokenizer
 from targets.profile import load_profile
 
-ARTIFACT = "model.gguf"
+ARTIFACTS = {"gguf": "model.gguf", "onnx": "model.onnx"}
 QUANTIZATION_VERSION = 2  # of ggml's block formats
 _TOOLS = ("edgelm", "llama-cpp-python", "gguf", "numpy", "tokenizers")
+_FORMAT_TOOLS: dict[str, tuple[str, ...]] = {"gguf": (), "onnx": ("onnx", "onnxruntime")}
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,41 @@ def export(options: ExportOptions, destination: Path, *, force: bool = False, pr
     checkpoint, plan = prepared.checkpoint, prepared.plan
     description = describe(checkpoint)
     check_room(destination.parent, plan.artifact_bytes)
-    words = tokenizer.load_tokenizer(checkpoint, progress)
+    words = _load_words(checkpoint, plan, progress)
     _check_vocabulary(checkpoint, description, words)
     with bundles.new_bundle(destination, force=force) as staging:
-        artifact = staging / ARTIFACT
-        metadata = _metadata(plan, description, words)
-        write_gguf(artifact, checkpoint, description.tensors, plan.tensors, metadata, progress=progress)
+        artifact = _write_artifact(staging, checkpoint, description, plan, words, progress)
         _check_size(options, artifact)
         _write_texts(staging, words)
         identity = _prove_tokens(words, artifact)
         measured = _measure(options, checkpoint, artifact, identity, progress)
         _write_manifest(staging, _name(checkpoint, plan), checkpoint, plan, measured, progress)
     return bundles.open_bundle(destination, check_hashes=False)
+
+
+def _load_words(checkpoint: Checkpoint, plan: ExportPlan, progress: Progress) -> SourceTokenizer:
+    """An ONNX bundle needs no GGUF form of the tokenizer, unless the source is one and has to be translated."""
+    if plan.format == "onnx" and checkpoint.source.kind == "huggingface":
+        return tokenizer.read_tokenizer(checkpoint)
+    return tokenizer.load_tokenizer(checkpoint, progress)
+
+
+def _write_artifact(
+    staging: Path,
+    checkpoint: Checkpoint,
+    description: ModelDescription,
+    plan: ExportPlan,
+    words: SourceTokenizer,
+    progress: Progress,
+) -> Path:
+    if plan.format == "onnx":
+        from exporter.onnx_bundle import write_artifact  # needs the onnx package, which the GGUF way does without
+
+        return write_artifact(staging, checkpoint, description, plan, words, progress)
+    artifact = staging / ARTIFACTS[plan.format]
+    metadata = _metadata(plan, description, words)
+    write_gguf(artifact, checkpoint, description.tensors, plan.tensors, metadata, progress=progress)
+    return artifact
 
 
 def _check_vocabulary(checkpoint: Checkpoint, description: ModelDescription, words: SourceTokenizer) -> None:
@@ -94,7 +118,8 @@ def _metadata(plan: ExportPlan, description: ModelDescription, words: SourceToke
 
 def _check_size(options: ExportOptions, artifact: Path) -> None:
     """The plan estimates the vocabulary's share; the limit is held to the file itself."""
-    size_bytes, limit = artifact.stat().st_size, options.max_artifact_bytes
+    files = [artifact, *artifact.parent.glob(f"{artifact.name}.*")]
+    size_bytes, limit = sum(file.stat().st_size for file in files), options.max_artifact_bytes
     if limit is not None and size_bytes > limit:
         raise DoesNotFitError(f"the artefact has {size_bytes} bytes, --max-bytes is {limit}")
 
@@ -114,7 +139,10 @@ def _write_texts(staging: Path, words: SourceTokenizer) -> None:
 
 
 def _prove_tokens(words: SourceTokenizer, artifact: Path) -> TokenIdentity:
-    identity = tokenizer.prove_identity(words, artifact)
+    if artifact.suffix == ".onnx":
+        identity = tokenizer.compare_files(words.tokenizer_json, artifact.parent / "tokenizer.json")
+    else:
+        identity = tokenizer.prove_identity(words, artifact)
     if not identity.identical:
         raise ProofError(
             f"the artefact's tokenizer gives other ids than the source's: {identity.first_difference}",
@@ -164,12 +192,12 @@ def _write_manifest(
         name=name,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         format=plan.format,
-        artifact=ARTIFACT,
+        artifact=ARTIFACTS[plan.format],
         source=source,
         plan=plan,
         quality=measured,
         files=tuple(records[len(checkpoint.files) :]),
-        tool_versions={tool: version(tool) for tool in _TOOLS},
+        tool_versions={tool: version(tool) for tool in (*_TOOLS, *_FORMAT_TOOLS[plan.format])},
     )
     with write_errors(staging / bundles.MANIFEST_NAME):
         bundles.write_manifest(staging, manifest)

@@ -10,10 +10,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from edgelm.bundle import Choice, ExportPlan, ModelShape, Prediction, TensorPlan
+from edgelm.bundle import Choice, ExportPlan, Format, ModelShape, Prediction, TensorPlan
 from edgelm.errors import DoesNotFitError, UsageError
 from edgelm.units import format_bytes
-from exporter import ggml, mixes
+from exporter import ggml, mixes, onnx_plan
 from exporter.architectures import describe
 from exporter.architectures.base import ModelDescription, TensorDescription
 from exporter.checkpoint import Checkpoint, weight_type
@@ -64,9 +64,9 @@ def candidates(options: ExportOptions, checkpoint: Checkpoint, profile: TargetPr
     A source that is quantised already is offered as it stands (``COPY``), and nothing with more bits than it has.
     """
     description = describe(checkpoint)
-    names = list(CANDIDATES) if options.quant.lower() == "auto" else [options.quant]
+    names = _candidate_names(options)
     limit_bits = math.inf
-    if options.quant.lower() == "auto" and _is_quantized(checkpoint, description):
+    if options.format != "onnx" and options.quant.lower() == "auto" and _is_quantized(checkpoint, description):
         names.insert(0, COPY)
         limit_bits = _plan(options, COPY, checkpoint, description, profile).bits_per_weight
     found = []
@@ -76,6 +76,12 @@ def candidates(options: ExportOptions, checkpoint: Checkpoint, profile: TargetPr
             missed = _missed_limits(options, plan)
             found.append(Candidate(plan, not missed, "; ".join(missed) or plan.predicted.fit_reason))
     return sorted(found, key=lambda item: -item.plan.bits_per_weight)
+
+
+def _candidate_names(options: ExportOptions) -> list[str]:
+    if options.quant.lower() != "auto":
+        return [options.quant]
+    return list(onnx_plan.CANDIDATES if options.format == "onnx" else CANDIDATES)
 
 
 def choose(found: Sequence[Candidate], profile: TargetProfile) -> Candidate:
@@ -149,6 +155,8 @@ def _is_quantized(checkpoint: Checkpoint, description: ModelDescription) -> bool
 def _plan(
     options: ExportOptions, quant: str, checkpoint: Checkpoint, description: ModelDescription, profile: TargetProfile
 ) -> ExportPlan:
+    if options.format == "onnx":
+        return _onnx_plan(options, quant, checkpoint, description, profile)
     name = quant.upper() if quant.upper() == COPY else mixes.mix_named(quant).name
     tensors = _tensor_plans(options, name, checkpoint, description)
     data_bytes = sum(-(-item.size_bytes // ALIGNMENT) * ALIGNMENT for item in tensors)
@@ -176,6 +184,31 @@ def _plan(
             lookup_tensor=None if workload.lookup is None else "token_embd.weight",
         ),
         notes=_notes(name, checkpoint, description, tensors),
+    )
+
+
+def _onnx_plan(
+    options: ExportOptions, quant: str, checkpoint: Checkpoint, description: ModelDescription, profile: TargetProfile
+) -> ExportPlan:
+    recipe = onnx_plan.recipe_named(quant)
+    tensors = onnx_plan.tensor_plans(description, recipe, options.type_overrides)
+    artifact_bytes = onnx_plan.artifact_bytes(description, tensors, options.context or 0)
+    workload = _workload(description, tensors, artifact_bytes, "onnx")
+    context, prediction = _context(options, description, workload, profile)
+    return ExportPlan(
+        target=profile.label,
+        format="onnx",
+        quant=recipe.name,
+        architecture=checkpoint.architecture,
+        parameters=description.parameters,
+        bits_per_weight=8 * sum(item.size_bytes for item in tensors) / description.parameters,
+        artifact_bytes=artifact_bytes,
+        context=context,
+        threads_decode=profile.threads_decode,
+        threads_prefill=profile.threads_prefill,
+        tensors=tensors,
+        predicted=prediction,
+        notes=_notes(recipe.name, checkpoint, description, tensors),
     )
 
 
@@ -260,7 +293,9 @@ def _copied(options: ExportOptions, checkpoint: Checkpoint, description: ModelDe
     return decisions
 
 
-def _workload(description: ModelDescription, tensors: Sequence[TensorPlan], artifact_bytes: int) -> Workload:
+def _workload(
+    description: ModelDescription, tensors: Sequence[TensorPlan], artifact_bytes: int, format_name: Format = "gguf"
+) -> Workload:
     dimensions = description.dimensions
     groups: dict[str, tuple[int, int]] = {}
     lookup = None
@@ -272,7 +307,7 @@ def _workload(description: ModelDescription, tensors: Sequence[TensorPlan], arti
         count, size_bytes = groups.get(item.type, (0, 0))
         groups[item.type] = (count + parameters, size_bytes + item.size_bytes)
     return Workload(
-        format="gguf",
+        format=format_name,
         architecture=description.architecture,
         parameters=description.parameters,
         file_bytes=artifact_bytes,

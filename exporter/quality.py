@@ -7,11 +7,10 @@ token, perplexity of both. Knows the engine seam and the reference, not how eith
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, exp
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +18,13 @@ import numpy.typing as npt
 from edgelm.bundle import Quality, TokenIdentity
 from edgelm.errors import ProofError, UsageError
 from edgelm.progress import Progress
+from exporter.architectures import describe
 from exporter.checkpoint import Checkpoint
 from exporter.reference import BATCH, EngineModel, ReferenceChoice, ScoringModel, open_reference
 from exporter.texts import Text, evaluation_text
 from exporter.tokenizer import open_tokenizer, read_tokenizer
 from runtime.engine import EngineOptions, Logits
-from runtime.engines.llamacpp import load_engine
-from runtime.gguf_header import read_gguf_header
+from runtime.engines import load_engine
 
 MIN_TOKENS = 2000
 """Fewer predictions make a p99 of fewer than 20 values."""
@@ -75,7 +74,7 @@ def measure(
     too short, ``EngineError`` when a model cannot be run and ``ProofError`` when the artefact computes no numbers.
     """
     text = evaluation_text(evaluation)
-    windows = _windows(text, checkpoint, read_gguf_header(artifact_path).metadata, tokens)
+    windows = _windows(text, checkpoint, tokens)
     length = max(len(window.tokens) for window in windows)
     with open_reference(checkpoint, length, reference, progress) as original:
         engine = load_engine(artifact_path, EngineOptions(context=length, batch=BATCH, all_logits=True))
@@ -160,17 +159,13 @@ def log_softmax(logits: Logits) -> Doubles:
     return shifted
 
 
-def _windows(text: Text, checkpoint: Checkpoint, artifact_metadata: Mapping[str, Any], tokens: int) -> list[Window]:
+def _windows(text: Text, checkpoint: Checkpoint, tokens: int) -> list[Window]:
     source = read_tokenizer(checkpoint)
     ids = open_tokenizer(source.tokenizer_json, "tokenizer.json").encode(text.content, add_special_tokens=False).ids
     bos = source.gguf_metadata.get("tokenizer.ggml.bos_token_id")
     prefix = (bos,) if source.gguf_metadata.get("tokenizer.ggml.add_bos_token") and bos is not None else ()
-    return cut_windows(ids, tokens, length=_window_length(artifact_metadata), prefix=prefix, name=text.name)
-
-
-def _window_length(metadata: Mapping[str, Any]) -> int:
-    trained = metadata.get(f"{metadata.get('general.architecture')}.context_length")
-    return min(WINDOW, trained) if isinstance(trained, int) and trained > 1 else WINDOW
+    length = min(WINDOW, describe(checkpoint).dimensions.context_trained)
+    return cut_windows(ids, tokens, length=length, prefix=prefix, name=text.name)
 
 
 def cut_windows(

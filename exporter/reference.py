@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from edgelm.bundle import TensorPlan
-from edgelm.errors import CheckpointError, DoesNotFitError
+from edgelm.errors import CheckpointError, DoesNotFitError, MissingDependencyError
 from edgelm.progress import Progress
 from edgelm.units import format_bytes
 from exporter import ggml
@@ -126,6 +126,22 @@ def open_reference(
 # --- transformers
 
 
+@contextmanager
+def open_transformers(checkpoint: Checkpoint, progress: Progress) -> Iterator[Any]:
+    """The checkpoint as a transformers model in float32, for whoever needs to look inside while it computes.
+
+    Raises ``MissingDependencyError`` or ``CheckpointError`` when transformers cannot compute it here.
+    """
+    description = describe(checkpoint)
+    if any(importlib.util.find_spec(package) is None for package in ("torch", "transformers")):
+        raise MissingDependencyError("torch and transformers are not installed", hint='pip install "edgelm[export]"')
+    obstacle = _transformers_obstacle(checkpoint, description)
+    if obstacle is not None:
+        raise CheckpointError(f"transformers cannot compute {checkpoint.source.location}: {obstacle}")
+    with _quiet_transformers():
+        yield _load_transformers(checkpoint, description, progress)
+
+
 def _transformers_obstacle(checkpoint: Checkpoint, description: ModelDescription) -> str | None:
     """Why transformers cannot compute this checkpoint here, None when it can."""
     for package in ("torch", "transformers"):
@@ -167,13 +183,17 @@ def _quiet_transformers() -> Iterator[None]:
 def _open_transformers(checkpoint: Checkpoint, description: ModelDescription, progress: Progress) -> TransformersModel:
     import transformers
 
+    return TransformersModel(_load_transformers(checkpoint, description, progress), transformers.__version__)
+
+
+def _load_transformers(checkpoint: Checkpoint, description: ModelDescription, progress: Progress) -> Any:
     with progress.stage("loading the reference", 1) as stage:
         if checkpoint.source.kind == "gguf":
             model = _llama_from_gguf(checkpoint, description)
         else:
             model = _load_directory(checkpoint.source.path)
         stage.advance()
-    return TransformersModel(model.eval(), transformers.__version__)
+    return model.eval()
 
 
 def _load_directory(directory: Path) -> Any:

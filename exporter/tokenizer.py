@@ -29,6 +29,7 @@ from exporter.tokenizer_sentencepiece import is_sentencepiece, sentencepiece_met
 from exporter.tokenizer_types import CONTROL, NORMAL, UNUSED, USER_DEFINED
 from exporter.vocabulary import tokenize_with_llama
 from runtime.gguf_header import GGUFStrings, read_gguf_header
+from runtime.tokenizer import JsonTokenizer
 
 FILE_LIMIT_BYTES = 128 * 2**20
 MAX_VOCABULARY = 2**21
@@ -101,6 +102,22 @@ def compare_tokenizers(tokenizer_json: str, vocabulary: int, artifact_path: Path
     difference = _first_difference(texts, expected, answer.ids)
     if difference is None and answer.vocabulary != vocabulary:
         difference = f"the source has {vocabulary} tokens, the artefact {answer.vocabulary}"
+    return _identity(texts, expected, difference)
+
+
+def compare_files(tokenizer_json: str, path: Path) -> TokenIdentity:
+    """Encode the hard corpus with a tokenizer.json and with another one as the runtime reads it, and compare.
+
+    This is the proof of artefacts without a vocabulary of their own. Raises ``BundleError`` for an unreadable file.
+    """
+    texts, expected = _expected(tokenizer_json)
+    tokenizer = JsonTokenizer(path)
+    return _identity(
+        texts, expected, _first_difference(texts, expected, [tuple(map(int, tokenizer.encode(text))) for text in texts])
+    )
+
+
+def _identity(texts: Sequence[str], expected: Sequence[tuple[int, ...]], difference: str | None) -> TokenIdentity:
     return TokenIdentity(
         identical=difference is None,
         texts=len(texts),

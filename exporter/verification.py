@@ -13,8 +13,9 @@ from edgelm.errors import BundleError, ProofError
 from edgelm.progress import SILENT, Progress
 from exporter import quality
 from exporter.checkpoint import open_checkpoint, open_source
-from exporter.tokenizer import compare_tokenizers, read_tokenizer
+from exporter.tokenizer import compare_files, compare_tokenizers, read_tokenizer
 from runtime.gguf_header import GGUFHeader, read_gguf_header
+from runtime.onnx_header import read_onnx_model
 
 TOKENIZER = "tokenizer.json"
 # A repeated measurement may come from the other reference and from other kernels.
@@ -26,7 +27,6 @@ class Verification:
     """What was checked, all of it good. ``quality`` is the new measurement, None without a reference."""
 
     bundle: Bundle
-    header: GGUFHeader
     token_identity: TokenIdentity
     quality: Quality | None
 
@@ -40,20 +40,46 @@ def verify(directory: Path, reference: str | None, progress: Progress = SILENT) 
     with progress.stage("checking hashes", 1) as stage:
         bundle = open_bundle(directory)
         stage.advance()
-    header = read_gguf_header(bundle.artifact_path)
-    _check_tensors(bundle, header)
+    is_onnx = bundle.manifest.format == "onnx"
+    tokens = _check_onnx(bundle) if is_onnx else _check_gguf(bundle)
     with progress.stage("comparing tokenizers", 1) as stage:
-        identity = _own_tokenizer(bundle, header)
+        identity = _own_tokenizer(bundle, tokens)
         stage.advance()
     if reference is None:
-        return Verification(bundle, header, identity, None)
+        return Verification(bundle, identity, None)
     checkpoint = open_checkpoint(open_source(reference))
     source = read_tokenizer(checkpoint)
-    identity = compare_tokenizers(source.tokenizer_json, source.vocabulary, bundle.artifact_path)
+    identity = _compare(bundle, source.tokenizer_json, source.vocabulary)
     _require_identity(identity, f"{reference} and the artefact")
     measured = quality.measure(bundle.artifact_path, checkpoint, identity, None, progress)
     _check_quality(bundle.manifest.quality, measured)
-    return Verification(bundle, header, identity, measured)
+    return Verification(bundle, identity, measured)
+
+
+def _check_gguf(bundle: Bundle) -> int:
+    """The header is valid and holds what the plan says; the number of tokens in its vocabulary."""
+    header = read_gguf_header(bundle.artifact_path)
+    _check_tensors(bundle, header)
+    return len(header.metadata.get("tokenizer.ggml.tokens", ()))
+
+
+def _check_onnx(bundle: Bundle) -> int:
+    """The model is valid and stores as many bytes as the plan says; the number of tokens that it tells logits of.
+
+    Matrices that are one in the graph cannot be told apart by name, and the rotary table is not planned.
+    """
+    model = read_onnx_model(bundle.artifact_path)
+    places = {item.external: item for item in model.initializers if item.external is not None}
+    at = {(place.file, place.offset): item for place, item in places.items()}  # tied tables are one place
+    stored = sum(item.size_bytes for item in at.values() if not item.name.startswith("rotary."))
+    planned = sum(item.size_bytes for item in bundle.manifest.plan.tensors)
+    if stored != planned:
+        raise BundleError(
+            f"{bundle.artifact_path} is not what its manifest plans: {stored} bytes of weights, not {planned}",
+            hint="export it again",
+        )
+    logits = next((item.shape for item in model.outputs if item.name == "logits"), None)
+    return logits[-1] if logits and isinstance(logits[-1], int) else 0
 
 
 def _check_tensors(bundle: Bundle, header: GGUFHeader) -> None:
@@ -68,7 +94,7 @@ def _check_tensors(bundle: Bundle, header: GGUFHeader) -> None:
         )
 
 
-def _own_tokenizer(bundle: Bundle, header: GGUFHeader) -> TokenIdentity:
+def _own_tokenizer(bundle: Bundle, tokens: int) -> TokenIdentity:
     path = bundle.file(TOKENIZER)
     if path is None:
         raise BundleError(f"{bundle.path} has no {TOKENIZER}", hint="export it again")
@@ -76,10 +102,15 @@ def _own_tokenizer(bundle: Bundle, header: GGUFHeader) -> TokenIdentity:
         tokenizer_json = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise BundleError(f"{path} is not UTF-8", hint="export it again") from error
-    tokens = header.metadata.get("tokenizer.ggml.tokens", ())
-    identity = compare_tokenizers(tokenizer_json, len(tokens), bundle.artifact_path)
+    identity = _compare(bundle, tokenizer_json, tokens)
     _require_identity(identity, f"{path} and the artefact")
     return identity
+
+
+def _compare(bundle: Bundle, tokenizer_json: str, tokens: int) -> TokenIdentity:
+    if bundle.manifest.format == "onnx":
+        return compare_files(tokenizer_json, bundle.path / TOKENIZER)
+    return compare_tokenizers(tokenizer_json, tokens, bundle.artifact_path)
 
 
 def _require_identity(identity: TokenIdentity, what: str) -> None:

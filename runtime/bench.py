@@ -30,6 +30,7 @@ from runtime.model import LoadedModel, open_model
 from runtime.tokenizer import TextTokenizer
 from targets.host import detect_host, host_record
 from targets.predict import RunSettings, predict
+from targets.workload import Workload, workload_from_plan
 
 _SEED = 0
 _UNSTEADY = 0.25  # spread of the samples, relative to their median, beyond which a run is not believed
@@ -238,11 +239,11 @@ def _model_record(model: LoadedModel) -> ModelRecord:
     records = {record.name: record for record in manifest.files} if manifest else {}
     return ModelRecord(
         name=model.name,
-        format="gguf",
+        format=manifest.format if manifest else "gguf",
         quant=manifest.plan.quant if manifest else _quant_of(model.artifact),
         architecture=info.architecture,
         parameters=info.parameters,
-        artifact_bytes=model.artifact.stat().st_size,
+        artifact_bytes=manifest.artifact_bytes if manifest else model.artifact.stat().st_size,
         sha256=records[manifest.artifact].sha256 if manifest else None,
     )
 
@@ -255,7 +256,14 @@ def _quant_of(path: Path) -> str:
     return max(counts, key=lambda name: counts[name])
 
 
-def _predicted(model: LoadedModel, options: BenchOptions) -> Prediction:
+def _workload(model: LoadedModel) -> Workload | None:
+    """From the file itself, or from the plan where the file does not tell (ONNX)."""
+    if model.artifact.suffix == ".onnx":
+        return workload_from_plan(model.manifest.plan) if model.manifest else None
+    return workload_from_gguf(read_gguf_header(model.artifact))
+
+
+def _predicted(model: LoadedModel, options: BenchOptions) -> Prediction | None:
     info = model.engine.info
     settings = RunSettings(
         context=info.context,
@@ -264,4 +272,5 @@ def _predicted(model: LoadedModel, options: BenchOptions) -> Prediction:
         threads_prefill=info.threads_prefill,
         prompt_tokens=max(options.prompt_tokens, 1),
     )
-    return predict(workload_from_gguf(read_gguf_header(model.artifact)), detect_host(), settings)
+    workload = _workload(model)
+    return None if workload is None else predict(workload, detect_host(), settings)

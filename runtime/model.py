@@ -70,8 +70,6 @@ def artifact_of(path: Path, *, check_hashes: bool = True) -> tuple[Path, Bundle 
     """
     if path.is_dir():
         bundle = open_bundle(path, check_hashes=check_hashes)
-        if bundle.manifest.format != "gguf":
-            raise BundleError(f"{path} holds a model in {bundle.manifest.format} format, which cannot be run yet")
         return bundle.artifact_path, bundle
     if not path.exists():
         raise BundleError(f"{path} does not exist", hint="give a bundle directory or a .gguf file")
@@ -87,6 +85,8 @@ def open_model(path: Path, options: EngineOptions) -> LoadedModel:
     at most ``DEFAULT_CONTEXT``. Raises ``BundleError``, ``UsageError`` and ``EngineError``.
     """
     artifact, bundle = artifact_of(path)
+    if artifact.suffix == ".onnx":
+        return _open_onnx(artifact, bundle, options)
     header = read_gguf_header(artifact)
     if options.context == 0:
         options = replace(options, context=_default_context(header, bundle))
@@ -104,6 +104,32 @@ def open_model(path: Path, options: EngineOptions) -> LoadedModel:
         stop_tokens=_stop_tokens(vocabulary, bundle),
         bos=vocabulary.bos if vocabulary.adds_bos and vocabulary.bos >= 0 else None,
         manifest=bundle.manifest if bundle else None,
+    )
+
+
+def _open_onnx(artifact: Path, bundle: Bundle | None, options: EngineOptions) -> LoadedModel:
+    """An ONNX model: its tokenizer stands beside it in the bundle, its metadata tell what else there is of tokens."""
+    tokenizer_path = bundle.file(TOKENIZER_NAME) if bundle else None
+    if bundle is None or tokenizer_path is None:
+        raise BundleError(f"{artifact} has no tokenizer with it", hint="give the bundle directory that it belongs to")
+    from runtime.engines.onnx import load_engine as load_onnx_engine
+    from runtime.engines.onnx import read_token_notes
+
+    if options.context == 0:
+        options = replace(options, context=int(bundle.manifest.plan.context.value))
+    notes = read_token_notes(artifact)
+    template_path, generation_path = bundle.file(TEMPLATE_NAME), bundle.file(GENERATION_NAME)
+    source = _small_text(template_path) if template_path else ""
+    tokenizer = JsonTokenizer(tokenizer_path)
+    return LoadedModel(
+        name=bundle.manifest.name,
+        artifact=artifact,
+        engine=load_onnx_engine(artifact, options),
+        tokenizer=tokenizer,
+        chat_template=ChatTemplate(source, notes.special_tokens) if source else None,
+        stop_tokens=notes.stop_tokens | (generation_end(generation_path) if generation_path else frozenset()),
+        bos=notes.bos,
+        manifest=bundle.manifest,
     )
 
 

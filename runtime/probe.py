@@ -167,7 +167,7 @@ def add_byte_vocabulary(writer: object, size: int) -> None:
 def run_probe(model: Path) -> ProbeResult:
     """What the child does: load, prefill and decode in this very process."""
     from runtime.engine import Chunk, EngineOptions
-    from runtime.engines.llamacpp import load_engine
+    from runtime.engines import load_engine
     from runtime.model import artifact_of
 
     artifact, _ = artifact_of(model)

@@ -140,7 +140,8 @@ def _entry(table: dict[str, float], kind: str) -> float:
     while seen is not None:
         if seen in table:
             return table[seen]
-        seen = _ALIKE.get(seen)
+        # ONNX types name their block as well (int4-32-asym): the kernels' speed is that of int4.
+        seen = _ALIKE.get(seen) or (seen.partition("-")[0] if "-" in seen else None)
     return table["default"]
 
 

@@ -197,7 +197,7 @@ def decode_seconds(
     norm: float,
 ) -> float:
     """Seconds per generated token at ``settings.depth``."""
-    kv_bytes = settings.depth * workload.kv_elements_per_token * KV_BYTES[settings.kv_type]
+    kv_bytes = settings.depth * workload.kv_elements_per_token * kv_element_bytes(workload, settings)
     bandwidth = effective_bandwidth(profile, family, scale)
     attention = 2.0 * workload.layers * workload.hidden * settings.depth
     fixed_s = workload.layers * (family.old_layer_us if settings.old_engine else family.layer_us) * 1e-6
@@ -242,6 +242,11 @@ def parallel_cores(profile: TargetProfile, family: Family, threads: int) -> floa
     return cores / (1 + family.parallel_loss * (cores - 1))
 
 
+def kv_element_bytes(workload: Workload, settings: RunSettings) -> float:
+    """Bytes of one cached number: ONNX Runtime's attention keeps float32 whatever is asked for."""
+    return KV_BYTES["f32" if workload.format == "onnx" else settings.kv_type]
+
+
 def bandwidth_at(profile: TargetProfile, family: Family, best: float, threads: int) -> float:
     """Sustained bandwidth with ``threads`` threads, of ``best`` at the best count: a soft minimum with what the cores
     can draw, or the profile's own table where more threads cost speed."""
@@ -275,7 +280,7 @@ def without_head(workload: Workload) -> Iterable[TypedWeights]:
 def ram_parts(workload: Workload, profile: TargetProfile, settings: RunSettings, family: Family) -> RamParts:
     """Resident memory by purpose. A GPU's memory holds weights, cache and buffers; the process lives elsewhere."""
     cells = math.ceil(settings.context / KV_PADDING) * KV_PADDING
-    kv_bytes = workload.kv_elements_per_token * KV_BYTES[settings.kv_type] * cells
+    kv_bytes = workload.kv_elements_per_token * kv_element_bytes(workload, settings) * cells
     batch = min(settings.batch, settings.context)
     compute_bytes = COMPUTE_BASE_BYTES + batch * workload.hidden * LIVE_ACTIVATIONS * 4 + workload.vocabulary * 4
     repack_bytes = 0

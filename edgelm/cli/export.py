@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 @click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle to write: a new directory.")
 @click.option("--target", default="host", show_default=True, metavar="ID|FILE", help="Device; see: edgelm targets list")
-@click.option("--format", "format_name", type=click.Choice(["auto", "gguf"]), default="auto", show_default=True)
+@click.option("--format", "format_name", type=click.Choice(["auto", "gguf", "onnx"]), default="auto", show_default=True)
 @click.option(
-    "--quant", default="auto", show_default=True, metavar="NAME", help="Q4_K_M, Q8_0, ...; COPY keeps the types."
+    "--quant", default="auto", show_default=True, metavar="NAME", help="Q4_K_M, Q8_0, COPY, ...; ONNX: int8, int4, ..."
 )
 @click.option("--context", type=click.IntRange(min=1), metavar="N", help="Tokens that prompt and answer may have.")
 @click.option(
@@ -73,7 +73,7 @@ def command(
       edgelm export ./my-model -o bundle --max-ram 1GB --type 'ffn_down=Q6_K'
     """
     from edgelm.cli.console import print_json, stderr_progress
-    from exporter.options import ExportOptions, parse_type_override
+    from exporter.options import ExportOptions, as_format, parse_type_override
     from exporter.pipeline import export, prepare
 
     if output is None and not dry_run:
@@ -81,10 +81,10 @@ def command(
     options = ExportOptions(
         source=source,
         target=target,
-        format="gguf" if format_name == "gguf" else "auto",
+        format=as_format(format_name),
         quant=quant,
         context=context,
-        type_overrides=tuple(parse_type_override(text) for text in types),
+        type_overrides=tuple(parse_type_override(text, as_format(format_name)) for text in types),
         max_ram_bytes=max_ram,
         max_artifact_bytes=max_bytes,
         min_decode_tps=min_decode_tps,
@@ -102,7 +102,7 @@ def command(
         return
     assert output is not None
     bundle = export(options, output, force=force, progress=stderr_progress())
-    manifest, size_bytes = bundle.manifest, bundle.artifact_path.stat().st_size
+    manifest, size_bytes = bundle.manifest, bundle.manifest.artifact_bytes
     if as_json:
         result = {"bundle": str(bundle.path), **summary(manifest.plan, size_bytes, manifest.quality)}
         print_json({**result, "elapsed_s": time.monotonic() - started, "peak_rss_bytes": peak_rss_bytes()})

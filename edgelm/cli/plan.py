@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @click.command(short_help="Show what an export could become on a target; write nothing.")
 @click.argument("source")
 @click.option("--target", default="host", show_default=True, metavar="ID|FILE", help="Device; see: edgelm targets list")
-@click.option("--format", "format_name", type=click.Choice(["auto", "gguf"]), default="auto", show_default=True)
+@click.option("--format", "format_name", type=click.Choice(["auto", "gguf", "onnx"]), default="auto", show_default=True)
 @click.option("--quant", default="auto", show_default=True, metavar="NAME", help="Look at this one only.")
 @click.option("--context", type=click.IntRange(min=1), metavar="N", help="Tokens that prompt and answer may have.")
 @click.option("--type", "types", multiple=True, metavar="PATTERN=TYPE", help="As for edgelm export.")
@@ -47,17 +47,17 @@ def command(
     from edgelm.cli.console import print_json
     from edgelm.errors import DoesNotFitError
     from exporter.checkpoint import open_checkpoint, open_source
-    from exporter.options import ExportOptions, check_options, parse_type_override
+    from exporter.options import ExportOptions, as_format, check_options, parse_type_override
     from exporter.plan import candidates, choose
     from targets.profile import load_profile
 
     options = ExportOptions(
         source=source,
         target=target,
-        format="gguf" if format_name == "gguf" else "auto",
+        format=as_format(format_name),
         quant=quant,
         context=context,
-        type_overrides=tuple(parse_type_override(text) for text in types),
+        type_overrides=tuple(parse_type_override(text, as_format(format_name)) for text in types),
         max_ram_bytes=max_ram,
         max_artifact_bytes=max_bytes,
         min_decode_tps=min_decode_tps,

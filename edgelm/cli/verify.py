@@ -46,7 +46,7 @@ def _document(bundle: Path, result: Verification) -> dict[str, Any]:
         "format": manifest.format,
         "quant": manifest.plan.quant,
         "files": len(manifest.files),
-        "artifact_bytes": result.header.file_bytes,
+        "artifact_bytes": manifest.artifact_bytes,
         "tensor_types": manifest.plan.type_counts,
         "token_identity": result.token_identity.model_dump(mode="json"),
         "quality": result.quality.model_dump(mode="json") if result.quality else None,
@@ -63,7 +63,7 @@ def _print(bundle: Path, result: Verification) -> None:
     table.add_column("result")
     table.add_row("hashes and sizes", f"{len(manifest.files)} files match the manifest")
     types = ", ".join(f"{count} {name}" for name, count in manifest.plan.type_counts.items())
-    table.add_row("artefact", f"{format_bytes(result.header.file_bytes)}, as planned: {types}")
+    table.add_row("artefact", f"{format_bytes(manifest.artifact_bytes)}, as planned: {types}")
     table.add_row("token ids", f"identical on {identity.texts} texts, {identity.tokens} tokens")
     for name, quality in (("quality, now", result.quality), ("quality, recorded", manifest.quality)):
         if quality is not None:

@@ -1,1 +1,21 @@
 """Implementations of the ``runtime.engine.Engine`` seam, one module each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runtime.engine import Engine, EngineOptions
+
+
+def load_engine(path: Path, options: EngineOptions) -> Engine:
+    """Load a model file with the engine of its format: ONNX Runtime for ``.onnx``, llama.cpp for everything else.
+
+    Raises what the engine's own ``load_engine`` raises: ``BundleError``, ``UsageError`` and ``EngineError``.
+    """
+    if path.suffix == ".onnx":
+        from runtime.engines import onnx
+
+        return onnx.load_engine(path, options)
+    from runtime.engines import llamacpp
+
+    return llamacpp.load_engine(path, options)

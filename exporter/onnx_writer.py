@@ -1,0 +1,266 @@
+"""Writes ``model.onnx`` and its data file from a checkpoint, slab by slab of rows, quantised on the way.
+
+Memory is bounded by the workers, not by the model: each holds one slab (or one matrix that has to be transposed).
+Knows nothing of why a matrix has its type.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from edgelm.bundle import TensorPlan
+from edgelm.errors import BundleError, CheckpointError
+from edgelm.progress import SILENT, Progress
+from exporter import ggml
+from exporter.architectures.base import ModelDescription, TensorDescription
+from exporter.checkpoint import Checkpoint, TensorReader, weight_type
+from exporter.onnx_gptq import compensated_rows, inverse_factor
+from exporter.onnx_graph import build_graph
+from exporter.onnx_layout import decoder_layout
+from exporter.onnx_moments import Moments, module_of
+from exporter.onnx_plan import rotary_positions
+from exporter.onnx_quantize import quantize_rows
+from exporter.onnx_storage import DATA_NAME, Computed, Content, FloatArray, Place, QuantizedMatrix, Storage
+from exporter.onnx_types import WeightType, parse_type
+
+MODEL_NAME = "model.onnx"
+SLAB_ELEMENTS = 2**17
+COMPENSATED_SLAB_ELEMENTS = 2**19  # column by column: longer columns, less overhead
+_COMPENSATED_BITS = 4  # rounding to 8 bits loses less than the kernels' own 8-bit activations
+_FACTORS_KEPT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSource:
+    """Where weights come from, and the moments of their inputs for rounding with error compensation (4-bit only)."""
+
+    checkpoint: Checkpoint
+    moments: Moments | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Rows ``start`` to ``stop`` of one part of a content; ``row`` is where they begin within the content."""
+
+    content: QuantizedMatrix | FloatArray
+    part: TensorDescription
+    start: int
+    stop: int
+    row: int
+
+    @property
+    def elements(self) -> int:
+        return (self.stop - self.start) * (self.part.shape[-1] if len(self.part.shape) > 1 else 1)
+
+
+def write_onnx(
+    directory: Path,
+    source: WeightSource,
+    description: ModelDescription,
+    plans: Sequence[TensorPlan],
+    *,
+    context: int,
+    notes: Mapping[str, str] = MappingProxyType({}),
+    threads: int = 0,
+    progress: Progress = SILENT,
+) -> tuple[Path, Path]:
+    """Write ``model.onnx`` and ``model.onnx.data`` with the planned tensors, flushed to disk; returns both paths.
+
+    ``context`` is the planned one: it can be computed, and so can the trained one up to ``onnx_plan.ROTARY_LIMIT``.
+    ``notes`` are more metadata of the model. ``threads`` of 0 means all usable CPUs. Raises ``CheckpointError`` for
+    sources that cannot be read or hold NaN or infinity, ``BundleError`` when a file cannot be written.
+    """
+    decoder = decoder_layout(description, source.checkpoint)
+    types = {plan.name: parse_type(plan.type) for plan in plans}
+    positions = rotary_positions(decoder.context_trained, context)
+    model, storage = build_graph(
+        decoder,
+        lambda tensor: types[tensor.name],
+        rotary_positions=positions,
+        metadata={**_metadata(source.checkpoint, description, positions), **notes},
+    )
+    path, data_path = directory / MODEL_NAME, directory / DATA_NAME
+    with _write_errors(directory):
+        _write_data(data_path, source, storage, threads, progress)
+        with path.open("wb") as stream:
+            stream.write(model.SerializeToString(deterministic=True))
+            stream.flush()
+            os.fsync(stream.fileno())
+    _check(path)
+    return path, data_path
+
+
+def _metadata(checkpoint: Checkpoint, description: ModelDescription, positions: int) -> dict[str, str]:
+    """What an engine wants to know beside the graph, as strings."""
+    return {
+        "edgelm.graph": "decoder-1",
+        "edgelm.name": checkpoint.source.location.rsplit("/", 1)[-1],
+        "edgelm.architecture": description.architecture,
+        "edgelm.parameters": str(description.parameters),
+        "edgelm.context_trained": str(description.dimensions.context_trained),
+        "edgelm.context_limit": str(positions),
+    }
+
+
+def _check(path: Path) -> None:
+    try:
+        onnx.checker.check_model(path)
+    except onnx.checker.ValidationError as error:  # a bug of the builder: say so instead of shipping it
+        raise BundleError(f"the graph that was built is not valid ONNX: {error}") from error
+
+
+@contextmanager
+def _write_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise BundleError(
+                f"no room left in {directory}: {error.strerror}",
+                hint="free some space or choose another output directory",
+            ) from error
+        raise BundleError(f"cannot write to {directory}: {error.strerror or error}") from error
+
+
+def _write_data(path: Path, source: WeightSource, storage: Storage, threads: int, progress: Progress) -> None:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o644)
+    try:
+        os.ftruncate(descriptor, storage.size_bytes)
+        elements = SLAB_ELEMENTS if source.moments is None else COMPENSATED_SLAB_ELEMENTS
+        tasks = [task for content in storage.contents for task in _tasks(content, elements)]
+        with TensorReader() as reader, progress.stage("quantising", sum(task.elements for task in tasks)) as stage:
+            for file in sorted({header.file for header in source.checkpoint.tensors.values()}):
+                reader.open(file)
+            worker = _Worker(source, reader, descriptor)
+            for content in storage.contents:
+                if isinstance(content, Computed):
+                    worker.put(content.place, 0, content.values)
+            for task in _run(worker, tasks, threads):
+                stage.advance(task.elements)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _tasks(content: Content, elements: int) -> Iterator[_Task]:
+    if isinstance(content, Computed):
+        return
+    row = 0
+    for part in content.parts:
+        rows = part.shape[0]
+        columns = part.shape[1] if len(part.shape) > 1 else 1
+        whole = isinstance(content, FloatArray) and content.transposed
+        step = rows if whole else max(1, elements // columns)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            yield _Task(content, part, start, stop, row + start)
+        row += rows
+
+
+def _run(worker: _Worker, tasks: Sequence[_Task], threads: int) -> Iterator[_Task]:
+    """All tasks over a pool of threads, as they end. The first failure, or Ctrl-C, stops every worker."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pool = ThreadPoolExecutor(max_workers=threads or usable, thread_name_prefix="quantise")
+    try:
+        futures: Mapping[Future[None], _Task] = {pool.submit(worker.do, task): task for task in tasks}
+        for future in as_completed(futures):
+            future.result()
+            yield futures[future]
+    finally:
+        worker.cancelled.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Worker:
+    """What each thread does with a task."""
+
+    def __init__(self, source: WeightSource, reader: TensorReader, descriptor: int) -> None:
+        self._source, self._reader, self._descriptor = source, reader, descriptor
+        self._factors: dict[str, npt.NDArray[np.float32]] = {}
+        self._factor_lock = threading.Lock()
+        self.cancelled = threading.Event()
+
+    def do(self, task: _Task) -> None:
+        """Read, convert and write one task. Raises ``CheckpointError`` or ``OSError``."""
+        if self.cancelled.is_set():
+            return
+        rows = self._rows(task)
+        if isinstance(task.content, QuantizedMatrix):
+            self._put_quantized(task, task.content.kind, rows)
+        elif task.content.transposed:
+            self._put_transposed(task, rows)
+        else:
+            self.put(task.content.place, task.row, rows)
+
+    def put(self, place: Place, row: int, values: npt.NDArray[np.float32] | npt.NDArray[np.uint8]) -> None:
+        """Write rows of an array from its row ``row`` on."""
+        row_bytes = place.size_bytes // place.shape[0]
+        position = place.offset + row * row_bytes
+        view = np.ascontiguousarray(values).data.cast("B")
+        while len(view):
+            count = os.pwrite(self._descriptor, view, position)
+            view, position = view[count:], position + count
+
+    def _rows(self, task: _Task) -> npt.NDArray[np.float32]:
+        part = task.part
+        if part.values is not None:
+            return part.values[task.start : task.stop]
+        header = self._source.checkpoint.tensors[part.source_name]
+        columns = part.shape[1] if len(part.shape) > 1 else 1
+        kind = weight_type(header)
+        whole = len(part.shape) == 1  # too small to be cut, and perhaps smaller than a block
+        row_bytes = header.size_bytes // part.shape[0]
+        start, stop = (0, part.shape[0]) if whole else (task.start, task.stop)
+        raw = self._reader.read(header, start * row_bytes, header.size_bytes if whole else (stop - start) * row_bytes)
+        values = ggml.dequantize(raw, kind, (stop - start) * columns)
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"tensor {part.source_name} holds NaN or infinity", hint="the checkpoint is broken")
+        if whole:
+            return values[task.start : task.stop]
+        return values.reshape(-1, columns)
+
+    def _put_quantized(self, task: _Task, kind: WeightType, rows: npt.NDArray[np.float32]) -> None:
+        matrix = task.content
+        assert isinstance(matrix, QuantizedMatrix)
+        factor = self._factor(task.part.name) if kind.bits == _COMPENSATED_BITS else None
+        packed = quantize_rows(rows, kind) if factor is None else compensated_rows(rows, kind, factor)
+        self.put(matrix.data, task.row, packed.data)
+        self.put(matrix.scales, task.row, packed.scales)
+        if matrix.zeros is not None and packed.zeros is not None:
+            self.put(matrix.zeros, task.row, packed.zeros)
+
+    def _factor(self, name: str) -> npt.NDArray[np.float32] | None:
+        """The compensation of a matrix's input, None without calibration. Computed once: matrices share inputs."""
+        if self._source.moments is None:
+            return None
+        module = module_of(name)
+        with self._factor_lock:
+            if module not in self._factors:
+                while len(self._factors) >= _FACTORS_KEPT:
+                    self._factors.pop(next(iter(self._factors)))
+                self._factors[module] = inverse_factor(self._source.moments.by_module[module])
+            return self._factors[module]
+
+    def _put_transposed(self, task: _Task, rows: npt.NDArray[np.float32]) -> None:
+        """A part of a float matrix becomes columns ``row`` .. of it: written row by row when it is not all of it."""
+        assert isinstance(task.content, FloatArray)
+        place, columns = task.content.place, np.ascontiguousarray(rows.T)
+        width = place.shape[1]
+        if len(rows) == width:
+            self.put(place, 0, columns)
+            return
+        for index, values in enumerate(columns):
+            position = place.offset + 4 * (index * width + task.row)
+            os.pwrite(self._descriptor, np.ascontiguousarray(values).data, position)
