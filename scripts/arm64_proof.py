@@ -1,0 +1,267 @@
+"""Prove the ARM image: doctor, logits against this machine, a served chat, memory limits, wrong kernels, 16 KiB pages.
+
+Runs the image built by ``arm64_image.py`` in locked-down containers, emulated by qemu on other machines, once for every
+processor that stands for a kind of board. Writes what it saw to a JSON file and prints a table; exits 1 when a figure
+misses its limit. Needs an environment with EdgeLM itself (the reference is its engine on this machine).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from arm64_image import CACHE, IMAGE, REPOSITORY, container_options, enable_emulation, engine, image_bytes, is_arm
+
+# qemu's processor, the kernels that must be chosen on it, and the boards it stands for.
+PROCESSORS = {
+    "cortex-a53": ("armv8.0_1", "Raspberry Pi 3, Zero 2"),
+    "cortex-a72": ("armv8.0_1", "Raspberry Pi 4"),
+    "cortex-a76": ("armv8.2_2", "Raspberry Pi 5, RK3588"),
+    "max,sve=off": ("armv8.6_0", "i8mm without SVE"),
+    "max,sve256=on": ("armv8.6_2", "SVE2 and i8mm"),
+}
+QUANTS = ("F32", "Q8_0", "Q4_0", "Q4_K_M")
+KL_LIMIT = {"F32": 1e-4}
+KL_LIMIT_QUANTISED = (
+    1e-2  # kernels of different width add int8 products in different order and group scales differently
+)
+TINY_TOKENS, REAL_TOKENS = 160, 32
+QUESTION = "What is the capital of France?"
+MEMORY = "1g"
+HELPERS = REPOSITORY / "scripts" / "arm64"
+
+
+def tool(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "edgelm", *arguments]
+
+
+def checked(command: Sequence[str], what: str) -> str:
+    """Output of a command that has to succeed."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    if result.returncode != 0:
+        sys.exit(f"{result.stdout[-2000:]}{result.stderr[-3000:]}\nerror: {what} failed (exit {result.returncode})")
+    return result.stdout
+
+
+def prepare_models() -> list[Path]:
+    """Bundles of a tiny random model and of SmolLM2-135M in every type, made by this machine's exporter."""
+    sys.path.insert(0, str(REPOSITORY / "tests"))
+    from tiny_models import make_tiny_llama  # type: ignore[import-not-found,unused-ignore]
+
+    models = CACHE / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    tiny = models / "tiny-checkpoint"
+    if not tiny.is_dir():
+        make_tiny_llama(tiny, hidden=256, ffn=512)
+    bundles = []
+    for family, source in (("tiny", str(tiny)), ("smollm2", "demo:smollm2")):
+        for quant in QUANTS:
+            bundle = models / f"{family}-{quant.lower()}"
+            if not (bundle / "manifest.json").is_file():
+                arguments = ("export", source, "--quant", quant, "--no-verify", "--force", "-o", str(bundle))
+                checked(tool(*arguments), f"exporting {bundle.name}")
+            bundles.append(bundle)
+    return bundles
+
+
+def write_tokens(work: Path, bundles: Sequence[Path]) -> None:
+    """The same tokens for every run: a plain English text in each family's vocabulary."""
+    from pydoc_data.topics import topics
+
+    from runtime.tokenizer import JsonTokenizer
+
+    text = topics["assert"]
+    tokens = {}
+    for family, count in (("tiny", TINY_TOKENS), ("smollm2", REAL_TOKENS)):
+        bundle = next(path for path in bundles if path.name.startswith(family))
+        tokens[family] = JsonTokenizer(bundle / "tokenizer.json").encode(text)[:count]
+    (work / "tokens.json").write_text(json.dumps(tokens), encoding="ascii")
+
+
+def link_models(work: Path, bundles: Sequence[Path]) -> list[str]:
+    """Hard links named as their bundles, so that one mount shows all models."""
+    for bundle in bundles:
+        link = work / f"{bundle.name}.gguf"
+        link.unlink(missing_ok=True)
+        link.hardlink_to(bundle / "model.gguf")
+    return [f"{bundle.name}.gguf" for bundle in bundles]
+
+
+def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=1, keepdims=True)
+    return np.asarray(wide - np.log(np.exp(wide).sum(axis=1, keepdims=True)))
+
+
+def agreement(reference: Path, measured: Path) -> dict[str, float]:
+    """Mean and largest KL divergence (nats per token), share of equal first choices, largest difference of a logit."""
+    expected, got = np.load(reference), np.load(measured)
+    p, q = log_softmax(expected), log_softmax(got)
+    kl = (np.exp(p) * (p - q)).sum(axis=1)
+    return {
+        "kl_mean": float(kl.mean()),
+        "kl_max": float(kl.max()),
+        "top1_agreement": float((p.argmax(axis=1) == q.argmax(axis=1)).mean()),
+        "logit_difference_max": float(np.abs(expected - got).max()),
+    }
+
+
+def fresh(directory: Path) -> Path:
+    """An empty directory that the container's user may write to."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    directory.chmod(0o777)
+    return directory
+
+
+def prove_logits(work: Path, models: Sequence[str], processors: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of (processor, model): kernels that were chosen, agreement with this machine, time."""
+    reference = fresh(work / "reference")
+    command = [sys.executable, str(HELPERS / "logits.py"), str(work / "tokens.json"), str(reference)]
+    checked([*command, *(str(work / model) for model in models)], "the reference run on this machine")
+    rows: list[dict[str, Any]] = []
+    for processor in processors:
+        output = fresh(work / f"logits-{processor.split(',')[0]}-{len(rows)}")
+        mounts = [f"{work}:/work:ro", f"{HELPERS}:/proof:ro", f"{output}:/output"]
+        options = container_options(memory="3g", cpu=processor, mounts=mounts)
+        inside = ["/proof/logits.py", "/work/tokens.json", "/output", *(f"/work/{model}" for model in models)]
+        run = [*engine(), "run", "--rm", *options, "--entrypoint", "python3", IMAGE, *inside]
+        for line in checked(run, f"computing logits on {processor}").splitlines():
+            facts = json.loads(line)
+            name = facts["model"]
+            kernels = facts["versions"].get("kernels")
+            row = {"processor": processor, "model": name, "kernels": kernels, "seconds": facts["seconds"]}
+            rows.append({**row, **agreement(reference / f"{name}.npy", output / f"{name}.npy")})
+            print(f"{processor:14} {name:16} {kernels} KL {rows[-1]['kl_mean']:.2e}", file=sys.stderr, flush=True)
+    return rows
+
+
+def prove_doctor(processors: Sequence[str]) -> list[dict[str, Any]]:
+    """What ``edgelm doctor`` says in the image, on each processor."""
+    rows: list[dict[str, Any]] = []
+    for processor in processors:
+        run = [*engine(), "run", "--rm", *container_options(memory=MEMORY, cpu=processor), IMAGE, "doctor", "--json"]
+        result = subprocess.run(run, capture_output=True, text=True, check=False)
+        document = json.loads(result.stdout) if result.stdout.startswith("{") else {}
+        broken = [
+            f"{item['name']}: {item['detail']}" for item in document.get("findings", []) if item["status"] == "broken"
+        ]
+        rows.append({"processor": processor, "healthy": document.get("healthy", False), "broken": broken})
+        rows[-1]["engine"] = document.get("engine")
+        if not document:
+            rows[-1]["broken"] = [result.stderr[-500:]]
+        print(f"{processor:14} doctor healthy: {rows[-1]['healthy']} {broken or ''}", file=sys.stderr, flush=True)
+    return rows
+
+
+def prove_chat(bundle: Path, processor: str, memory: str) -> dict[str, Any]:
+    """Serve a bundle as the image does by default, ask, check health, stop: read-only, no root, no capabilities."""
+    options = container_options(memory=memory, cpu=processor, mounts=[f"{bundle}:/bundle:ro", f"{HELPERS}:/proof:ro"])
+    name = f"edgelm-proof-{bundle.name}"
+    subprocess.run([*engine(), "rm", "--force", name], capture_output=True, check=False)
+    checked([*engine(), "run", "--detach", "--name", name, *options, IMAGE], f"starting {name}")
+    try:
+        inside = [*engine(), "exec", name, "python3"]
+        answer = json.loads(checked([*inside, "/proof/chat.py", QUESTION, "24", "900"], f"chat with {name}"))
+        healthy = subprocess.run([*inside, "-I", "/usr/local/bin/edgelm-health"], check=False).returncode == 0
+        write = "import os; print(os.getuid()); open('/usr/x', 'w')"
+        attempt = subprocess.run([*inside, "-c", write], capture_output=True, text=True, check=False)
+        started = time.perf_counter()
+        checked([*engine(), "stop", "--time", "60", name], f"stopping {name}")
+        stop_s = time.perf_counter() - started
+        code = int(checked([*engine(), "inspect", "--format", "{{.State.ExitCode}}", name], "reading the exit code"))
+    finally:
+        log = subprocess.run([*engine(), "logs", name], capture_output=True, text=True, check=False)
+        (CACHE / f"{name}.log").write_text(log.stdout + log.stderr, encoding="utf-8")
+        subprocess.run([*engine(), "rm", "--force", name], capture_output=True, check=False)
+    facts = {"model": bundle.name, "processor": processor, "memory": memory, **answer, "healthy": healthy}
+    facts |= {"uid": attempt.stdout.strip(), "read_only": "Read-only file system" in attempt.stderr}
+    return {**facts, "exit_code": code, "stop_s": round(stop_s, 1)}
+
+
+def prove_wrong_kernels(work: Path) -> dict[str, str]:
+    """Kernels with dot products forced onto a processor without them: ``doctor`` has to say it, nobody has to crash.
+
+    The selection of kernels is led astray by renaming the function with which they tell what they need.
+    """
+    script = (
+        "import os, pathlib, shutil, sys, llama_cpp.llama_cpp as c\n"
+        "source, target = pathlib.Path(c._lib._name).parent, pathlib.Path('/tmp/lib')\n"
+        "target.mkdir()\n"
+        "for name in ('libllama.so', 'libggml.so', 'libggml-base.so', 'libgomp.so.1'):\n"
+        "    shutil.copy(source / name, target / name)\n"
+        "data = (source / 'libggml-cpu-armv8.2_2.so').read_bytes()\n"
+        "(target / 'libggml-cpu.so').write_bytes(data.replace(b'ggml_backend_score', b'ggml_backend_scorX'))\n"
+        "os.environ['LLAMA_CPP_LIB_PATH'] = str(target)\n"
+        "os.execv('/usr/bin/python3', ['python3', '-m', 'edgelm', 'doctor', '--json'])\n"
+    )
+    (work / "wrong_kernels.py").write_text(script, encoding="ascii")
+    options = container_options(memory=MEMORY, cpu="cortex-a72", mounts=[f"{work}:/work:ro"])
+    run = [*engine(), "run", "--rm", *options, "--entrypoint", "python3", IMAGE, "/work/wrong_kernels.py"]
+    result = subprocess.run(run, capture_output=True, text=True, check=False)
+    found = json.loads(result.stdout)["findings"] if result.stdout.startswith("{") else []
+    said = [item["detail"] for item in found if item["name"] == "engine" and item["status"] == "broken"]
+    return {"exit_code": str(result.returncode), "said": said[0] if said else result.stderr[-500:]}
+
+
+def failures(report: dict[str, Any]) -> list[str]:
+    """Every figure that misses its limit, as a sentence."""
+    found = [f"doctor on {row['processor']}: {row['broken']}" for row in report["doctor"] if not row["healthy"]]
+    for row in report["logits"]:
+        where = f"{row['model']} on {row['processor']}"
+        limit = KL_LIMIT["F32"] if row["model"].endswith("-f32") else KL_LIMIT_QUANTISED
+        if not (math.isfinite(row["kl_mean"]) and row["kl_mean"] <= limit):
+            found.append(f"{where}: mean KL {row['kl_mean']:.2e} exceeds {limit:g}")
+        expected = PROCESSORS[row["processor"]][0]
+        if not is_arm() and row["kernels"] != expected:
+            found.append(f"{where}: kernels {row['kernels']}, expected {expected}")
+    for row in report["chat"]:
+        good = row["healthy"] and row["read_only"] and row["uid"] == "10001" and row["exit_code"] == 0
+        if not good:
+            found.append(f"container of {row['model']}: {row}")
+        if row["model"].startswith("smollm2") and "Paris" not in row["answer"]["message"]["content"]:
+            found.append(f"{row['model']} answered: {row['answer']['message']['content']!r}")
+    if not is_arm() and "SIGILL" not in report["wrong_kernels"]["said"]:
+        found.append(f"wrong kernels were not recognised: {report['wrong_kernels']}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--processor", action="append", choices=PROCESSORS, help="only this one; repeatable")
+    parser.add_argument("--family", choices=["tiny", "smollm2"], help="only the logits of this model")
+    parser.add_argument("-o", "--output", type=Path, default=CACHE / "report.json", help="where the figures go")
+    arguments = parser.parse_args()
+    processors = arguments.processor or list(PROCESSORS)
+    enable_emulation()
+    bundles = prepare_models()
+    work = CACHE / "proof"
+    work.mkdir(parents=True, exist_ok=True)
+    write_tokens(work, bundles)
+    models = [name for name in link_models(work, bundles) if name.startswith(arguments.family or "")]
+    report: dict[str, Any] = {"image_bytes": image_bytes(), "emulated": not is_arm()}
+    report["doctor"] = prove_doctor(processors)
+    report["wrong_kernels"] = {} if is_arm() else prove_wrong_kernels(work)
+    served = [CACHE / "models" / name for name in ("tiny-q8_0", "smollm2-q4_0")]
+    report["chat"] = [prove_chat(bundle, "cortex-a76", MEMORY) for bundle in served]
+    report["logits"] = prove_logits(work, models, processors)
+    arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for row in report["chat"]:
+        print(f"{row['model']}: {row['answer']['message']['content']!r} (ready after {row['ready_s']} s)")
+    missed = failures(report)
+    print("\n".join(f"missed: {sentence}" for sentence in missed) or "every figure is within its limit")
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Deployment to a device made of a real sshd and the real engine: round trip, resumption, damage, going back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ssh_device import SSHD, Device, free_port, ssh_device
+from tiny_models import make_tiny_llama
+
+from edgelm.cli.app import run_cli
+from edgelm.report import read_report
+
+pytestmark = [
+    pytest.mark.tiny,
+    pytest.mark.skipif(SSHD is None, reason="no sshd here; on Debian: apt-get install openssh-server"),
+]
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two bundles of one random model."""
+    directory = tmp_path_factory.mktemp("bundles")
+    checkpoint = make_tiny_llama(directory / "checkpoint")
+    made = []
+    for quant in ("Q8_0", "F16"):
+        bundle = directory / quant.lower()
+        assert run_cli(["export", str(checkpoint), "--quant", quant, "--no-verify", "-o", str(bundle)]) == 0
+        made.append(bundle)
+    return made[0], made[1]
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[Device]:
+    with ssh_device(tmp_path / "device") as made:
+        yield made
+
+
+def deploy(device: Device, *words: str) -> int:
+    return run_cli(
+        ["deploy", *words, device.destination, "--ssh-config", str(device.config), "--port", str(device.port)]
+    )
+
+
+def identity(bundle: Path) -> str:
+    manifest = (bundle / "manifest.json").read_bytes()
+    return f"{json.loads(manifest)['name']}-{hashlib.sha256(manifest).hexdigest()[:12]}"
+
+
+def test_a_bundle_goes_out_and_its_report_comes_home(
+    device: Device, bundles: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = bundles
+    report = tmp_path / "report.json"
+    assert deploy(device, str(first), "-o", str(report), "--json") == 0
+    document = json.loads(capfd.readouterr().out)
+    assert document["bundle"] == identity(first) == device.current()
+    assert document["previous"] is None
+    assert document["sent_bytes"] == sum(path.stat().st_size for path in first.iterdir())
+    for path in first.iterdir():
+        assert (device.root / "current" / path.name).read_bytes() == path.read_bytes()
+    measured = read_report(report)
+    assert measured.decode_tps is not None
+    assert measured.settings.prompt_tokens == 128
+    assert run_cli(["compare", str(report), "--json"]) == 0
+    capfd.readouterr()
+
+    assert deploy(device, str(second), "--no-bench", "--json") == 0
+    assert json.loads(capfd.readouterr().out)["previous"] == identity(first)
+    assert device.current() == identity(second)
+    assert deploy(device, "--rollback", "--json") == 0
+    back = json.loads(capfd.readouterr().out)
+    assert (back["bundle"], back["previous"]) == (identity(first), identity(second))
+    assert device.current() == identity(first)
+
+
+def test_what_is_there_already_is_not_sent_again(
+    device: Device, bundles: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    bundle = bundles[0]
+    incoming = device.root / "incoming" / identity(bundle)
+    incoming.mkdir(parents=True)
+    model = (bundle / "model.gguf").read_bytes()
+    (incoming / "model.gguf").write_bytes(model[: len(model) // 2])
+    assert deploy(device, str(bundle), "--no-bench", "--json") == 0
+    total = sum(path.stat().st_size for path in bundle.iterdir())
+    assert json.loads(capfd.readouterr().out)["sent_bytes"] == total - len(model) // 2
+    assert (device.root / "current/model.gguf").read_bytes() == model
+    assert deploy(device, str(bundle), "--no-bench", "--json") == 0
+    assert json.loads(capfd.readouterr().out)["sent_bytes"] == 0
+
+
+def test_a_damaged_file_is_named_and_never_becomes_current(
+    device: Device, bundles: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    bundle = bundles[0]
+    incoming = device.root / "incoming" / identity(bundle)
+    incoming.mkdir(parents=True)
+    size = (bundle / "model.gguf").stat().st_size
+    (incoming / "model.gguf").write_bytes(bytes(size // 2))
+    assert deploy(device, str(bundle), "--no-bench") == 1
+    errors = capfd.readouterr().err
+    assert "error: model.gguf arrived damaged on board" in errors
+    assert not (device.root / "current").exists()
+    assert deploy(device, str(bundle), "--no-bench") == 0
+    assert device.current() == identity(bundle)
+
+
+def test_a_bundle_that_does_not_serve_gives_way_to_the_one_before(
+    device: Device, bundles: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    good = bundles[0]
+    assert deploy(device, str(good), "--no-bench") == 0
+    broken = tmp_path / "broken"
+    shutil.copytree(good, broken)
+    model = broken / "model.gguf"
+    model.write_bytes(b"GGUF" + bytes(model.stat().st_size - 4))
+    manifest = json.loads((broken / "manifest.json").read_text(encoding="utf-8"))
+    record = next(record for record in manifest["files"] if record["name"] == "model.gguf")
+    record["sha256"] = hashlib.sha256(model.read_bytes()).hexdigest()
+    (broken / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    capfd.readouterr()
+
+    assert deploy(device, str(broken), "--no-bench", "--ready-timeout", "8") == 1
+    errors = capfd.readouterr().err
+    assert "was not ready within 8 s" in errors
+    assert f"{identity(good)} serves again" in errors
+    assert device.current() == identity(good)
+
+    assert deploy(device, str(broken)) == 1  # with a measurement it does not even get that far
+    assert "board: error:" in capfd.readouterr().err
+    assert device.current() == identity(good)
+
+
+def test_wrong_ways_are_named(device: Device, bundles: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    bundle = str(bundles[0])
+    (device.root / "venv/bin/edgelm").unlink()
+    assert deploy(device, bundle) == 1
+    assert "EdgeLM is not installed" in capfd.readouterr().err
+    assert deploy(device, "--rollback") == 1
+    assert "there is no earlier bundle" in capfd.readouterr().err
+    device.config.write_text(f"Host board\n  HostName 127.0.0.1\n  Port {free_port()}\n  BatchMode yes\n")
+    assert deploy(device, bundle) == 1
+    assert "board cannot be reached" in capfd.readouterr().err
+    assert run_cli(["deploy", bundle, "-oProxyCommand=false"]) == 2
+    assert run_cli(["deploy", bundle, "host;true"]) == 2
+    assert "is not [USER@]HOST" in capfd.readouterr().err

@@ -1,0 +1,116 @@
+"""The parts of the ARM build that need no compiler: kernel sets, the repacked wheel, settings handed to a build."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import importlib
+import io
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+VARIANTS = """\
+            ggml_add_cpu_backend_variant(armv8.2_2    DOTPROD FP16_VECTOR_ARITHMETIC)
+            ggml_add_cpu_backend_variant(armv8.6_1    DOTPROD FP16_VECTOR_ARITHMETIC SVE MATMUL_INT8)
+            ggml_add_cpu_backend_variant(armv9.2_1    DOTPROD FP16_VECTOR_ARITHMETIC SVE MATMUL_INT8 SME)
+            ggml_add_cpu_backend_variant(android_armv9.2_1    DOTPROD MATMUL_INT8 FP16_VECTOR_ARITHMETIC SVE SME)
+"""
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+@pytest.fixture
+def wheel_script(scripts: None) -> ModuleType:
+    return importlib.import_module("build_arm64_wheel")
+
+
+@pytest.fixture
+def image_script(scripts: None) -> ModuleType:
+    return importlib.import_module("arm64_image")
+
+
+def test_kernel_sets_follow_the_compiler(wheel_script: ModuleType) -> None:
+    old = wheel_script.edit_variants(VARIANTS, sme=False).splitlines()
+    assert [line.split("(")[1].split()[0] for line in old] == [
+        "armv8.2_2",
+        "armv8.6_0",
+        "armv8.6_1",
+        "android_armv9.2_1",
+    ]
+    assert "SVE" not in old[1]
+    assert "MATMUL_INT8" in old[1]
+    assert "(armv9.2_1 " in wheel_script.edit_variants(VARIANTS, sme=True)
+
+
+def test_a_changed_list_of_kernel_sets_stops_the_build(wheel_script: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="no longer lists the kernel sets"):
+        wheel_script.edit_variants("ggml_add_cpu_backend_variant(other DOTPROD)\n", sme=False)
+
+
+def test_the_wheel_holds_each_file_once_with_its_hash(wheel_script: ModuleType, tmp_path: Path) -> None:
+    built = tmp_path / "llama_cpp_python-1.0-py3-none-linux_x86_64.whl"
+    information = "llama_cpp_python-1.0.dist-info"
+    with zipfile.ZipFile(built, "w") as archive:
+        archive.writestr("llama_cpp/__init__.py", "")
+        archive.writestr("llama_cpp/lib/libllama.so", b"library")
+        archive.writestr("llama_cpp/lib/pkgconfig/llama.pc", "")
+        archive.writestr("include/llama.h", "")
+        archive.writestr("lib/libllama.so", b"library")
+        archive.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-linux_x86_64\n")
+        archive.writestr(f"{information}/RECORD", "")
+    openmp = tmp_path / "libgomp.so.1"
+    openmp.write_bytes(b"threads")
+    output = tmp_path / "out"
+    output.mkdir()
+    wheel = wheel_script.repack(built, openmp, output)
+    assert wheel.name == "llama_cpp_python-1.0-py3-none-linux_aarch64.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        libraries = [name for name in names if ".so" in name]
+        assert sorted(libraries) == ["llama_cpp/lib/libgomp.so.1", "llama_cpp/lib/libllama.so"]
+        assert not [name for name in names if name.startswith(("include/", "lib/")) or "pkgconfig" in name]
+        assert b"Tag: py3-none-linux_aarch64\n" in archive.read(f"{information}/WHEEL")
+        record = {row[0]: row[1:] for row in csv.reader(io.StringIO(archive.read(f"{information}/RECORD").decode()))}
+        assert set(record) == set(names)
+        for name in set(names) - {f"{information}/RECORD"}:
+            digest = base64.urlsafe_b64encode(hashlib.sha256(archive.read(name)).digest()).rstrip(b"=").decode()
+            assert record[name] == [f"sha256={digest}", str(len(archive.read(name)))]
+
+
+def test_a_build_gets_the_machines_index_and_certificates(
+    image_script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificates = tmp_path / "ca.pem"
+    certificates.write_text("CERTIFICATE")
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_CERT", "PIP_FIND_LINKS"):
+        monkeypatch.delenv(name, raising=False)
+    configuration = tmp_path / "pip.conf.in"
+    configuration.write_text(
+        "[global]\nindex-url = https://index.example/simple\nextra-index-url = file:///somewhere\n"
+        f"cert = {certificates}\n"
+    )
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(configuration))
+    options = image_script.secrets(tmp_path)
+    assert options[1] == f"id=ca_bundle,src={certificates}"
+    assert options[3] == f"id=pip_conf,src={tmp_path}/pip.conf"
+    assert (tmp_path / "pip.conf").read_text().splitlines() == [
+        "[global]",
+        "index-url = https://index.example/simple",
+        "cert = /run/ca_bundle.pem",
+    ]
+
+
+def test_containers_are_locked_down(image_script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_script, "engine", lambda: ["podman"])
+    monkeypatch.setattr(image_script, "is_arm", lambda: False)
+    words = " ".join(image_script.container_options(memory="1g", cpu="cortex-a72", mounts=["/a:/b:ro"]))
+    for wanted in ("--read-only", "--cap-drop ALL", "--network none", "--memory-swap 1g", "QEMU_CPU=cortex-a72"):
+        assert wanted in words
