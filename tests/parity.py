@@ -80,6 +80,17 @@ attention. The numbers are the larger of both lengths: mean KL divergence in nat
 of any logit, as the engine runs and with plain instead of flash attention, which rounds to 16 bits inside llama.cpp.
 Logits spread as the last column says. Networks with GELU go through a table of 16-bit values in llama.cpp.
 
+Side by side with `convert_hf_to_gguf.py` of the llama.cpp in llama-cpp-python 0.3.36, on the same models: the same
+tensors with the same numbers and the same values for every key that both write. What differs is on purpose: query
+scales of Gemma 2 and 3 that are not the head size are kept (folded into the queries or their norm), windows are
+written layer by layer so that pruned layers keep theirs, rotation bases are always written (the script leaves those of
+StableLM, Pythia and Gemma 2 to a default of 10000), a tied OLMo 2 gets the output matrix that its graph needs, and
+GPT-2 configurations without `n_ctx` work. Layers of different widths, and heads that do not add up to the hidden
+size, have no counterpart there.
+
+A model whose attention has windows that the GGUF architecture lacks (Mistral 7B v0.1, Phi 3 mini 4k, StarCoder 2, Qwen
+with `use_sliding_window`) gets a context that ends where the window begins, with a note in the plan.
+
 | model | model_type | GGUF | KL | logits | KL, plain | logits, plain | spread |
 |---|---|---|---|---|---|---|---|
 """
@@ -169,6 +180,7 @@ ROWS = (
     Row("qwen2, layers of different widths", "qwen2", COMMON, narrow_unevenly),
     Row("qwen3, half the heads", "qwen3", {**COMMON, "head_dim": 16}, narrow_evenly),
     Row("qwen3", "qwen3", {**COMMON, "head_dim": 32, "tie_word_embeddings": True}),
+    Row("gemma", "gemma", {**COMMON, "head_dim": 32, "hidden_act": "gelu_pytorch_tanh"}),
     Row("gemma2", "gemma2", {**GEMMA, "query_pre_attn_scalar": 32}),
     Row("gemma2, other query scale", "gemma2", {**GEMMA, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0}),
     Row("gemma3_text", "gemma3_text", {**GEMMA, "query_pre_attn_scalar": 24}),

@@ -37,6 +37,7 @@ FAMILY = Family(
     activation="gelu_tanh",
     norm_place="both",
     tied=True,
+    scaled_embedding=True,
     head_size=256,
     windows=Windows("periodic", period=2, default=4096),
     query_scalar=("query_pre_attn_scalar", 256.0),

@@ -36,6 +36,7 @@ FAMILY = Family(
     activation="gelu_tanh",
     norm_place="both",
     tied=True,
+    scaled_embedding=True,
     head_size=256,
     rope=RopeSettings(theta=("rope_theta", 1e6), local_theta=("rope_local_base_freq", 10000.0)),
     windows=Windows("periodic", period=6, default=4096),

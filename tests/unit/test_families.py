@@ -121,6 +121,27 @@ def test_windows_of_gemma_are_kept(tmp_path: Path) -> None:
         made(tmp_path / "c", "gemma3_text", layer_types=kinds[:3])
 
 
+def test_structure_says_what_a_graph_must_do(tmp_path: Path) -> None:
+    gemma = made(tmp_path / "a", "gemma2", query_pre_attn_scalar=2 * HEAD, final_logit_softcapping=30.0)
+    assert gemma.structure is not None
+    assert gemma.structure.embedding_scale == pytest.approx(HIDDEN**0.5)
+    assert gemma.structure.logit_softcap == 30.0
+    queries = next(item for item in gemma.tensors if item.name == "blk.0.attn_q.weight")
+    assert queries.scale * gemma.structure.attention_scale == pytest.approx((2 * HEAD) ** -0.5)
+    norm = next(item for item in gemma.tensors if item.name == "blk.0.attn_norm.weight")
+    assert (norm.scale, norm.offset) == (1.0, 1.0)
+    neox = made(tmp_path / "b", "gpt_neox", rotary_pct=0.5, rotary_emb_base=5000).structure
+    assert neox is not None
+    assert neox.rotary is not None
+    assert (neox.rotary.size, neox.rotary.theta, neox.rotary.adjacent) == (HEAD // 2, 5000.0, False)
+    assert (neox.norm, neox.gated, neox.parallel_residual, neox.query_norm) == ("layer", False, True, "none")
+    granite = made(tmp_path / "c", "granite", residual_multiplier=0.2, attention_multiplier=0.1).structure
+    assert granite is not None
+    assert (granite.residual_scale, granite.attention_scale, granite.gated) == (0.2, 0.1, True)
+    assert made(tmp_path / "d", "gpt2").structure.rotary is None  # type: ignore[union-attr]
+    assert made(tmp_path / "e", "olmo2").structure.query_norm == "all"  # type: ignore[union-attr]
+
+
 def test_pruned_smollm3_must_keep_its_rhythm(tmp_path: Path) -> None:
     assert made(tmp_path / "a", "smollm3", no_rope_layers=[1, 1, 1, 0]).structure is not None
     with pytest.raises(CheckpointError, match="remove layers in groups of four"):

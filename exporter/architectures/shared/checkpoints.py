@@ -411,7 +411,6 @@ def _structure(source: _Source, sizes: _Sizes, rope: RopeDescription | None, win
     family, checkpoint = source.family, source.checkpoint
     targets = {rule.target for rule in family.layer_tensors}
     norms = [rule for rule in family.layer_tensors if rule.target == MODEL_TENSOR.ATTN_Q_NORM]
-    scalar = config_number(checkpoint, *family.query_scalar) if family.query_scalar else float(sizes.head_size)
     switch = family.parallel_residual
     numbers = _numbers(source)
     rotary = rope.rotary if rope is not None else None
@@ -427,10 +426,12 @@ def _structure(source: _Source, sizes: _Sizes, rope: RopeDescription | None, win
         query_norm=("head" if norms[0].widths == ("head",) else "all") if norms else "none",
         rotary=rotary,
         windows=windows,
-        attention_scale=numbers.get(Keys.Attention.SCALE, 1 / math.sqrt(scalar)),
+        attention_scale=numbers.get(Keys.Attention.SCALE, 1 / math.sqrt(sizes.head_size)),  # queries carry the rest
         attention_softcap=numbers.get(Keys.LLM.ATTN_LOGIT_SOFTCAPPING, 0.0),
         logit_softcap=numbers.get(Keys.LLM.FINAL_LOGIT_SOFTCAPPING, 0.0),
-        embedding_scale=numbers.get(Keys.LLM.EMBEDDING_SCALE, 1.0),
+        embedding_scale=numbers.get(
+            Keys.LLM.EMBEDDING_SCALE, math.sqrt(sizes.hidden) if family.scaled_embedding else 1.0
+        ),
         residual_scale=numbers.get(Keys.LLM.RESIDUAL_SCALE, 1.0),
         logit_divisor=numbers.get(Keys.LLM.LOGIT_SCALE, 1.0),
     )

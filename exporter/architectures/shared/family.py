@@ -94,8 +94,9 @@ class Family:
 
     ``settings`` are names in config.json that differ from the usual, ``expected`` (setting -> values that the graph
     means; the first is the default). ``ignored`` are endings of buffers that follow from the configuration.
-    ``query_scalar`` is (setting, default) of what attention scores are divided by the root of, where the graph
-    divides by that of the head size. ``check`` names what else stands in the way.
+    ``scaled_embedding``: the graph multiplies it by the root of the hidden size. ``query_scalar`` is (setting, default)
+    of what attention scores are divided by the root of, where the graph divides by that of the head size. ``check``
+    names what else stands in the way.
     """
 
     targets: tuple[Target, ...]
@@ -112,6 +113,7 @@ class Family:
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     norm_place: Literal["before", "after", "both"] = "before"
     tied: bool = False
+    scaled_embedding: bool = False
     head_size: int | None = None
     rope: RopeSettings | None = RopeSettings()
     windows: Windows = Windows()
