@@ -176,14 +176,19 @@ def _plan(
         threads_prefill=profile.threads_prefill,
         tensors=tensors,
         predicted=prediction,
-        shape=ModelShape(
-            layers=workload.layers,
-            hidden=workload.hidden,
-            vocabulary=workload.vocabulary,
-            kv_elements_per_token=workload.kv_elements_per_token,
-            lookup_tensor=None if workload.lookup is None else "token_embd.weight",
-        ),
+        shape=_shape(workload),
         notes=_notes(name, checkpoint, description, tensors),
+    )
+
+
+def _shape(workload: Workload) -> ModelShape:
+    """What other targets need to predict from the plan alone."""
+    return ModelShape(
+        layers=workload.layers,
+        hidden=workload.hidden,
+        vocabulary=workload.vocabulary,
+        kv_elements_per_token=workload.kv_elements_per_token,
+        lookup_tensor=None if workload.lookup is None else "token_embd.weight",
     )
 
 
@@ -208,6 +213,7 @@ def _onnx_plan(
         threads_prefill=profile.threads_prefill,
         tensors=tensors,
         predicted=prediction,
+        shape=_shape(workload),
         notes=_notes(recipe.name, checkpoint, description, tensors),
     )
 

@@ -86,10 +86,11 @@ def measure_kernels(threads: int, available_bytes: int) -> tuple[KernelRun, ...]
             ) from error
         if "error" in document:
             raise EngineError(document["error"], hint=document["hint"])
-        return tuple(_run_of(fields, Path(directory)) for fields in document["runs"])
+        return tuple(kernel_run(fields, Path(directory)) for fields in document["runs"])
 
 
-def _run_of(fields: dict[str, float | str | bool], directory: Path) -> KernelRun:
+def kernel_run(fields: dict[str, float | str | bool], directory: Path) -> KernelRun:
+    """A run as the child told it, with the workload that its model's header states."""
     header = read_gguf_header(directory / str(fields["file"]))
     return KernelRun(
         type=str(fields["type"]),

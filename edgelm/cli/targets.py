@@ -151,6 +151,7 @@ def _measured(profile: TargetProfile) -> TargetProfile:
     """The detected profile with what is measured on this machine, told on stderr."""
     import psutil
 
+    from edgelm.errors import EngineError
     from runtime.kernels import measure_kernels
     from targets.bandwidth import measure_read_bandwidth
     from targets.host import measured
@@ -165,7 +166,14 @@ def _measured(profile: TargetProfile) -> TargetProfile:
     click.echo("measuring the read bandwidth ...", err=True)
     profile = measured(profile, measure_read_bandwidth(threads))
     click.echo("measuring the engine's kernels ...", err=True)
-    profile = with_kernels(profile, measure_kernels(threads, profile.usable_ram_bytes))
+    try:
+        runs = measure_kernels(threads, profile.usable_ram_bytes)
+    except EngineError as error:
+        # Memory alone still makes a useful profile; what is missing stands in it.
+        click.echo(f"warning: {error.message}; {error.hint}", err=True)
+        note = f"kernels were not measured: {error.message}"
+        return profile.model_copy(update={"notes": (*profile.notes, note)})
+    profile = with_kernels(profile, runs)
     for kind, name in (("Q8_0", "int8"), ("F16", "f16")):
         gflops = throughput_gflops(profile, kind)
         if gflops is not None:

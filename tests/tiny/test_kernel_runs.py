@@ -7,10 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgelm.errors import EngineError
+from runtime import kernels
 from runtime.engine import Chunk, EngineOptions
 from runtime.engines.llamacpp import load_engine
 from runtime.gguf_header import read_gguf_header
 from runtime.kernels import NARROW, TYPES, RandomModel, timed, write_random_gguf
+from targets.host import detect_host
+from targets.kernels import with_kernels
+from targets.predict import RunSettings, predict_speed
 
 pytestmark = pytest.mark.tiny
 
@@ -34,4 +39,27 @@ def test_seconds_per_token_are_measured(tmp_path: Path) -> None:
     path = tmp_path / "narrow.gguf"
     write_random_gguf(path, NARROW)
     prefill_s, decode_s = timed(path, 1)
-    assert 0 < prefill_s < decode_s < 1
+    assert 0 < prefill_s < 1
+    assert 0 < decode_s < 1
+
+
+def test_runs_become_a_profile_that_predicts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "TYPES", ("Q8_0", "F16"))
+    monkeypatch.setattr(kernels, "wide_model", lambda kind, small: RandomModel(kind, 2, 256, 512, 4, 2))
+    runs = [kernels.kernel_run(fields, tmp_path) for fields in kernels.run_all(tmp_path, 1, small=True)]
+    assert [(run.type, run.threads, run.narrow) for run in runs] == [
+        ("Q8_0", 1, False),
+        ("F16", 1, False),
+        ("Q8_0", 1, True),
+    ]
+    profile = with_kernels(detect_host(), runs)
+    settings = RunSettings(context=256, prompt_tokens=kernels.PROMPT_TOKENS, threads_decode=1, threads_prefill=1)
+    for run in runs[:2]:
+        speed = predict_speed(run.workload, profile, settings)
+        assert speed.prefill_tps == pytest.approx(1 / run.prefill_s, rel=0.02)
+
+
+def test_a_child_that_does_not_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "TIMEOUT_S", 0.05)
+    with pytest.raises(EngineError, match="not measured"):
+        kernels.measure_kernels(1, 2**30)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -12,7 +13,9 @@ from exporter import mixes
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
 from exporter.options import ExportOptions, check_options, parse_type_override
 from exporter.plan import candidates, choose, file_type, resolve
+from targets.predict import RunSettings, predict
 from targets.profile import TargetProfile, load_profile
+from targets.workload import workload_from_plan
 from tests.tiny_models import make_tiny_llama
 
 
@@ -35,6 +38,19 @@ def test_sizes_add_up(checkpoint: Checkpoint, profile: TargetProfile) -> None:
     assert stored + checkpoint.vocabulary_bytes < plan.artifact_bytes < stored + checkpoint.vocabulary_bytes + 10_000
     assert file_type(plan) == 15
     assert plan.context.value == 1024
+
+
+@pytest.mark.parametrize(("format_", "quant"), [("gguf", "Q4_K_M"), ("onnx", "int4")])
+def test_a_plan_alone_predicts_what_was_predicted_for_it(
+    checkpoint: Checkpoint, profile: TargetProfile, format_: Literal["gguf", "onnx"], quant: str
+) -> None:
+    plan = resolve(ExportOptions("x", format=format_, quant=quant), checkpoint, profile)
+    workload = workload_from_plan(plan)
+    assert workload is not None
+    again = predict(workload, profile, RunSettings(context=int(plan.context.value)))
+    assert again.ram_bytes == plan.predicted.ram_bytes
+    assert again.decode_tps == pytest.approx(plan.predicted.decode_tps)
+    assert again.prefill_tps == pytest.approx(plan.predicted.prefill_tps)
 
 
 def test_rows_that_do_not_fit_say_so(checkpoint: Checkpoint, profile: TargetProfile) -> None:
