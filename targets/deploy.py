@@ -261,7 +261,10 @@ def _switch(remote: Remote, root: str, identity: str) -> str | None:
     """Make a checked bundle current by renaming a link; keep the one before, remove older ones."""
     script = """
 cd "$1"
-if [ -d "bundles/$2" ]; then rm -rf "incoming/$2"; else mv -T "incoming/$2" "bundles/$2"; fi
+rm -rf .replaced
+[ ! -d "bundles/$2" ] || mv -T "bundles/$2" .replaced
+mv -T "incoming/$2" "bundles/$2"
+rm -rf .replaced
 old=$(readlink current || true)
 if [ -n "$old" ] && [ "$old" != "bundles/$2" ]; then
   ln -sfn "$old" .previous

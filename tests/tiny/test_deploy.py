@@ -109,6 +109,14 @@ def test_a_damaged_file_is_named_and_never_becomes_current(
     assert deploy(device, str(bundle), "--no-bench") == 0
     assert device.current() == identity(bundle)
 
+    served = device.root / "current/model.gguf"  # a worn SD card: what is served went bad after it arrived
+    served.unlink()
+    served.write_bytes(bytes(size))
+    assert deploy(device, str(bundle), "--no-bench") == 1
+    assert "arrived damaged" in capfd.readouterr().err
+    assert deploy(device, str(bundle), "--no-bench") == 0
+    assert served.read_bytes() == (bundle / "model.gguf").read_bytes()
+
 
 def test_a_bundle_that_does_not_serve_gives_way_to_the_one_before(
     device: Device, bundles: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
