@@ -111,11 +111,20 @@ class ModelShape(Record):
     lookup_tensor: str | None = None
 
 
+class CalibrationRecord(Record):
+    """The text that types were measured on: its name, SHA-256 and the number of tokens read."""
+
+    text: str
+    text_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    tokens: int = Field(ge=0)
+
+
 class ExportPlan(Record):
     """Everything that was decided before the first byte was written. Kept verbatim in the manifest.
 
     ``quant`` is the mix or type that was asked for or chosen (``Q4_K_M``), ``tensors`` what it really means here.
-    ``bits_per_weight`` counts all stored tensor bytes over all parameters.
+    ``bits_per_weight`` counts all stored tensor bytes over all parameters. ``predicted_kl`` (nats per token) and
+    ``calibration`` are known when types were chosen by measured damage.
     """
 
     target: str
@@ -132,6 +141,8 @@ class ExportPlan(Record):
     predicted: Prediction
     shape: ModelShape | None = None
     notes: tuple[str, ...] = ()
+    predicted_kl: float | None = None
+    calibration: CalibrationRecord | None = None
 
     @property
     def type_counts(self) -> dict[str, int]:
@@ -151,10 +162,19 @@ class TokenIdentity(Record):
     first_difference: str | None = None
 
 
+class TensorDamage(Record):
+    """The KL that one tensor's type is estimated to cause, in nats per token."""
+
+    name: str
+    type: str
+    kl: float
+
+
 class Quality(Record):
     """The artefact against the unquantised model on evaluation text, in lockstep.
 
-    ``kl_*`` in nats per token, KL(reference || artefact); perplexities over the same positions.
+    ``kl_*`` in nats per token, KL(reference || artefact); perplexities over the same positions. Intervals are the
+    95 % ones of the mean over windows of text. ``worst_tensors`` are estimates, worst first, when types were measured.
     """
 
     reference: str
@@ -162,11 +182,15 @@ class Quality(Record):
     text_sha256: str
     tokens: int
     kl_mean: float
+    kl_mean_interval: tuple[float, float] | None = None
+    kl_p90: float | None = None
     kl_p99: float
     kl_max: float
     top1_agreement: float
     ppl: float
+    ppl_interval: tuple[float, float] | None = None
     ppl_reference: float
+    worst_tensors: tuple[TensorDamage, ...] = ()
     token_identity: TokenIdentity
 
 

@@ -16,7 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -44,6 +45,22 @@ class _Slab:
     size_bytes: int
 
 
+class RowQuantizer(Protocol):
+    """Quantises float32 rows (n, columns) to the bytes of a type, into ``out`` when given. Called from many threads."""
+
+    def __call__(self, rows: ggml.Floats, type_name: str, out: ggml.Bytes | None = None) -> ggml.Bytes:
+        """The bytes, as of ``ggml.quantize``."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """Where the workers' numbers come from."""
+
+    checkpoint: Checkpoint
+    quantizers: Mapping[str, RowQuantizer]
+
+
 class _Cancelled(Exception):  # noqa: N818  (not an error: it tells workers to go home)
     pass
 
@@ -62,12 +79,14 @@ def write_gguf(
     *,
     threads: int = 0,
     progress: Progress = SILENT,
+    quantizers: Mapping[str, RowQuantizer] = MappingProxyType({}),
 ) -> None:
     """Write ``path`` with the planned tensors of a checkpoint, flushed to disk when this returns.
 
     ``metadata`` are all keys; without ``general.architecture`` it is ``checkpoint.architecture``. ``threads`` of 0
-    means all usable CPUs. On any exception the file is removed. Raises ``BundleError`` when it cannot be written and
-    ``CheckpointError`` when the source cannot be read or holds NaN or infinity.
+    means all usable CPUs. ``quantizers`` replaces libggml's plain quantisation for tensors by name. On any exception
+    the file is removed. Raises ``BundleError`` when it cannot be written and ``CheckpointError`` when the source cannot
+    be read or holds NaN or infinity.
     """
     by_name = {item.name: item for item in descriptions}
     try:
@@ -76,7 +95,7 @@ def write_gguf(
             path.write_bytes(header)
             slabs = list(_slabs(plans, by_name, len(header)))
             with progress.stage("quantising", sum(slab.size_bytes for slab in slabs), unit="bytes") as stage:
-                _write_slabs(path, checkpoint, slabs, threads or usable_cpus(), stage)
+                _write_slabs(path, _Sources(checkpoint, quantizers), slabs, threads or usable_cpus(), stage)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
@@ -124,14 +143,14 @@ def _changed(description: TensorDescription) -> bool:
     return description.transposed or description.scale != 1.0 or description.offset != 0.0
 
 
-def _write_slabs(path: Path, checkpoint: Checkpoint, slabs: Sequence[_Slab], threads: int, stage: Stage) -> None:
+def _write_slabs(path: Path, sources: _Sources, slabs: Sequence[_Slab], threads: int, stage: Stage) -> None:
     descriptor = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
     try:
         os.ftruncate(descriptor, max(padded(slab.position + slab.size_bytes) for slab in slabs))
         with TensorReader() as reader:
-            for file in {header.file for header in checkpoint.tensors.values()}:
+            for file in {header.file for header in sources.checkpoint.tensors.values()}:
                 reader.open(file)
-            _run(_Worker(checkpoint, reader, descriptor), slabs, threads, stage)
+            _run(_Worker(sources, reader, descriptor), slabs, threads, stage)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -154,8 +173,9 @@ def _run(worker: _Worker, slabs: Sequence[_Slab], threads: int, stage: Stage) ->
 class _Worker:
     """What each thread does with a slab. Buffers belong to threads and are reused, descriptors are shared."""
 
-    def __init__(self, checkpoint: Checkpoint, reader: TensorReader, descriptor: int) -> None:
-        self._checkpoint, self._reader, self._descriptor = checkpoint, reader, descriptor
+    def __init__(self, sources: _Sources, reader: TensorReader, descriptor: int) -> None:
+        self._checkpoint, self._quantizers = sources.checkpoint, sources.quantizers
+        self._reader, self._descriptor = reader, descriptor
         self._buffers = threading.local()
         self.cancelled = threading.Event()
 
@@ -193,7 +213,8 @@ class _Worker:
             raise _not_finite(header.name)
         floats = _values(floats, slab.description, rows, columns)
         out = self._buffer("out", slab.size_bytes)
-        return ggml.quantize(floats.reshape(rows, columns), slab.plan.type, out)
+        quantize = self._quantizers.get(slab.plan.name, ggml.quantize)
+        return quantize(floats.reshape(rows, columns), slab.plan.type, out)
 
     @staticmethod
     def _rows(slab: _Slab) -> int:

@@ -29,7 +29,7 @@ class ExportOptions:
     """The options of ``edgelm export`` and ``edgelm plan``. None means: not asked for.
 
     ``type_overrides`` are (regular expression on GGUF tensor names, type). ``evaluation`` is a text file that replaces
-    the built-in evaluation text.
+    the built-in evaluation text; ``calibration`` one for the text that types are measured on, or ``self``.
     """
 
     source: str
@@ -41,7 +41,9 @@ class ExportOptions:
     max_ram_bytes: int | None = None
     max_artifact_bytes: int | None = None
     min_decode_tps: float | None = None
+    min_prefill_tps: float | None = None
     max_kl: float | None = None
+    calibration: Path | None = None
     evaluation: Path | None = None
     verify: bool = True
 
@@ -71,7 +73,16 @@ def check_options(options: ExportOptions) -> None:
         raise UsageError("--eval has no use with --no-verify")
     if options.evaluation is not None and not options.evaluation.is_file():
         raise UsageError(f"--eval: {options.evaluation} is no file")
-    for name, value in (("--max-kl", options.max_kl), ("--min-decode-tps", options.min_decode_tps)):
+    if options.calibration is not None and options.quant.lower() != "auto":
+        raise UsageError("--calibration is for --quant auto; other mixes are not measured")
+    if options.calibration is not None and str(options.calibration) != "self" and not options.calibration.is_file():
+        raise UsageError(f"--calibration: {options.calibration} is no file", hint="name a text or JSONL file, or: self")
+    limits = (
+        ("--max-kl", options.max_kl),
+        ("--min-decode-tps", options.min_decode_tps),
+        ("--min-prefill-tps", options.min_prefill_tps),
+    )
+    for name, value in limits:
         if value is not None and not value > 0:
             raise UsageError(f"{name} must be above zero, not {value}")
     if options.context is not None and options.context < 1:

@@ -22,7 +22,7 @@ from targets.predict import RunSettings, predict
 from targets.profile import TargetProfile
 from targets.workload import TypedWeights, Workload
 
-COPY = "COPY"
+COPY, MIXED = "COPY", "MIXED"
 CANDIDATES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_NL", "Q4_0", "IQ4_XS", "Q3_K_M", "Q3_K_S", "Q2_K")
 DEFAULT_CONTEXT = 4096
 LEAST_CONTEXT = 1024
@@ -51,7 +51,7 @@ def resolve(options: ExportOptions, checkpoint: Checkpoint, profile: TargetProfi
     if options.quant.lower() == "auto":
         return choose(candidates(options, checkpoint, profile), profile).plan
     plan = _plan(options, options.quant, checkpoint, description, profile)
-    missed = _missed_limits(options, plan)
+    missed = missed_limits(options, plan)
     if not missed:
         return plan
     others = candidates(replace(options, quant="auto"), checkpoint, profile)
@@ -66,14 +66,14 @@ def candidates(options: ExportOptions, checkpoint: Checkpoint, profile: TargetPr
     description = describe(checkpoint)
     names = _candidate_names(options)
     limit_bits = math.inf
-    if options.format != "onnx" and options.quant.lower() == "auto" and _is_quantized(checkpoint, description):
+    if options.format != "onnx" and options.quant.lower() == "auto" and is_quantized(checkpoint, description):
         names.insert(0, COPY)
         limit_bits = _plan(options, COPY, checkpoint, description, profile).bits_per_weight
     found = []
     for name in names:
         plan = _plan(options, name, checkpoint, description, profile)
         if plan.bits_per_weight <= limit_bits:
-            missed = _missed_limits(options, plan)
+            missed = missed_limits(options, plan)
             found.append(Candidate(plan, not missed, "; ".join(missed) or plan.predicted.fit_reason))
     return sorted(found, key=lambda item: -item.plan.bits_per_weight)
 
@@ -129,7 +129,8 @@ def _nearest(found: Sequence[Candidate]) -> str:
     return f"the smallest is {smallest.quant} ({needs}); a shorter --context or a larger target may help"
 
 
-def _missed_limits(options: ExportOptions, plan: ExportPlan) -> list[str]:
+def missed_limits(options: ExportOptions, plan: ExportPlan) -> list[str]:
+    """The limits that a plan is expected to miss, each as a phrase with its numbers."""
     predicted, missed = plan.predicted, []
     if predicted.fits == "no":
         missed.append(f"does not fit: {predicted.fit_reason}")
@@ -140,6 +141,12 @@ def _missed_limits(options: ExportOptions, plan: ExportPlan) -> list[str]:
     if options.min_decode_tps is not None and (predicted.decode_tps or 0.0) < options.min_decode_tps:
         told = "unknown" if predicted.decode_tps is None else f"{predicted.decode_tps:.1f}"
         missed.append(f"{told} tokens/s expected, --min-decode-tps is {options.min_decode_tps:g}")
+    if options.min_prefill_tps is not None and (predicted.prefill_tps or 0.0) < options.min_prefill_tps:
+        told = "unknown" if predicted.prefill_tps is None else f"{predicted.prefill_tps:.1f}"
+        missed.append(f"prefill of {told} tokens/s expected, --min-prefill-tps is {options.min_prefill_tps:g}")
+    if options.min_prefill_tps is not None and (predicted.prefill_tps or 0.0) < options.min_prefill_tps:
+        told = "unknown" if predicted.prefill_tps is None else f"{predicted.prefill_tps:.1f}"
+        missed.append(f"prefill of {told} tokens/s expected, --min-prefill-tps is {options.min_prefill_tps:g}")
     return missed
 
 
@@ -147,7 +154,8 @@ def _size(size_bytes: int) -> str:
     return f"{format_bytes(size_bytes)} ({size_bytes} bytes)"
 
 
-def _is_quantized(checkpoint: Checkpoint, description: ModelDescription) -> bool:
+def is_quantized(checkpoint: Checkpoint, description: ModelDescription) -> bool:
+    """Whether any tensor of the source is stored in a quantised type."""
     headers = (checkpoint.tensors[item.source_name] for item in description.tensors if item.values is None)
     return any(ggml.TYPES[weight_type(header)].is_quantized for header in headers)
 
@@ -158,7 +166,30 @@ def _plan(
     if options.format == "onnx":
         return _onnx_plan(options, quant, checkpoint, description, profile)
     name = quant.upper() if quant.upper() == COPY else mixes.mix_named(quant).name
-    tensors = _tensor_plans(options, name, checkpoint, description)
+    tensors = _tensor_plans(_decisions(options, name, checkpoint, description), description)
+    return _assembled(options, name, tensors, checkpoint, description, profile)
+
+
+def plan_of_types(
+    options: ExportOptions,
+    types: Mapping[str, mixes.Decision],
+    checkpoint: Checkpoint,
+    description: ModelDescription,
+    profile: TargetProfile,
+) -> ExportPlan:
+    """The plan that stores tensors in the given types, all others as F32."""
+    decisions = {item.name: types.get(item.name, mixes.KEPT_F32) for item in description.tensors}
+    return _assembled(options, MIXED, _tensor_plans(decisions, description), checkpoint, description, profile)
+
+
+def _assembled(
+    options: ExportOptions,
+    name: str,
+    tensors: tuple[TensorPlan, ...],
+    checkpoint: Checkpoint,
+    description: ModelDescription,
+    profile: TargetProfile,
+) -> ExportPlan:
     data_bytes = sum(-(-item.size_bytes // ALIGNMENT) * ALIGNMENT for item in tensors)
     artifact_bytes = data_bytes + checkpoint.vocabulary_bytes + 4096 + 96 * len(tensors)
     workload = _workload(description, tensors, artifact_bytes)
@@ -222,7 +253,7 @@ def _notes(
     quant: str, checkpoint: Checkpoint, description: ModelDescription, tensors: Sequence[TensorPlan]
 ) -> tuple[str, ...]:
     notes = list(description.notes)
-    if quant != COPY and _is_quantized(checkpoint, description):
+    if quant != COPY and is_quantized(checkpoint, description):
         notes.append("the source is quantised already; its losses stay and those of this export are added to them")
     replaced = sum("no multiple" in item.reason for item in tensors)
     if replaced:
@@ -230,11 +261,8 @@ def _notes(
     return tuple(notes)
 
 
-def _tensor_plans(
-    options: ExportOptions, quant: str, checkpoint: Checkpoint, description: ModelDescription
-) -> tuple[TensorPlan, ...]:
+def _tensor_plans(decisions: Mapping[str, mixes.Decision], description: ModelDescription) -> tuple[TensorPlan, ...]:
     by_name = {item.name: item for item in description.tensors}
-    decisions = _decisions(options, quant, checkpoint, description)
     return tuple(_tensor_plan(by_name[name], decisions[name]) for name in mixes.in_quantizer_order(list(by_name)))
 
 
@@ -356,7 +384,7 @@ def _fits(options: ExportOptions, prediction: Prediction) -> bool:
 
 def file_type(plan: ExportPlan) -> int:
     """llama.cpp's number for ``general.file_type``; for a copy, that of the type that holds most parameters."""
-    if plan.quant != COPY:
+    if plan.quant not in (COPY, MIXED):
         return mixes.mix_named(plan.quant).file_type
     held: dict[str, int] = {}
     for item in plan.tensors:

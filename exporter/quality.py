@@ -32,6 +32,7 @@ WINDOW = 512
 MIN_CONTEXT = 32
 """Predictions from fewer tokens than this are computed but not counted: text never starts that cold in use."""
 _ROWS = 16
+_BLOCK = 64  # positions per block of a confidence interval
 
 Doubles = npt.NDArray[np.float64]
 
@@ -89,13 +90,30 @@ def measure(
         text_sha256=text.sha256,
         tokens=len(comparison.kl),
         kl_mean=float(comparison.kl.mean()),
+        kl_mean_interval=_interval(comparison.kl),
+        kl_p90=float(np.quantile(comparison.kl, 0.90)),
         kl_p99=float(np.quantile(comparison.kl, 0.99)),
         kl_max=float(comparison.kl.max()),
         top1_agreement=float(comparison.agrees.mean()),
         ppl=exp(-float(comparison.log_probability.mean())),
+        ppl_interval=_ppl_interval(comparison.log_probability),
         ppl_reference=exp(-float(comparison.log_probability_reference.mean())),
         token_identity=identity,
     )
+
+
+def _interval(values: Doubles) -> tuple[float, float]:
+    """95 % interval of a mean of positions in text, from means of blocks: neighbours are not independent."""
+    blocks = values[: len(values) // _BLOCK * _BLOCK].reshape(-1, _BLOCK).mean(axis=1)
+    mean = float(values.mean())
+    half = 1.96 * float(blocks.std(ddof=1)) / len(blocks) ** 0.5 if len(blocks) > 1 else float("inf")
+    half = min(half, max(abs(mean), 1.0))  # JSON has no infinity
+    return mean - half, mean + half
+
+
+def _ppl_interval(log_probability: Doubles) -> tuple[float, float]:
+    low, high = _interval(-log_probability)
+    return exp(low), exp(high)
 
 
 def compare_models(

@@ -83,7 +83,7 @@ class TransformersModel:
     """A transformers causal language model in float32 as a ``ScoringModel``, its keys and values cached."""
 
     def __init__(self, model: Any, version: str) -> None:
-        self._model = model
+        self.model = model
         self._cache: Any = None
         self.name = f"transformers {version} float32"
         self.vocabulary = int(model.config.vocab_size)
@@ -95,7 +95,7 @@ class TransformersModel:
         import torch
 
         with torch.inference_mode():
-            output = self._model(torch.tensor([list(tokens)]), past_key_values=self._cache, use_cache=True)
+            output = self.model(torch.tensor([list(tokens)]), past_key_values=self._cache, use_cache=True)
         self._cache = output.past_key_values
         logits: Logits = output.logits[0].float().numpy()
         return logits
@@ -350,3 +350,26 @@ def _own_type(checkpoint: Checkpoint, item: TensorDescription) -> str:
 
 def _float32_bytes(description: ModelDescription) -> int:
     return _FLOAT32_BYTES * sum(math.prod(item.shape) for item in description.tensors)
+
+
+# --- for what else looks inside
+
+
+def transformers_name(name: str) -> str | None:
+    """The name in transformers of a tensor of a llama GGUF, None when it has none there."""
+    return _transformers_name(name)
+
+
+def torch_obstacle(checkpoint: Checkpoint) -> str | None:
+    """Why ``open_torch_model`` cannot open a checkpoint here, None when it can."""
+    return _transformers_obstacle(checkpoint, describe(checkpoint))
+
+
+@contextmanager
+def open_torch_model(checkpoint: Checkpoint, progress: Progress) -> Iterator[Any]:
+    """The unquantised model as transformers has it, in float32. Raises ``CheckpointError`` when it cannot be had."""
+    obstacle = torch_obstacle(checkpoint)
+    if obstacle is not None:
+        raise CheckpointError(f"transformers cannot compute this model: {obstacle}")
+    with _quiet_transformers():
+        yield _open_transformers(checkpoint, describe(checkpoint), progress).model

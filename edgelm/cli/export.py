@@ -33,7 +33,14 @@ if TYPE_CHECKING:
 @click.option("--max-ram", type=SIZE, metavar="SIZE", help="Fail (exit 4) when more memory is expected to be used.")
 @click.option("--max-bytes", type=SIZE, metavar="SIZE", help="Fail (exit 4) when the artefact is larger.")
 @click.option("--min-decode-tps", type=float, metavar="X", help="Fail (exit 4) when fewer tokens/s are expected.")
+@click.option("--min-prefill-tps", type=float, metavar="X", help="The same for reading the prompt.")
 @click.option("--max-kl", type=float, metavar="X", help="Fail (exit 3) when the mean KL, in nats per token, is higher.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE|self",
+    help="Text, or JSON lines with text or messages, to measure types on (--quant auto); self: the model's own words.",
+)
 @click.option(
     "--eval",
     "evaluation",
@@ -56,7 +63,9 @@ def command(
     max_ram: int | None,
     max_bytes: int | None,
     min_decode_tps: float | None,
+    min_prefill_tps: float | None,
     max_kl: float | None,
+    calibration: Path | None,
     evaluation: Path | None,
     no_verify: bool,
     dry_run: bool,
@@ -88,13 +97,15 @@ def command(
         max_ram_bytes=max_ram,
         max_artifact_bytes=max_bytes,
         min_decode_tps=min_decode_tps,
+        min_prefill_tps=min_prefill_tps,
         max_kl=max_kl,
+        calibration=calibration,
         evaluation=evaluation,
         verify=not no_verify,
     )
     started = time.monotonic()
     if dry_run:
-        plan = prepare(options).plan
+        plan = prepare(options, stderr_progress()).plan
         if as_json:
             print_json({**summary(plan, plan.artifact_bytes, None), "dry_run": True, "plan": plan.model_dump()})
         else:
@@ -123,7 +134,8 @@ def summary(plan: ExportPlan, artifact_bytes: int, quality: Quality | None) -> d
     """The keys that scripts read; ``edgelm plan`` shows each candidate by the same ones."""
     measured = None
     if quality is not None:
-        keys = {"reference", "tokens", "kl_mean", "kl_p99", "top1_agreement", "ppl", "ppl_reference", "token_identity"}
+        keys = {"reference", "tokens", "kl_mean", "kl_mean_interval", "kl_p90", "kl_p99", "kl_max", "ppl_interval"}
+        keys |= {"worst_tensors", "top1_agreement", "ppl", "ppl_reference", "token_identity"}
         measured = quality.model_dump(include=keys)
     return {
         "target": plan.target,
@@ -134,6 +146,8 @@ def summary(plan: ExportPlan, artifact_bytes: int, quality: Quality | None) -> d
         "tensor_types": plan.type_counts,
         "predicted": plan.predicted.model_dump(),
         "quality": measured,
+        "predicted_kl": plan.predicted_kl,
+        "calibration": None if plan.calibration is None else plan.calibration.model_dump(),
         "notes": list(plan.notes),
     }
 
@@ -162,6 +176,7 @@ def show(
     if quality is not None:
         rows += [
             ("KL", f"{quality.kl_mean:.4f} mean, {quality.kl_p99:.4f} p99 nats per token ({quality.tokens} tokens)"),
+            ("expected KL", "-" if plan.predicted_kl is None else f"{plan.predicted_kl:.4f}"),
             ("same top token", f"{quality.top1_agreement:.1%}"),
             ("perplexity", f"{quality.ppl:.2f}, unquantised {quality.ppl_reference:.2f} ({quality.reference})"),
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,6 +10,7 @@ import click
 from edgelm.cli.console import SIZE
 
 if TYPE_CHECKING:
+    from edgelm.bundle import ExportPlan
     from exporter.plan import Candidate
 
 
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 @click.option("--max-ram", type=SIZE, metavar="SIZE", help="Limit on the memory expected to be used.")
 @click.option("--max-bytes", type=SIZE, metavar="SIZE", help="Limit on the size of the artefact.")
 @click.option("--min-decode-tps", type=float, metavar="X", help="Least tokens/s expected.")
+@click.option("--min-prefill-tps", type=float, metavar="X", help="The same for reading the prompt.")
+@click.option("--max-kl", type=float, metavar="X", help="Highest mean KL expected, in nats per token.")
+@click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE|self", help="As for edgelm export.")
+@click.option("--no-measure", is_flag=True, help="Read headers only: show the usual mixes, not measured types.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(
     source: str,
@@ -33,23 +39,26 @@ def command(
     max_ram: int | None,
     max_bytes: int | None,
     min_decode_tps: float | None,
+    min_prefill_tps: float | None,
+    max_kl: float | None,
+    calibration: Path | None,
+    no_measure: bool,
     as_json: bool,
 ) -> None:
     """Show what exporting SOURCE to a target could give: size, memory, speed, and which one would be chosen.
 
-    Reads headers only. Exits with 4 when nothing keeps the limits.
+    With torch and transformers installed it measures what every tensor loses in every type (minutes, once per model)
+    and shows the front of what is possible; otherwise, or with --no-measure, it reads headers only and shows the usual
+    mixes. Exits with 4 when nothing keeps the limits.
 
     \b
     Example:
       edgelm plan demo:smollm2 --target raspberry-pi-5-4gb
       edgelm plan ./my-model --target laptop --max-ram 1GB --json
     """
-    from edgelm.cli.console import print_json
-    from edgelm.errors import DoesNotFitError
-    from exporter.checkpoint import open_checkpoint, open_source
-    from exporter.options import ExportOptions, as_format, check_options, parse_type_override
-    from exporter.plan import candidates, choose
-    from targets.profile import load_profile
+    from edgelm.cli.console import print_json, stderr_progress
+    from exporter.options import ExportOptions, as_format, parse_type_override
+    from exporter.pipeline import choices
 
     options = ExportOptions(
         source=source,
@@ -61,22 +70,21 @@ def command(
         max_ram_bytes=max_ram,
         max_artifact_bytes=max_bytes,
         min_decode_tps=min_decode_tps,
+        min_prefill_tps=min_prefill_tps,
+        max_kl=max_kl,
+        calibration=calibration,
     )
-    check_options(options)
-    profile = load_profile(target)
-    found = candidates(options, open_checkpoint(open_source(source)), profile)
-    chosen: Candidate | None = None
-    failure: DoesNotFitError | None = None
-    try:
-        chosen = choose(found, profile)
-    except DoesNotFitError as error:
-        failure = error
+    profile, found, chosen, failure = choices(options, stderr_progress(), measure=not no_measure)
     if as_json:
         print_json(_document(profile.label, found, chosen))
     else:
         _show(profile.name, found, chosen)
     if failure is not None:
         raise failure
+
+
+def _same(one: ExportPlan, other: ExportPlan) -> bool:
+    return (one.quant, one.tensors) == (other.quant, other.tensors)
 
 
 def _document(target: str, found: list[Candidate], chosen: Candidate | None) -> dict[str, Any]:
@@ -87,7 +95,9 @@ def _document(target: str, found: list[Candidate], chosen: Candidate | None) -> 
         row = summary(item.plan, item.plan.artifact_bytes, None)
         row.pop("quality")  # nothing is measured here
         rows.append({**row, "fits": item.eligible, "reason": item.reason})
-    best = None if chosen is None else {"quant": chosen.plan.quant, "reason": chosen.reason}
+    best = None
+    if chosen is not None:
+        best = {"quant": chosen.plan.quant, "artifact_bytes": chosen.plan.artifact_bytes, "reason": chosen.reason}
     return {"target": target, "candidates": rows, "chosen": best}
 
 
@@ -98,13 +108,14 @@ def _show(target: str, found: list[Candidate], chosen: Candidate | None) -> None
     from edgelm.units import format_bytes
 
     table = Table(title=target, title_justify="left")
-    for column in ("", "quant", "bits/weight", "size", "RAM", "decode tok/s", "prefill tok/s", "fits", "why"):
-        table.add_column(column, justify="right" if "/" in column or column in ("size", "RAM") else "left")
+    for column in ("", "quant", "bits/weight", "size", "RAM", "KL", "decode tok/s", "prefill tok/s", "fits", "why"):
+        table.add_column(column, justify="right" if "/" in column or column in ("size", "RAM", "KL") else "left")
     for item in found:
         plan, predicted = item.plan, item.plan.predicted
         rates = [f"{rate:.1f}" if rate is not None else "-" for rate in (predicted.decode_tps, predicted.prefill_tps)]
-        mark = "*" if chosen is not None and chosen.plan.quant == plan.quant else ""
+        mark = "*" if chosen is not None and _same(chosen.plan, plan) else ""
         sizes = [f"{plan.bits_per_weight:.2f}", format_bytes(plan.artifact_bytes), format_bytes(predicted.ram_bytes)]
+        sizes.append("-" if plan.predicted_kl is None else f"{plan.predicted_kl:.4f}")
         fits = predicted.fits if item.eligible else "no"
         table.add_row(mark, plan.quant, *sizes, *rates, fits, "" if fits == "fits" else item.reason)
     print_table(table)

@@ -1,0 +1,253 @@
+"""Measures once what every tensor loses in every type, and how far that estimate is from the truth.
+
+The estimate sums the tensors' damages. Three artefacts are built and read by the engine to correct it: one at 8 bits,
+which shows the floor that the kernels' own 8-bit activations leave under every type, one in the middle and the
+smallest; between them the KL is interpolated. The result is kept in the cache, so other limits and targets cost nothing
+new. Needs torch and transformers; knows no limits and no targets.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgelm.bundle import CalibrationRecord, TensorPlan
+from edgelm.progress import Progress
+from exporter import cache, damage, ggml, sensitivity
+from exporter.allocate import Limits, Option, cheapest, solve
+from exporter.architectures.base import ModelDescription
+from exporter.calibration import Calibration
+from exporter.checkpoint import Checkpoint
+from exporter.damage import Quantizer
+from exporter.gguf import write_gguf
+from exporter.quality import MIN_CONTEXT, Window, compare_models
+from exporter.reference import BATCH, EngineModel, TransformersModel, open_torch_model
+from exporter.sensitivity import TensorStatistics
+from exporter.tokenizer import SourceTokenizer
+from runtime.engine import EngineOptions
+from runtime.engines.llamacpp import load_engine
+
+_VERSION = 2  # of everything that a cached result depends on in this code
+_RESULT, _STATISTICS = "analysis.json", "statistics.npz"
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """``damages`` by tensor and type; ``knots`` are measured (sum of damages, KL), rising. ``key`` is the cache's."""
+
+    key: str
+    calibration: CalibrationRecord
+    damages: Mapping[str, Mapping[str, float]]
+    knots: tuple[tuple[float, float], ...]
+    statistics: Mapping[str, TensorStatistics]
+
+    def predicted_kl(self, damage_sum: float) -> float:
+        """Expected mean KL in nats per token of types whose damages add up to this: a line from knot to knot."""
+        for low, high in pairwise(self.knots):
+            if damage_sum <= high[0] or high == self.knots[-1]:
+                slope = (high[1] - low[1]) / (high[0] - low[0])
+                return max(low[1] + slope * (damage_sum - low[0]), 0.0)
+        return self.knots[0][1]
+
+    @property
+    def scale(self) -> float:
+        """KL per damage over the whole range."""
+        (low, kl_low), (high, kl_high) = self.knots[0], self.knots[-1]
+        return (kl_high - kl_low) / (high - low) if high > low else 1.0
+
+
+def is_possible() -> bool:
+    """Whether what measuring needs is installed."""
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
+
+
+def analyse(
+    checkpoint: Checkpoint,
+    description: ModelDescription,
+    words: SourceTokenizer,
+    calibration: Calibration,
+    source_hashes: tuple[str, ...],
+    progress: Progress,
+) -> Analysis:
+    """The analysis of a checkpoint under a calibration, from the cache or measured and cached.
+
+    ``source_hashes`` are the SHA-256 of the checkpoint's files. Raises ``CheckpointError``, ``EngineError``.
+    """
+    record = calibration.record.model_dump()
+    key = cache.key_of(_VERSION, source_hashes, record, damage.CANDIDATE_TYPES)
+    cached = _load(key, calibration.record)
+    if cached is not None:
+        return cached
+    statistics = sensitivity.collect(checkpoint, calibration.statistics, progress)
+    quantizers = damage.quantizers(statistics)
+    damages = damage.table(checkpoint, description, statistics, quantizers, progress)
+    probe = _Probe(checkpoint, description, words, calibration, quantizers, damages)
+    found = Analysis(key, calibration.record, damages, probe.knots(progress), statistics)
+    _store(found)
+    return found
+
+
+# --- correction by measurement
+
+
+@dataclass(frozen=True)
+class _Probe:
+    checkpoint: Checkpoint
+    description: ModelDescription
+    words: SourceTokenizer
+    calibration: Calibration
+    quantizers: Mapping[str, Quantizer]
+    damages: Mapping[str, Mapping[str, float]]
+
+    def knots(self, progress: Progress) -> tuple[tuple[float, float], ...]:
+        """(sum of damages, KL) of three artefacts: all in the most bits, a good one of middle size, the smallest."""
+        high = {name: max(row, key=lambda kind: ggml.TYPES[kind].bits) for name, row in self.damages.items() if row}
+        options = {name: row for name, row in options_of(self.description, self.damages).items() if row}
+        least = solve(options, Limits(size_bytes=cheapest(options, "size_bytes").size_bytes))
+        most = sum(size_in(self.description, name, kind) for name, kind in high.items())
+        assert least is not None  # the cheapest choice keeps its own limit
+        middle = solve(options, Limits(size_bytes=round((least.size_bytes * most) ** 0.5)))
+        assert middle is not None
+        with open_torch_model(self.checkpoint, progress) as model:
+            reference = TransformersModel(model, "")
+            found = [
+                (damage.total(self.damages, types), self._measure(types, reference, progress))
+                for types in (high, middle.types, least.types)
+            ]
+        return _rising(found)
+
+    def _measure(self, types: Mapping[str, str], reference: TransformersModel, progress: Progress) -> float:
+        windows = [Window(tokens, min(MIN_CONTEXT, len(tokens) // 2) - 1) for tokens in self.calibration.probes]
+        with tempfile.TemporaryDirectory(prefix="edgelm-probe-") as directory:
+            path = Path(directory) / "probe.gguf"
+            metadata = {**self.description.metadata, **self.words.gguf_metadata}
+            plans = [
+                _tensor_plan(self.description, item.name, types.get(item.name)) for item in self.description.tensors
+            ]
+            write_gguf(
+                path, self.checkpoint, self.description.tensors, plans, metadata,
+                progress=progress, quantizers=self.quantizers,
+            )  # fmt: skip
+            length = max(len(window.tokens) for window in windows)
+            engine = load_engine(path, EngineOptions(context=length, batch=BATCH, all_logits=True))
+            try:
+                compared = compare_models(reference, EngineModel(engine), windows, progress)
+            finally:
+                engine.close()
+        return float(compared.kl.mean())
+
+
+def _rising(found: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """Knots that rise in both: where noise is larger than the difference, a knot is left out."""
+    knots = sorted(found)
+    kept = knots[:1]
+    for lost, kl in knots[1:]:
+        if lost > kept[-1][0] * (1 + 1e-6) + 1e-12 and kl > kept[-1][1]:
+            kept.append((lost, kl))
+    return tuple(kept)
+
+
+def _tensor_plan(description: ModelDescription, name: str, kind: str | None) -> TensorPlan:
+    item = next(item for item in description.tensors if item.name == name)
+    size_bytes = size_in(description, name, kind or "F32")
+    return TensorPlan(
+        name=name, source_name=item.source_name, shape=item.shape, type=kind or "F32", size_bytes=size_bytes, reason=""
+    )
+
+
+def size_in(description: ModelDescription, name: str, kind: str) -> int:
+    """Bytes of a tensor of the artefact in a type."""
+    shape = next(item.shape for item in description.tensors if item.name == name)
+    return int(np.prod(shape[:-1], dtype=np.int64)) * ggml.TYPES[kind].row_bytes(shape[-1])
+
+
+def options_of(description: ModelDescription, damages: Mapping[str, Mapping[str, float]]) -> dict[str, list[Option]]:
+    """Options by damage and size alone."""
+    return {
+        name: [Option(kind, lost, size_in(description, name, kind)) for kind, lost in row.items()]
+        for name, row in damages.items()
+    }
+
+
+# --- storing
+
+
+def _packed(statistics: Mapping[str, TensorStatistics]) -> dict[str, np.ndarray[Any, Any]]:
+    """Arrays by ``tensor/field``."""
+    return {
+        f"{name}/{field.name}": np.asarray(getattr(item, field.name))
+        for name, item in statistics.items()
+        for field in fields(item)
+        if getattr(item, field.name) is not None
+    }
+
+
+def _unpacked(arrays: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, TensorStatistics]:
+    found: dict[str, TensorStatistics] = {}
+    for name in dict.fromkeys(key.rpartition("/")[0] for key in arrays):
+        values: dict[str, Any] = {
+            field.name: arrays[f"{name}/{field.name}"]
+            for field in fields(TensorStatistics)
+            if f"{name}/{field.name}" in arrays
+        }
+        values["tokens"] = int(values["tokens"])
+        found[name] = TensorStatistics(**values)
+    return found
+
+
+def _store(found: Analysis) -> None:
+    with cache.new_entry(found.key) as directory:
+        if directory is None:
+            return
+        document = {"damages": found.damages, "knots": found.knots}
+        (directory / _RESULT).write_text(json.dumps(document), encoding="utf-8")
+        with (directory / _STATISTICS).open("wb") as stream:
+            np.savez(stream, **_packed(found.statistics))  # type: ignore[arg-type]
+
+
+class _Lazy(Mapping[str, TensorStatistics]):
+    """Statistics that are read from the cache only when somebody asks."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._held: dict[str, TensorStatistics] | None = None
+
+    def _read(self) -> dict[str, TensorStatistics]:
+        if self._held is None:
+            with np.load(self._path, allow_pickle=False) as arrays:
+                self._held = _unpacked({name: arrays[name] for name in arrays.files})
+        return self._held
+
+    def __getitem__(self, name: str) -> TensorStatistics:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+
+def _load(key: str, record: CalibrationRecord) -> Analysis | None:
+    directory = cache.find(key)
+    if directory is None:
+        return None
+    try:
+        document = json.loads((directory / _RESULT).read_text(encoding="utf-8"))
+        damages = {name: {kind: float(lost) for kind, lost in row.items()} for name, row in document["damages"].items()}
+        with zipfile.ZipFile(directory / _STATISTICS) as archive:
+            archive.namelist()
+        knots = tuple((float(lost), float(kl)) for lost, kl in document["knots"])
+        return Analysis(key, record, damages, knots, _Lazy(directory / _STATISTICS))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, zipfile.BadZipFile):
+        cache.remove(key)
+        return None

@@ -1,0 +1,278 @@
+"""How much each weight matters to what the model says: second-order statistics of a few thousand tokens.
+
+The damage of storing a matrix W as W + D is the KL divergence that it causes, to second order half of the expected
+square of <g, D x>: x are the matrix's inputs, g the gradients of the log-likelihood of labels that are sampled from
+the model itself (the Fisher information). Per matrix this module keeps the input's second moment, weighted by the
+squared gradient of each token, and the squared gradient of each row; their product stands for the Fisher matrix
+(Kronecker factors: Martens and Grosse 2015, arXiv:1503.05671). Weights themselves get no gradients, and moments are
+collected for as many layers at a time as memory allows. Needs torch; knows no storage types.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgelm.progress import Progress, Stage
+from exporter.architectures import describe
+from exporter.architectures.base import ModelDescription, interleave_rows
+from exporter.checkpoint import Checkpoint
+from exporter.mixes import WeightShape, is_quantizable
+from exporter.reference import open_torch_model, transformers_name
+
+Floats = npt.NDArray[np.float32]
+MOMENTS_LIMIT_BYTES = 2 * 2**30
+_SEED = 20_231
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+
+
+@dataclass(frozen=True)
+class TensorStatistics:
+    """Of one matrix (rows, columns) of the artefact, over ``tokens`` tokens.
+
+    ``input_squares`` (columns) is the sum of squared inputs, llama.cpp's importance statistic. ``moment`` (columns,
+    columns) is the mean of x x^T, each token weighted by its squared gradient. ``row_weights`` (rows) is the mean
+    squared gradient of each output per token, in the artefact's order of rows. ``lookup_counts`` (rows) and
+    ``lookup_weights`` (columns) are set for an embedding: how often each row was looked up, and the mean squared
+    gradient of what came out; a tied embedding has both halves, an untied one no moment.
+    """
+
+    tokens: int
+    input_squares: npt.NDArray[np.float64] | None = None
+    moment: Floats | None = None
+    row_weights: Floats | None = None
+    lookup_counts: Floats | None = None
+    lookup_weights: Floats | None = None
+
+
+@dataclass
+class _Sums:
+    """What hooks add to while windows run."""
+
+    tokens: int = 0
+    squares: Any = 0.0
+    moment: Any = 0.0
+    weight: float = 0.0
+    rows: Any = 0.0
+
+
+@dataclass
+class _Collector:
+    """Hooks on the linear layers of one pass. Inputs wait in ``waiting`` until their gradients come back."""
+
+    names: Mapping[str, str]
+    sums: dict[str, _Sums] = field(default_factory=dict)
+    waiting: dict[str, Any] = field(default_factory=dict)
+
+    def attach(self, model: Any) -> list[Any]:
+        handles = []
+        for name, module_name in self.names.items():
+            self.sums[name] = _Sums()
+            module = model.get_submodule(module_name)
+            handles.append(module.register_forward_hook(self._forward_hook(name)))
+        return handles
+
+    def _forward_hook(self, name: str) -> Any:
+        def hook(_module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            taken = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+            sums = self.sums[name]
+            sums.tokens += len(taken)
+            sums.squares = sums.squares + taken.double().square().sum(dim=0)
+            output.register_hook(lambda gradient: self._backward(name, taken, gradient))
+
+        return hook
+
+    def _backward(self, name: str, inputs: Any, gradient: Any) -> None:
+        squares = gradient.detach().reshape(len(inputs), -1).float().square()
+        self.add(name, inputs, squares.sum(dim=1), squares.sum(dim=0))
+
+    def add(self, name: str, inputs: Any, token_weights: Any, row_weights: Any) -> None:
+        """Add tokens (n, columns) with their squared gradients, summed over rows (n) and over tokens (rows)."""
+        sums = self.sums[name]
+        weighted = inputs * token_weights.sqrt()[:, None]
+        sums.moment = sums.moment + weighted.T @ weighted
+        sums.weight += float(token_weights.sum())
+        sums.rows = sums.rows + row_weights
+
+
+def collect(
+    checkpoint: Checkpoint,
+    windows: Sequence[Sequence[int]],
+    progress: Progress,
+    *,
+    moments_limit_bytes: int = MOMENTS_LIMIT_BYTES,
+) -> dict[str, TensorStatistics]:
+    """Statistics of every matrix that can be quantised, by artefact name, from windows of token ids.
+
+    Memory: the model once, activations of one window, and moments up to ``moments_limit_bytes`` at a time beyond those
+    returned; more passes are made when the model needs them. Raises ``CheckpointError`` and
+    ``MissingDependencyError``.
+    """
+    description = describe(checkpoint)
+    matrices = {item.name: item for item in description.tensors if is_quantizable(WeightShape(item.name, item.shape))}
+    body = [name for name in matrices if name not in (_EMBEDDING, _HEAD)]
+    head = _EMBEDDING if description.dimensions.tied else _HEAD
+    found: dict[str, TensorStatistics] = {}
+    with open_torch_model(checkpoint, progress) as model:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        groups = _groups(body, {name: matrices[name].shape[-1] for name in body}, moments_limit_bytes)
+        total = len(groups) * sum(len(window) for window in windows)
+        with progress.stage("measuring sensitivity", total, unit="tokens") as stage:
+            for index, group in enumerate(groups):
+                modules = {name: _module_name(checkpoint, description, name) for name in group}
+                run = _Pass(model, _Collector(modules), head if index == 0 else None)
+                run.over(windows, stage)
+                found.update(_finished(run, group, matrices, description, checkpoint))
+                if index == 0:
+                    found.update(_outer(run, head, description))
+    return found
+
+
+def _groups(names: Sequence[str], columns: Mapping[str, int], limit_bytes: int) -> list[list[str]]:
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name in names:
+        size_bytes = 4 * columns[name] ** 2
+        if groups[-1] and used + size_bytes > limit_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size_bytes
+    return groups
+
+
+def _module_name(checkpoint: Checkpoint, description: ModelDescription, name: str) -> str:
+    if checkpoint.source.kind == "gguf":
+        source = transformers_name(name)
+        assert source is not None  # open_torch_model refuses what has no name there
+    else:
+        source = next(item.source_name for item in description.tensors if item.name == name)
+    return source.removesuffix(".weight")
+
+
+class _Pass:
+    """Forward and backward over all windows, with hooks on one group of layers."""
+
+    def __init__(self, model: Any, collector: _Collector, head: str | None) -> None:
+        self.model, self.collector, self.head = model, collector, head
+        self.head_sums = _Sums()
+        self.lookup_counts: Any = None
+        self.lookup_squares: Any = 0.0
+
+    def over(self, windows: Sequence[Sequence[int]], stage: Stage) -> None:
+        import torch
+
+        generator = torch.Generator().manual_seed(_SEED)
+        handles = self.collector.attach(self.model)
+        try:
+            for window in windows:
+                self._window(torch.tensor([list(window)]), generator)
+                stage.advance(len(window))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _window(self, ids: Any, generator: Any) -> None:
+        import torch
+
+        embedded = self.model.get_input_embeddings()(ids).detach().requires_grad_(True)
+        final: list[Any] = []
+        head_module = self.model.get_output_embeddings()
+        handle = head_module.register_forward_pre_hook(lambda _module, inputs: final.append(inputs[0].detach()))
+        try:
+            logits = self.model(inputs_embeds=embedded, use_cache=False).logits[0].float()
+        finally:
+            handle.remove()
+        # The loss is a sum: every position's label sends its gradient to all earlier tokens.
+        with torch.no_grad():
+            probabilities = torch.softmax(logits, dim=-1)
+            labels = _sampled(probabilities, generator)
+            if self.head is not None:
+                self._add_head(final[0][0].float(), probabilities)
+            # d(-log p[label]) / d logits is softmax minus one-hot; given directly, the log-softmax needs no graph.
+            probabilities.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=probabilities.dtype))
+        logits.backward(probabilities)
+        if self.head is not None:
+            counts = torch.bincount(ids[0], minlength=logits.shape[-1]).float()
+            self.lookup_counts = counts if self.lookup_counts is None else self.lookup_counts + counts
+            self.lookup_squares = self.lookup_squares + embedded.grad[0].float().square().sum(dim=0)
+
+    def _add_head(self, inputs: Any, probabilities: Any) -> None:
+        """The head's Fisher information needs no sampled labels: the variance of each label is p (1 - p)."""
+        variances = probabilities * (1 - probabilities)
+        collector = _Collector({}, {"head": self.head_sums})
+        collector.add("head", inputs, variances.sum(dim=1), variances.sum(dim=0))
+        self.head_sums.tokens += len(inputs)
+        self.head_sums.squares = self.head_sums.squares + inputs.double().square().sum(dim=0)
+
+
+def _sampled(probabilities: Any, generator: Any) -> Any:
+    """One label per row (n, 1) by inverting the distribution: torch.multinomial draws a number per entry."""
+    import torch
+
+    reached = probabilities.cumsum(dim=1)
+    drawn = torch.rand(len(reached), 1, generator=generator) * reached[:, -1:]
+    return torch.searchsorted(reached, drawn).clamp_(max=reached.shape[1] - 1)
+
+
+def _statistics(sums: _Sums, interleave: int) -> TensorStatistics:
+    rows: Floats = (sums.rows / max(sums.tokens, 1)).numpy().astype(np.float32)
+    return TensorStatistics(
+        tokens=sums.tokens,
+        input_squares=sums.squares.numpy(),
+        moment=(sums.moment / max(sums.weight, 1e-30)).numpy(),
+        row_weights=interleave_rows(rows, interleave) if interleave else rows,
+    )
+
+
+def _finished(
+    run: _Pass,
+    group: Sequence[str],
+    matrices: Mapping[str, Any],
+    description: ModelDescription,
+    checkpoint: Checkpoint,
+) -> Iterator[tuple[str, TensorStatistics]]:
+    for name in group:
+        interleave = matrices[name].interleave
+        if checkpoint.source.kind == "gguf" and (".attn_q." in name or ".attn_k." in name):
+            interleave = description.dimensions.head_size  # the file has the artefact's order, transformers its own
+        yield name, _statistics(run.collector.sums[name], interleave)
+
+
+def _outer(run: _Pass, head: str, description: ModelDescription) -> dict[str, TensorStatistics]:
+    """Statistics of the head and of the embedding; one tensor when they are tied."""
+    output = _statistics(run.head_sums, 0)
+    counts = run.lookup_counts.numpy()
+    squares = (run.lookup_squares / run.head_sums.tokens).numpy()
+    if description.dimensions.tied:
+        return {
+            head: TensorStatistics(
+                output.tokens, output.input_squares, output.moment, output.row_weights, counts, squares
+            )
+        }
+    lookup = TensorStatistics(output.tokens, lookup_counts=counts, lookup_weights=squares)
+    return {head: output, _EMBEDDING: lookup}
+
+
+def damage(error: Floats, statistics: TensorStatistics) -> float:
+    """KL in nats per token that an error (rows, columns) of one matrix causes, to second order.
+
+    Half of the sum over rows of row_weight x (error moment error^T), and for an embedding the squared error of the rows
+    looked up, weighted by the gradients behind them.
+    """
+    total = 0.0
+    if statistics.moment is not None and statistics.row_weights is not None:
+        for start in range(0, len(error), 4096):  # the product is as large as the error
+            part = error[start : start + 4096]
+            squares = np.einsum("ij,ij->i", part @ statistics.moment, part)
+            total += float(np.dot(squares, statistics.row_weights[start : start + 4096]))
+    if statistics.lookup_counts is not None and statistics.lookup_weights is not None:
+        squares = np.square(error) @ statistics.lookup_weights
+        total += float(np.dot(squares, statistics.lookup_counts)) / statistics.tokens
+    return 0.5 * max(total, 0.0) if math.isfinite(total) else math.inf
