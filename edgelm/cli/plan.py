@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--min-prefill-tps", type=float, metavar="X", help="The same for reading the prompt.")
 @click.option("--max-kl", type=float, metavar="X", help="Highest mean KL expected, in nats per token.")
 @click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE|self", help="As for edgelm export.")
-@click.option("--no-measure", is_flag=True, help="Read headers only: show the usual mixes, not measured types.")
+@click.option("--measure", is_flag=True, help="Measure what every tensor loses in every type; show that front instead.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(
     source: str,
@@ -42,24 +42,26 @@ def command(
     min_prefill_tps: float | None,
     max_kl: float | None,
     calibration: Path | None,
-    no_measure: bool,
+    measure: bool,
     as_json: bool,
 ) -> None:
     """Show what exporting SOURCE to a target could give: size, memory, speed, and which one would be chosen.
 
-    With torch and transformers installed it measures what every tensor loses in every type (minutes, once per model)
-    and shows the front of what is possible; otherwise, or with --no-measure, it reads headers only and shows the usual
-    mixes. Exits with 4 when nothing keeps the limits.
+    Reads headers only and shows the usual mixes, in seconds. With --measure (and torch and transformers installed) it
+    measures what every tensor loses in every type, minutes once per model, and shows the front of what is possible:
+    what edgelm export --quant auto chooses from. Exits with 4 when nothing keeps the limits.
 
     \b
     Example:
       edgelm plan demo:smollm2 --target raspberry-pi-5-4gb
-      edgelm plan ./my-model --target laptop --max-ram 1GB --json
+      edgelm plan ./my-model --target laptop --measure --max-kl 0.02 --json
     """
     from edgelm.cli.console import print_json, stderr_progress
     from exporter.options import ExportOptions, as_format, parse_type_override
     from exporter.pipeline import choices
 
+    if not measure and (max_kl is not None or calibration is not None):
+        raise click.UsageError("--max-kl and --calibration need --measure: headers do not tell what is lost")
     options = ExportOptions(
         source=source,
         target=target,
@@ -74,7 +76,7 @@ def command(
         max_kl=max_kl,
         calibration=calibration,
     )
-    profile, found, chosen, failure = choices(options, stderr_progress(), measure=not no_measure)
+    profile, found, chosen, failure = choices(options, stderr_progress(), measure=measure)
     if as_json:
         print_json(_document(profile.label, found, chosen))
     else:
