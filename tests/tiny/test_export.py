@@ -261,7 +261,7 @@ def test_command_line(model: Path, place: Path, capsys: pytest.CaptureFixture[st
     assert result["tensor_types"] == planned["tensor_types"]
     assert run_cli(["export", str(model), "--no-verify", "--max-kl", "1", "-o", str(place / "b")]) == 2
     assert run_cli(["export", str(model)]) == 2
-    assert run_cli(["export", str(model), "--format", "pickle", "-o", str(place / "b")]) == 2
+    assert run_cli(["export", str(model), "--format", "tflite", "-o", str(place / "b")]) == 2
     assert run_cli(["export", str(model), "--max-bytes", "1kB", "-o", str(place / "b")]) == 4
 
 
