@@ -29,7 +29,7 @@ from exporter.calibration import open_calibration
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
 from exporter.gguf import check_room, write_errors, write_gguf
 from exporter.options import ExportOptions, check_options
-from exporter.plan import Candidate, candidates, choose, file_type, resolve
+from exporter.plan import Candidate, candidates, choose, file_type, resolve, unchanged
 from exporter.preflight import check_checkpoint
 from exporter.reference import torch_obstacle
 from exporter.tokenizer import SourceTokenizer
@@ -126,8 +126,10 @@ class Prepared:
 def prepare(options: ExportOptions, progress: Progress = SILENT) -> Prepared:
     """Read the source's headers and resolve the plan: what ``--dry-run`` shows. Writes nothing but the cache.
 
-    ``auto`` measures what each tensor loses in each type when torch and transformers are installed, and chooses among
-    the usual mixes when not. Raises ``UsageError``, ``CheckpointError``, ``ProfileError`` or ``DoesNotFitError``.
+    ``auto`` keeps a quantised source that fits as it is. Else it measures what each tensor loses in each type when
+    torch and transformers are installed, and chooses among the usual mixes when not.
+
+    Raises ``UsageError``, ``CheckpointError``, ``ProfileError`` or ``DoesNotFitError``.
     """
     check_options(options)
     profile = load_profile(options.target)
@@ -135,6 +137,9 @@ def prepare(options: ExportOptions, progress: Progress = SILENT) -> Prepared:
     check_checkpoint(checkpoint)
     if options.quant.lower() != "auto":
         return Prepared(checkpoint, resolve(options, checkpoint, profile))
+    kept = unchanged(options, checkpoint, profile) if options.calibration is None else None
+    if kept is not None:
+        return Prepared(checkpoint, kept)
     obstacle = measuring_obstacle(options, checkpoint)
     if obstacle is None:
         measured = measure_types(options, checkpoint, progress)

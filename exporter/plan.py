@@ -84,6 +84,17 @@ def _candidate_names(options: ExportOptions) -> list[str]:
     return list(onnx_plan.CANDIDATES if options.format == "onnx" else CANDIDATES)
 
 
+def unchanged(options: ExportOptions, checkpoint: Checkpoint, profile: TargetProfile) -> ExportPlan | None:
+    """The plan that keeps every tensor as it is: for a quantised source that fits and keeps all limits, else None.
+
+    Nothing that starts from quantised weights can lose less, so ``auto`` need not look further.
+    """
+    if options.format == "onnx" or not is_quantized(checkpoint, describe(checkpoint)):
+        return None
+    kept = [item for item in candidates(options, checkpoint, profile) if item.plan.quant == COPY and item.eligible]
+    return choose(kept, profile).plan if kept and kept[0].plan.predicted.fits == "fits" else None
+
+
 def choose(found: Sequence[Candidate], profile: TargetProfile) -> Candidate:
     """The best candidate: most bits per weight, unless one with nearly as many is faster here.
 

@@ -132,9 +132,9 @@ def prove_logits(work: Path, models: Sequence[str], processors: Sequence[str]) -
     rows: list[dict[str, Any]] = []
     for processor in processors:
         output = fresh(work / f"logits-{processor.split(',')[0]}-{len(rows)}")
-        mounts = [f"{work}:/work:ro", f"{HELPERS}:/proof:ro", f"{output}:/output"]
+        mounts = [f"{work}:/given:ro", f"{HELPERS}:/proof:ro", f"{output}:/output"]
         options = container_options(memory="3g", cpu=processor, mounts=mounts)
-        inside = ["/proof/logits.py", "/work/tokens.json", "/output", *(f"/work/{model}" for model in models)]
+        inside = ["/proof/logits.py", "/given/tokens.json", "/output", *(f"/given/{model}" for model in models)]
         run = [*engine(), "run", "--rm", *options, "--entrypoint", "python3", IMAGE, *inside]
         for line in checked(run, f"computing logits on {processor}").splitlines():
             facts = json.loads(line)
@@ -206,8 +206,8 @@ def prove_wrong_kernels(work: Path) -> dict[str, str]:
         "os.execv('/usr/bin/python3', ['python3', '-m', 'edgelm', 'doctor', '--json'])\n"
     )
     (work / "wrong_kernels.py").write_text(script, encoding="ascii")
-    options = container_options(memory=MEMORY, cpu="cortex-a72", mounts=[f"{work}:/work:ro"])
-    run = [*engine(), "run", "--rm", *options, "--entrypoint", "python3", IMAGE, "/work/wrong_kernels.py"]
+    options = container_options(memory=MEMORY, cpu="cortex-a72", mounts=[f"{work}:/given:ro"])
+    run = [*engine(), "run", "--rm", *options, "--entrypoint", "python3", IMAGE, "/given/wrong_kernels.py"]
     result = subprocess.run(run, capture_output=True, text=True, check=False)
     found = json.loads(result.stdout)["findings"] if result.stdout.startswith("{") else []
     said = [item["detail"] for item in found if item["name"] == "engine" and item["status"] == "broken"]
