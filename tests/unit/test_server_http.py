@@ -169,7 +169,8 @@ def test_parallel_streams_give_the_text_that_they_give_alone() -> None:
         )
         for prompt in prompts
     ]
-    shared = FakeEngine(context=512, sequences=3)
+    # Slow enough that the first three are still answering when the last of them arrives.
+    shared = FakeEngine(context=512, sequences=3, step_delay_s=0.02)
 
     def ask(prompt: str) -> str:
         with server.client() as client:
