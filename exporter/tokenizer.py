@@ -80,9 +80,16 @@ def read_tokenizer(checkpoint: Checkpoint) -> SourceTokenizer:
 
     Raises ``CheckpointError``.
     """
-    if checkpoint.source.kind == "gguf":
-        return _read_gguf(checkpoint.source.path)
-    return _read_directory(checkpoint)
+    # One export asks from preflight, export, proof and reference; reading and checking takes most of a second.
+    if _last_read and _last_read[0][0] is checkpoint:
+        return _last_read[0][1]
+    from_gguf = checkpoint.source.kind == "gguf"
+    source = _read_gguf(checkpoint.source.path) if from_gguf else _read_directory(checkpoint)
+    _last_read[:] = [(checkpoint, source)]
+    return source
+
+
+_last_read: list[tuple[Checkpoint, SourceTokenizer]] = []
 
 
 def prove_identity(source: SourceTokenizer, artifact_path: Path) -> TokenIdentity:
