@@ -176,10 +176,11 @@ def show(
     if quality is not None:
         rows += [
             ("KL", f"{quality.kl_mean:.4f} mean, {quality.kl_p99:.4f} p99 nats per token ({quality.tokens} tokens)"),
-            ("expected KL", "-" if plan.predicted_kl is None else f"{plan.predicted_kl:.4f}"),
             ("same top token", f"{quality.top1_agreement:.1%}"),
             ("perplexity", f"{quality.ppl:.2f}, unquantised {quality.ppl_reference:.2f} ({quality.reference})"),
         ]
+        if plan.predicted_kl is not None:
+            rows.append(("expected KL", f"{plan.predicted_kl:.4f}"))
     if elapsed_s is not None:
         rows.append(("made in", f"{elapsed_s:.1f} s, peak memory {format_bytes(peak_rss_bytes())}"))
     table = Table(title=title, show_header=False, title_justify="left")
