@@ -72,8 +72,9 @@ lint: $(VENV)/.check
 types: $(VENV)/.check
 	$(BIN)/mypy
 
+# What needs torch or transformers runs with `make test`.
 unit: $(VENV)/.check
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/unit -m "not reference"
 
 docs: $(VENV)/.base
 	$(BIN)/python scripts/write_docs.py
