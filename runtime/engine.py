@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from edgelm.errors import EngineError
+from edgelm.errors import ContextOverflowError, EngineError
 
 Logits = npt.NDArray[np.float32]
 
@@ -109,3 +109,28 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the model. Calling it twice is allowed, any other use afterwards is not."""
         ...
+
+
+def check_chunks(engine: Engine, chunks: Sequence[Chunk], *, all_logits: bool) -> None:
+    """What every engine refuses before it computes anything. ``all_logits`` tells whether it was loaded with them.
+
+    Raises ``ContextOverflowError`` and ``EngineError`` as ``Engine.forward`` promises.
+    """
+    info = engine.info
+    for chunk in chunks:
+        length, tokens = engine.length(chunk.sequence), chunk.tokens
+        if len(tokens) == 0:
+            raise EngineError(f"no tokens were given for sequence {chunk.sequence}")
+        if length + len(tokens) > info.context:
+            raise ContextOverflowError(
+                f"sequence {chunk.sequence} holds {length} tokens and cannot take {len(tokens)} more: "
+                f"the context is {info.context}",
+                hint="use a larger --context or a shorter prompt",
+            )
+        if min(tokens) < 0 or max(tokens) >= info.vocabulary:
+            wrong = next(token for token in tokens if not 0 <= token < info.vocabulary)
+            raise EngineError(f"token {wrong} is outside the vocabulary of {info.vocabulary}")
+        if chunk.logits == "all" and not all_logits:
+            raise EngineError("logits of all positions need an engine loaded with all_logits")
+    if len({chunk.sequence for chunk in chunks}) != len(chunks):
+        raise EngineError("a sequence was given twice in one call")

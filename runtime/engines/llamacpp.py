@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from edgelm.errors import BundleError, ContextOverflowError, EngineError, UsageError
-from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits
+from edgelm.errors import BundleError, EngineError, UsageError
+from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits, check_chunks
 from runtime.gguf_header import read_gguf_header, workload_from_gguf
 from targets.host import default_threads
 
@@ -431,25 +431,7 @@ class LlamaCppEngine:
     def _check(self, chunks: Sequence[Chunk]) -> None:
         if self._loaded is None:
             raise EngineError("the engine is closed")
-        vocabulary = self._info.vocabulary
-        for chunk in chunks:
-            length = self.length(chunk.sequence)
-            tokens = chunk.tokens
-            if len(tokens) == 0:
-                raise EngineError(f"no tokens were given for sequence {chunk.sequence}")
-            if length + len(tokens) > self._info.context:
-                raise ContextOverflowError(
-                    f"sequence {chunk.sequence} holds {length} tokens and cannot take {len(tokens)} more: "
-                    f"the context is {self._info.context}",
-                    hint="use a larger --context or a shorter prompt",
-                )
-            if min(tokens) < 0 or max(tokens) >= vocabulary:
-                wrong = next(token for token in tokens if not 0 <= token < vocabulary)
-                raise EngineError(f"token {wrong} is outside the vocabulary of {vocabulary}")
-            if chunk.logits == "all" and not self._all_logits:
-                raise EngineError("logits of all positions need an engine loaded with all_logits")
-        if len({chunk.sequence for chunk in chunks}) != len(chunks):
-            raise EngineError("a sequence was given twice in one call")
+        check_chunks(self, chunks, all_logits=self._all_logits)
 
     def _fill(self, chunk: Chunk, done: int, take: int, at: int) -> int:
         """Write ``take`` tokens of a chunk into the batch from row ``at`` on; tell how many logits are wanted."""

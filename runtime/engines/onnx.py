@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgelm.errors import BundleError, ContextOverflowError, EngineError, UsageError
-from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits
+from edgelm.errors import BundleError, EngineError, UsageError
+from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits, check_chunks
 from runtime.onnx_header import FLOAT, OnnxModel, read_onnx_model
 from targets.host import default_threads, read_limits
 
@@ -335,24 +335,7 @@ class OnnxEngine:
     def _check(self, chunks: Sequence[Chunk]) -> None:
         if self.session is None:
             raise EngineError("the engine is closed")
-        vocabulary = self._info.vocabulary
-        for chunk in chunks:
-            length, tokens = self.length(chunk.sequence), chunk.tokens
-            if len(tokens) == 0:
-                raise EngineError(f"no tokens were given for sequence {chunk.sequence}")
-            if length + len(tokens) > self._info.context:
-                raise ContextOverflowError(
-                    f"sequence {chunk.sequence} holds {length} tokens and cannot take {len(tokens)} more: "
-                    f"the context is {self._info.context}",
-                    hint="use a larger --context or a shorter prompt",
-                )
-            if min(tokens) < 0 or max(tokens) >= vocabulary:
-                wrong = next(token for token in tokens if not 0 <= token < vocabulary)
-                raise EngineError(f"token {wrong} is outside the vocabulary of {vocabulary}")
-            if chunk.logits == "all" and not self._all_logits:
-                raise EngineError("logits of all positions need an engine loaded with all_logits")
-        if len({chunk.sequence for chunk in chunks}) != len(chunks):
-            raise EngineError("a sequence was given twice in one call")
+        check_chunks(self, chunks, all_logits=self._all_logits)
 
     def _steps(self, chunks: Sequence[Chunk], rows: Sequence[int]) -> Iterator[_Step]:
         offsets = np.concatenate(([0], np.cumsum(rows))).tolist()
