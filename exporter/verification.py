@@ -13,7 +13,8 @@ from edgelm.errors import BundleError, ProofError
 from edgelm.progress import SILENT, Progress
 from exporter import quality
 from exporter.checkpoint import open_checkpoint, open_source
-from exporter.tokenizer import compare_files, compare_tokenizers, read_tokenizer
+from exporter.token_identity import compare_files, compare_tokenizers
+from exporter.tokenizer import read_tokenizer
 from runtime.gguf_header import GGUFHeader, read_gguf_header
 from runtime.onnx_header import read_onnx_model
 
