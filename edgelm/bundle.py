@@ -245,6 +245,11 @@ class Manifest(Record):
     embedding_quality: EmbeddingQuality | None = None
 
     @property
+    def proof(self) -> Quality | EmbeddingQuality | None:
+        """What was measured of the artefact, whichever kind of model it is; None when the proof was left out."""
+        return self.embedding_quality or self.quality
+
+    @property
     def artifact_bytes(self) -> int:
         """Size of the artefact with the data files that belong to it (``model.onnx.data``)."""
         belonging = f"{self.artifact}."

@@ -221,7 +221,9 @@ def _metadata(plan: ExportPlan, description: ModelDescription, words: SourceToke
 
 def hash_of_metadata(metadata: Mapping[str, Any]) -> str:
     """SHA-256 of metadata; arrays count as lists."""
-    text = json.dumps(metadata, sort_keys=True, default=lambda value: value.tolist())
+    text = json.dumps(
+        metadata, sort_keys=True, default=lambda value: value.hex() if isinstance(value, bytes) else value.tolist()
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgelm.errors import CheckpointError
-from exporter import tokenizer_wordpiece
+from exporter import tokenizer_unigram, tokenizer_wordpiece
 from exporter.tokenizer_sentencepiece import rebuilt_parts
 from exporter.tokenizer_types import CONTROL, UNKNOWN, USER_DEFINED
 
@@ -99,6 +99,8 @@ def rebuild_tokenizer_json(metadata: Mapping[str, Any], name: str) -> str:
 def _parts(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
     if metadata.get("tokenizer.ggml.model") == tokenizer_wordpiece.MODEL:
         return tokenizer_wordpiece.rebuilt_parts(metadata, name)
+    if metadata.get("tokenizer.ggml.model") == tokenizer_unigram.MODEL:
+        return tokenizer_unigram.rebuilt_parts(metadata, name)
     return rebuilt_parts(metadata) if "tokenizer.ggml.scores" in metadata else _byte_level_parts(metadata, name)
 
 

@@ -17,9 +17,12 @@ from edgelm.bundle import TokenIdentity
 from edgelm.errors import CheckpointError
 from exporter.texts import hard_corpus
 from exporter.tokenizer_sentencepiece import is_sentencepiece
+from exporter.tokenizer_unigram import is_unigram
 from exporter.tokenizer_wordpiece import LONGEST_WORD, is_wordpiece
 from exporter.vocabulary import tokenize_with_llama
 from runtime.tokenizer import JsonTokenizer
+
+_NEXT_LINE = "\x85"
 
 
 def compare_tokenizers(tokenizer_json: str, vocabulary: int, artifact_path: Path) -> TokenIdentity:
@@ -78,17 +81,23 @@ def expected_ids(tokenizer_json: str) -> tuple[list[str], list[tuple[int, ...]]]
 def comparable_texts(tokenizer: Any, document: Mapping[str, Any]) -> list[str]:
     """The hard corpus, as far as llama.cpp can be asked for the ids of this tokenizer.
 
-    Texts are passed through the tokenizer's normalization first, if it has one that llama.cpp has not. Of WordPiece, it
-    drops every mark where Hugging Face drops only those without width, and has no longest word: marks with width are
-    left out, longer words cut.
+    Texts are passed through the tokenizer's normalization first, if it has one that llama.cpp has not. Special tokens
+    that swallow spaces beside them (as <mask>) get none. Of WordPiece, llama.cpp drops every mark where Hugging
+    Face drops only those without width, and has no longest word: marks with width are left out, longer words cut. Of
+    Unigram, one control character is a space to one side only, and becomes one.
     """
     added = tokenizer.get_added_tokens_decoder()
-    special = [added[index].content for index in sorted(added)]
-    texts = list(hard_corpus(special))
+    entries = [added[index] for index in sorted(added)]
+    special = [entry.content for entry in entries]
+    greedy = {entry.content for entry in entries if entry.lstrip or entry.rstrip}
+    texts = list(hard_corpus([token for token in special if token not in greedy]))
+    texts += [f"tight{token}tight" for token in sorted(greedy)[:24]]
     # Spaces are a matter of both sides, and tried; Unicode forms have no place in llama.cpp.
     if tokenizer.normalizer is None or is_sentencepiece(document):
         return texts
     texts = [_between(special, text, tokenizer.normalizer.normalize_str) for text in texts]
+    if is_unigram(document):
+        return [text.replace(_NEXT_LINE, " ") for text in texts]
     return [_between(special, text, _plain_words) for text in texts] if is_wordpiece(document) else texts
 
 

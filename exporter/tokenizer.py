@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from exporter.token_identity import compare_tokenizers, expected_ids, first_diff
 from exporter.tokenizer_sentencepiece import MODEL as SENTENCEPIECE
 from exporter.tokenizer_sentencepiece import is_sentencepiece, sentencepiece_metadata, space_variants
 from exporter.tokenizer_types import CONTROL, NORMAL, UNUSED, USER_DEFINED
+from exporter.tokenizer_unigram import CHARSMAP, check_unigram, is_unigram, unigram_metadata, unigram_variants
+from exporter.tokenizer_unigram import MODEL as UNIGRAM
 from exporter.tokenizer_wordpiece import MODEL as WORDPIECE
 from exporter.tokenizer_wordpiece import is_wordpiece, wordpiece_metadata
 from exporter.vocabulary import tokenize_with_llama
@@ -37,7 +39,7 @@ MAX_VOCABULARY = 2**21
 # Role of a special token: name in the Hugging Face files, name in the GGUF keys.
 _SPECIAL = (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
 # Kinds of vocabulary in a GGUF file, and what each cannot do without.
-_GGUF_MODELS: Mapping[str, str | None] = {"gpt2": "merges", SENTENCEPIECE: "scores", WORDPIECE: None}
+_GGUF_MODELS: Mapping[Any, str | None] = {"gpt2": "merges", SENTENCEPIECE: "scores", UNIGRAM: "scores", WORDPIECE: None}
 # Those that encoders put around a text. llama.cpp begins a text with BOS, whatever a family calls it.
 _AROUND = (("cls", "cls"), ("sep", "seperator"), ("mask", "mask"))
 _NOT_COPIED = ("tokenizer.huggingface.json",)
@@ -143,6 +145,8 @@ def _candidates(document: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]
         return space_variants(document)
     if is_wordpiece(document):
         return [("WordPiece", {})]
+    if is_unigram(document):
+        return unigram_variants(document)
     return [(name, {"tokenizer.ggml.pre": name}) for name in likely_candidates(document["pre_tokenizer"])]
 
 
@@ -174,6 +178,8 @@ def _read_directory(checkpoint: Checkpoint) -> SourceTokenizer:
         words = sentencepiece_metadata(document, tokens, types, str(path))
     elif is_wordpiece(document):
         words = wordpiece_metadata(document, tokens, types, str(path))
+    elif is_unigram(document):
+        words = unigram_metadata(document, tokens, types, str(path))
     else:
         words = _byte_level_metadata(document, tokens, types, path)
     metadata: dict[str, Any] = {**words, **_special_ids(settings, tokens, generation_config)}
@@ -213,9 +219,12 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def _check_kind(path: Path, document: Mapping[str, Any]) -> None:
     model = document.get("model")
+    if is_unigram(document):
+        check_unigram(document, str(path))
+        return
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         kind = model.get("type") if isinstance(model, dict) else None
-        raise CheckpointError(f"{path} is a tokenizer of type {kind}; only BPE and WordPiece are supported")
+        raise CheckpointError(f"{path} is a tokenizer of type {kind}; only BPE, WordPiece and Unigram are supported")
     rules = json.dumps(document.get("pre_tokenizer"))
     if model.get("dropout"):
         raise CheckpointError(f"{path} drops merges at random (dropout {model['dropout']})", hint="set it to null")
@@ -252,11 +261,13 @@ def _drop_tokens_without_rows(document: dict[str, Any], rows: Any) -> None:
     vocabulary = document["model"]["vocab"]
     if isinstance(vocabulary, dict):
         document["model"]["vocab"] = {token: index for token, index in vocabulary.items() if token not in gone}
+    else:
+        document["model"]["vocab"] = vocabulary[:rows]
 
 
 def _vocabulary(path: Path, document: Mapping[str, Any], rows: Any) -> tuple[list[str], list[int]]:
     """Tokens by id and their GGUF types; ids without a token, up to the embedding's rows, are filled as unused."""
-    by_id = {index: (token, NORMAL) for token, index in document["model"]["vocab"].items()}
+    by_id = {index: (token, NORMAL) for token, index in _entries(document["model"]["vocab"])}
     for added in document.get("added_tokens") or []:
         by_id[added["id"]] = (added["content"], CONTROL if added["special"] else USER_DEFINED)
     if any(not isinstance(index, int) or not 0 <= index < MAX_VOCABULARY for index in by_id):
@@ -272,6 +283,14 @@ def _vocabulary(path: Path, document: Mapping[str, Any], rows: Any) -> tuple[lis
     if len(set(tokens)) != size or "" in tokens:
         raise CheckpointError(f"{path} has a token that is empty or occurs twice")
     return tokens, [kind for _, kind in entries]
+
+
+def _entries(vocabulary: Any) -> Iterator[tuple[str, Any]]:
+    """Tokens and their ids: a table, or of Unigram a list in the order of ids."""
+    if isinstance(vocabulary, Mapping):
+        yield from vocabulary.items()
+    else:
+        yield from ((token, index) for index, (token, _) in enumerate(vocabulary))
 
 
 def _merges(path: Path, document: Mapping[str, Any]) -> list[str]:
@@ -358,7 +377,7 @@ def _read_gguf(path: Path) -> SourceTokenizer:
     try:
         header = read_gguf_header(path)
         metadata = {
-            key: _plain(value)
+            key: value.tobytes() if key == CHARSMAP and isinstance(value, np.ndarray) else _plain(value)
             for key, value in header.metadata.items()
             if key.startswith("tokenizer.") and key not in _NOT_COPIED
         }

@@ -81,6 +81,12 @@ def artifact_of(path: Path, *, check_hashes: bool = True) -> tuple[Path, Bundle 
     return path, None
 
 
+def holds_encoder(path: Path) -> bool:
+    """Whether a bundle directory or a bare file holds an encoder, hashes unchecked. Raises ``BundleError``."""
+    artifact, bundle = artifact_of(path, check_hashes=False)
+    return is_encoder(artifact, bundle.manifest if bundle else None)
+
+
 def is_encoder(artifact: Path, manifest: Manifest | None) -> bool:
     """Whether a model makes vectors of texts: by its bundle's manifest, or by the header of a bare ``.gguf`` file.
 
