@@ -8,7 +8,6 @@ vocabulary functions that a bare GGUF needs. Importing this module does not load
 from __future__ import annotations
 
 import ctypes
-import importlib
 import importlib.metadata
 import os
 import re
@@ -24,6 +23,7 @@ import numpy as np
 from edgelm.errors import BundleError, EngineError, UsageError
 from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits, check_chunks
 from runtime.gguf_header import read_gguf_header, workload_from_gguf
+from runtime.libllama import import_declarations
 from runtime.tokenizer import ends_added
 from targets.host import default_threads
 
@@ -73,7 +73,7 @@ def load_library() -> Any:
     with _library_lock:
         if _library is None:
             try:
-                library = importlib.import_module("llama_cpp.llama_cpp")
+                library = import_declarations()
             except ImportError as error:
                 raise EngineError(
                     f"llama-cpp-python cannot be imported: {error}", hint="pip install llama-cpp-python"
