@@ -94,7 +94,23 @@ Pooling and normalisation come from the files of sentence-transformers beside th
 `1_Pooling/config.json`); without them vectors are means of all tokens, scaled to length one, and the plan says so.
 The proof is the cosine between the artefact's vectors and those of the original model (transformers in float32, or the
 checkpoint unquantised in the engine) over 120 passages of many lengths, in the manifest as `embedding_quality`.
-`edgelm run BUNDLE TEXT` prints a vector, `edgelm serve BUNDLE` answers `/v1/embeddings`.
+`edgelm run BUNDLE TEXT` prints a vector, `edgelm serve BUNDLE` answers `/v1/embeddings`; `edgelm bench` measures models
+that generate, `benchmarks/encoder_side_by_side.py` encoders.
+
+`/v1/embeddings` takes a text, a list of texts (2048 at most), token ids or a list of those; texts get the special
+tokens of the model around them, token ids are taken as they are. A text of more tokens than the bundle's context is
+refused, never cut. `encoding_format` is `float` or `base64`; `dimensions` other than the model's own are refused, since
+its vectors were not trained to be cut. Requests share the encoder's steps in turn. The engine runs in the server's own
+process, so its crash would end the server.
+
+Token ids are proven against llama.cpp as for every bundle, on texts changed alike for both sides where llama.cpp has no
+rule: of WordPiece, marks with a width of their own (Devanagari's vowel signs) are left out, which llama.cpp drops, and
+words of more than 100 characters cut, which it does not replace by the unknown token; of unigram, U+0085 is a space;
+the space that Metaspace puts in front of some texts is written by the caller. EdgeLM itself encodes by the
+`tokenizer.json` in the bundle, which has all of these rules; a bare GGUF file in other hands does not.
+
+What is not there: relative positions (MPNet), rotation (ModernBERT, Nomic), dense layers behind the pooling, maximum
+pooling, and classification or rerank heads.
 
 Each row is a tiny random model made by transformers, exported as F32 and run in llama.cpp over the same random tokens
 as in transformers (float32, eager attention), at lengths of 1, 7, 40 and 96 tokens, which are all positions. The
