@@ -28,8 +28,8 @@ SOURCE_LIMIT_CHARS = 32 * 2**10  # of a schema as JSON, or of a grammar
 REGEX_LIMIT_CHARS = 4 * 2**10
 _SCHEMA_WORK_LIMIT = 20_000  # places of a schema looked at in search of a finite value
 _KEPT_MATCHERS = 16  # compiled grammars kept per vocabulary: clients repeat their schemas
-# Small models that may write any white space write it for ever; twenty characters indent five levels by four.
-_JSON_OPTIONS = {"whitespace_pattern": r"[ \n]{0,20}"}
+# Small models that may write any white space write it for ever: one blank, or a line break and five levels by four.
+_JSON_OPTIONS = {"whitespace_pattern": r"( |\n {0,20})?"}
 
 
 class ConstraintError(EngineError):

@@ -126,9 +126,6 @@ class Preparer:
             check_request(first, self._info.context)
         except ContextOverflowError as error:
             raise ApiError(400, error.message, param=param, code="context_length_exceeded") from error
-        if wish.grammar:
-            # Built here, in a thread that may take its time, rather than by the scheduler in front of everybody.
-            constraint_vocabulary(self._model.tokenizer, self._info.vocabulary, self._model.stop_tokens)
         seed = wish.sampling.seed
         if seed is None:
             return (first,) * wish.choices
@@ -158,7 +155,7 @@ class Preparer:
 
     def schema_grammar(self, schema: dict[str, Any], param: str) -> str:
         """A grammar for a JSON schema."""
-        return self._named(param, lambda: json_schema_grammar(schema))
+        return self._grammar(param, lambda: json_schema_grammar(schema))
 
     def check_length(self, characters: int, param: str) -> None:
         """Refuse what cannot fit into the context before any time is spent on it."""
@@ -189,7 +186,7 @@ class Preparer:
             raise ApiError(400, f"tool_choice: {reason}", param="tool_choice", code="invalid_value")
         answer = schema if choice == "auto" else None
         several = wanted.parallel_tool_calls and named is None
-        return self._named(
+        return self._grammar(
             "tools", lambda: tool_call_grammar(allowed, self._form, self._spelled, several=several, answer=answer)
         )
 
@@ -209,11 +206,21 @@ class Preparer:
             return self.schema_grammar(wanted.json_, param)
         if wanted.choice is not None:
             choices = wanted.choice
-            return self._named(param, lambda: choice_grammar(choices))
+            return self._grammar(param, lambda: choice_grammar(choices))
         if wanted.regex is not None:
             regex = wanted.regex
-            return self._named(param, lambda: regex_grammar(regex))
-        return self._named(param, lambda: lark_grammar(wanted.grammar or ""))
+            return self._grammar(param, lambda: regex_grammar(regex))
+        return self._grammar(param, lambda: lark_grammar(wanted.grammar or ""))
+
+    def _grammar(self, param: str, make: Callable[[], str]) -> str:
+        """A grammar, and the vocabulary that it will need, which is built once and here rather than by the scheduler
+        while others wait for their tokens."""
+
+        def prepared() -> str:
+            constraint_vocabulary(self._model.tokenizer, self._info.vocabulary, self._model.stop_tokens)
+            return make()
+
+        return self._named(param, prepared)
 
     def _checked_ids(self, ids: list[int], param: str) -> list[int]:
         outside = next((token for token in ids if not 0 <= token < self._info.vocabulary), None)
