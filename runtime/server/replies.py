@@ -207,9 +207,12 @@ class Answer:
         for entry in entries:
             offsets.append(offsets[-1] + len(entry["token"]))
         self._offsets[choice] = offsets.pop()
-        top = [{other["token"]: other["logprob"] for other in entry["top_logprobs"]} for entry in entries]
+        top: list[dict[str, float]] = []
+        for entry in entries:
+            ranked = {_unique_text(other): other["logprob"] for other in reversed(entry["top_logprobs"])}
+            top.append(dict(reversed(ranked.items())))  # of equal texts (special tokens have none) the likeliest stays
         return {
-            "tokens": [entry["token"] for entry in entries],
+            "tokens": [_unique_text(entry) for entry in entries],
             "token_logprobs": [entry["logprob"] for entry in entries],
             "top_logprobs": top if any(top) else None,
             "text_offset": offsets,
@@ -230,6 +233,15 @@ class Answer:
         document = {"index": choice, key: content, "logprobs": logprobs, "finish_reason": finish_reason}
         usage = {"usage": None} if self._form.include_usage else {}
         return {**self._base, "object": self._piece_object, "choices": [document], **usage}
+
+
+def _unique_text(entry: Mapping[str, Any]) -> str:
+    """A token's text; OpenAI's spelling of its bytes where they are no text by themselves."""
+    data = bytes(entry["bytes"])
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def logprob_entry(event: TokenEvent, token_text: Callable[[int], bytes]) -> dict[str, Any]:
