@@ -35,6 +35,7 @@ from runtime.server.worker import (
     NotReadyError,
     QueueFullError,
     State,
+    log_ready,
     retry_after_s,
 )
 from runtime.supervisor import Death, FrameError, Supervisor
@@ -201,6 +202,7 @@ class SupervisedWorker:
             self._refused(said)
         elif self._model is not None:
             self._state, self._started = "ready", True
+            log_ready(self._model.info)
 
     def child_wrote(self, line: str) -> None:
         """See ``runtime.supervisor.Watcher``. Its own log lines keep their form; others are quoted."""
@@ -211,6 +213,8 @@ class SupervisedWorker:
         if not isinstance(document, dict) or not isinstance(document.get("event"), str):
             log_event("engine output", {"line": line}, level=logging.WARNING)
             return
+        if document["event"] == "ready":
+            return  # said here, once requests are taken
         level = logging.getLevelName(str(document.get("level", "info")).upper())
         facts = {name: fact for name, fact in document.items() if name not in _RESERVED_FACTS}
         if "exception" in document:

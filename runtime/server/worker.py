@@ -102,6 +102,11 @@ def retry_after_s(mean_job_s: float, queued: int, sequences: int) -> int:
     return max(1, min(RETRY_AFTER_LIMIT_S, math.ceil(mean_job_s * (queued + 1) / sequences)))
 
 
+def log_ready(info: EngineInfo) -> None:
+    """Tell that requests are answered from now on."""
+    log_event("ready", {"model": info.model_name, "load_s": round(info.load_s, 3)})
+
+
 def show_backend(backend: Backend, metrics: Metrics) -> None:
     """Gauges of what a backend tells of itself."""
     metrics.gauge("edgelm_requests_running", "Generations under way", lambda: backend.running)
@@ -202,8 +207,7 @@ class Worker:
         try:
             self._compute_one_token()
             self._state = "ready"
-            info = self._engine.info
-            log_event("ready", {"model": info.model_name, "load_s": round(info.load_s, 3)})
+            log_ready(self._engine.info)
             self._after_step()
             while self._wait_for_work():
                 self._step()
