@@ -13,7 +13,7 @@ from typing import Literal
 from edgelm.errors import ContextOverflowError, EngineError, UsageError
 from runtime.constraint import Constraint, constraint_vocabulary
 from runtime.engine import Chunk, Engine, EngineInfo, EngineInterruptedError, Logits
-from runtime.sampling import Sampler, SamplingOptions, TokenLogprobs, token_logprobs
+from runtime.sampling import Sampler, SamplingOptions, token_logprobs
 from runtime.tokenizer import TextDecoder, TextTokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -40,6 +40,24 @@ class GenerationRequest:
     logprobs: int | None = None
     grammar: str = ""
     spelled: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LikelyToken:
+    """A token, the natural logarithm of its probability, and the bytes of its text (none for special tokens)."""
+
+    token: int
+    logprob: float
+    text: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """The model's own probabilities, before any option of sampling: of the token that was chosen, and of the likeliest
+    ones, best first."""
+
+    chosen: LikelyToken
+    top: tuple[LikelyToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +218,7 @@ class Continuation:
         if outside is not None:
             raise UsageError(f"logit_bias: token {outside} is outside the vocabulary of {info.vocabulary}")
         self._request = request
+        self._tokenizer = tokenizer
         self._context = info.context
         self._constraint: Constraint | None = None
         if request.grammar:
@@ -218,7 +237,7 @@ class Continuation:
         token = self._sampler.pick(row, held)
         if token in request.stop_tokens:
             return Step(None, self.finish(), "stop")
-        logprobs = None if request.logprobs is None else token_logprobs(row, token, request.logprobs)
+        logprobs = None if request.logprobs is None else self._logprobs(row, token, request.logprobs)
         self._generated += 1
         piece, stopped = self._text.push(token)
         complete = self._constraint is not None and self._constraint.finished
@@ -233,6 +252,19 @@ class Continuation:
     def finish(self) -> str:
         """Text that was held back, when nothing follows."""
         return self._text.finish()[0]
+
+    def _logprobs(self, row: Logits, token: int, top: int) -> TokenLogprobs:
+        chosen, *likeliest = (
+            LikelyToken(index, logprob, tuple(self._tokenizer.token_bytes(index)))
+            for index, logprob in token_logprobs(row, token, top)
+        )
+        return TokenLogprobs(chosen, tuple(likeliest))
+
+
+def prepare_grammar(request: GenerationRequest, tokenizer: TextTokenizer, vocabulary: int) -> None:
+    """Build what constraints of this tokenizer need, once and now, rather than between two tokens of other requests."""
+    if request.grammar:
+        constraint_vocabulary(tokenizer, vocabulary, request.stop_tokens)
 
 
 def check_request(request: GenerationRequest, context: int) -> None:

@@ -46,15 +46,6 @@ class SamplingOptions:
     seed: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Natural logarithms of probabilities that the model itself gave, before any option of sampling: to the token
-    that was chosen, and to the likeliest tokens, best first."""
-
-    chosen: float
-    top: tuple[tuple[int, float], ...] = ()
-
-
 class Constrained(Protocol):
     """What a sampler needs of a constraint (``runtime.constraint.Constraint``)."""
 
@@ -147,16 +138,18 @@ class Sampler:
         return index if tokens is None else int(tokens[index])
 
 
-def token_logprobs(logits_row: npt.NDArray[np.float32], token: int, top: int) -> TokenLogprobs:
-    """The chosen token's log-probability and those of the ``top`` likeliest, for finite logits (vocabulary,)."""
+def token_logprobs(logits_row: npt.NDArray[np.float32], token: int, top: int) -> list[tuple[int, float]]:
+    """Tokens and natural logarithms of their probabilities: the chosen one, then the ``top`` likeliest, best first.
+
+    Of the model's own distribution, which no option of sampling has touched. The row has shape (vocabulary,).
+    """
     highest = float(logits_row.max())
     total = highest + math.log(float(np.exp(logits_row - np.float32(highest)).sum(dtype=np.float64)))
     likeliest: npt.NDArray[np.intp] = np.empty(0, np.intp)
     if top > 0:
         likeliest = _top_k(logits_row, highest, min(top, len(logits_row)))
         likeliest = likeliest[np.argsort(-logits_row[likeliest], kind="stable")]
-    pairs = tuple((int(index), float(logits_row[index]) - total) for index in likeliest)
-    return TokenLogprobs(float(logits_row[token]) - total, pairs)
+    return [(index, float(logits_row[index]) - total) for index in [token, *likeliest.tolist()]]
 
 
 def _penalise(logits: npt.NDArray[np.float32], recent_tokens: Sequence[int], penalty: float) -> npt.NDArray[np.float32]:

@@ -1,6 +1,6 @@
 """From a submitted generation to an HTTP answer, whole or streamed, and back to a cancellation when the client leaves.
 
-Bridges the worker's thread and the event loop. Knows nothing of requests' contents.
+Bridges the backend's thread and the event loop. Knows nothing of requests' contents.
 """
 
 from __future__ import annotations
@@ -19,11 +19,16 @@ from runtime.server.errors import ApiError
 from runtime.server.logs import log_event
 from runtime.server.replies import Timings, Usage, Writer
 from runtime.server.scheduler import Failure, Job, JobEvent
-from runtime.server.worker import NotReadyError, QueueFullError, Worker
+from runtime.server.worker import Backend, NotReadyError, QueueFullError
 
 
 class ClientLeftError(Exception):
     """There is nobody left to answer."""
+
+
+def unavailable(error: NotReadyError) -> ApiError:
+    """503 for an engine that is loading, dead or stopping; a client may ask again soon."""
+    return ApiError(503, error.message, code="engine_unavailable", headers={"Retry-After": "2"})
 
 
 @dataclass(slots=True)
@@ -48,24 +53,24 @@ class _Choice:
 class Generation:
     """One request's choices as the event loop sees them: their events, then their counts and timings."""
 
-    def __init__(self, worker: Worker, requests: Sequence[GenerationRequest]) -> None:
-        """Submit ``requests``, which have the same prompt. Raises ``ApiError`` 429 or 503 when the worker takes not
-        all of them."""
-        self._worker = worker
+    def __init__(self, backend: Backend, requests: Sequence[GenerationRequest]) -> None:
+        """Submit ``requests``, which have the same prompt. Raises ``ApiError`` 429 or 503 when the backend
+        takes not all of them."""
+        self._backend = backend
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, JobEvent]] = asyncio.Queue()
         self._prompt_tokens = len(requests[0].prompt)
         self._choices: list[_Choice] = []
         try:
             for index, request in enumerate(requests):
-                self._choices.append(_Choice(worker.submit(request, partial(self._receive, index))))
+                self._choices.append(_Choice(backend.submit(request, partial(self._receive, index))))
         except QueueFullError as error:
             self.cancel()
             headers = {"Retry-After": str(error.retry_after_s)}
             raise ApiError(429, error.message, code="queue_full", headers=headers) from error
         except NotReadyError as error:
             self.cancel()
-            raise ApiError(503, error.message, code="engine_unavailable") from error
+            raise unavailable(error) from error
 
     @property
     def choices(self) -> int:
@@ -74,7 +79,7 @@ class Generation:
     def cancel(self) -> None:
         """Free the engine before its next token; harmless when the generation has ended."""
         for choice in self._choices:
-            self._worker.cancel(choice.job)
+            self._backend.cancel(choice.job)
 
     async def batches(self) -> AsyncIterator[list[tuple[int, list[TokenEvent]]]]:
         """Events as they come, all that are there at once, by choice; the last one of each has a finish reason.
@@ -144,7 +149,7 @@ class Generation:
         return facts | ({"choices": self.choices} if self.choices > 1 else {})
 
     def _receive(self, index: int, event: JobEvent) -> None:
-        """Called in the worker's thread."""
+        """Called in the backend's thread."""
         try:
             self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
         except RuntimeError:

@@ -1,7 +1,6 @@
 """The routes: requests in, generations submitted, answers out.
 
-Builds a Starlette application around one loaded model and its worker. Knows HTTP and the model's words; not engines,
-batches or sockets.
+Builds a Starlette application around one backend. Knows HTTP and the model's words; not engines, batches or sockets.
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgelm.units import format_bytes
-from runtime.model import LoadedModel
-from runtime.server.answering import Generation, GenerationResponse
+from runtime.engine import EngineInfo
+from runtime.model import PromptingModel
+from runtime.server.answering import Generation, GenerationResponse, unavailable
 from runtime.server.errors import ApiError
 from runtime.server.limits import Access, Guard, parse_json
 from runtime.server.logs import log_event
@@ -34,34 +34,57 @@ from runtime.server.page import Page
 from runtime.server.prepare import Prepared, Preparer
 from runtime.server.replies import Answer, Form, Writer, model_document
 from runtime.server.routes import OllamaRoutes, TokenRoutes
-from runtime.server.worker import Worker
+from runtime.server.worker import Backend, NotReadyError
 
 _Made = TypeVar("_Made")
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
 
 
 class Service:
-    """What the routes share: the model, its worker, the counters and one thread for templates, tokens and grammars."""
+    """What the routes share: the backend, the counters and one thread for templates, tokens and grammars."""
 
-    def __init__(self, model: LoadedModel, worker: Worker, metrics: Metrics) -> None:
-        self.model = model
-        self._worker = worker
+    def __init__(self, backend: Backend, metrics: Metrics) -> None:
+        self._backend = backend
         self._metrics = metrics
-        self._info = model.engine.info
         self.created = int(time.time())
         # Encoding a long prompt must not hold up the event loop, and one core is enough for it.
         self._encoder = ThreadPoolExecutor(1, "encode")
-        self.preparer = Preparer(model)
-        self._page = Page(model.name, self._facts())
+        self._preparer: Preparer | None = None
+        self._page: Page | None = None
+
+    @property
+    def model(self) -> PromptingModel:
+        """The model that is served. Raises ``ApiError`` 503 while it is loaded for the first time."""
+        try:
+            return self._backend.model
+        except NotReadyError as error:
+            raise unavailable(error) from error
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine says of itself. Raises ``ApiError`` 503 while it is loaded for the first time."""
+        try:
+            return self._backend.info
+        except NotReadyError as error:
+            raise unavailable(error) from error
+
+    @property
+    def preparer(self) -> Preparer:
+        """Prepares requests for the model. Raises ``ApiError`` 503 as ``model`` does."""
+        if self._preparer is None or self._preparer.model is not self.model:
+            self._preparer = Preparer(self.model, self.info)
+        return self._preparer
 
     async def page(self, _: Request) -> Response:
+        if self._page is None:
+            self._page = Page(self.model.name, self._facts())
         return HTMLResponse(self._page.html, headers={"Content-Security-Policy": self._page.policy})
 
     async def live(self, _: Request) -> Response:
         return JSONResponse({"status": "alive"})
 
     async def ready(self, _: Request) -> Response:
-        state = self._worker.state
+        state = self._backend.state
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
     async def metrics(self, _: Request) -> Response:
@@ -92,7 +115,6 @@ class Service:
         form = Form(
             model=self.model.name,
             chat=chat,
-            token_text=self.model.tokenizer.token_bytes,
             include_usage=wanted.stream_options.include_usage,
             echo=prepared.echo,
             calls=prepared.calls,
@@ -101,12 +123,20 @@ class Service:
 
     def respond(self, request: Request, prepared: Prepared, writer: Writer, *, stream: bool) -> GenerationResponse:
         """Submit what was prepared and answer with it. Raises ``ApiError``."""
-        generation = Generation(self._worker, prepared.requests)
+        generation = Generation(self._backend, prepared.requests)
         return GenerationResponse(generation, writer, stream, request.state.facts)
 
+    async def embed(self, _: Request) -> Response:
+        message = f"{self.model.name!r} generates text and makes no vectors of it; serve an encoder for embeddings"
+        raise ApiError(400, message, param="model", code="model_not_supported")
+
     async def in_thread(self, make: Callable[[], _Made]) -> _Made:
-        """Run what takes a while beside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._encoder, make)
+        """Run what takes a while beside the event loop. Raises ``ApiError`` 503 when it needs an engine that is not
+        there."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._encoder, make)
+        except NotReadyError as error:
+            raise unavailable(error) from error
 
     def check_model(self, name: str | None) -> None:
         """Raise ``ApiError`` 404 for any name but the model's; None means whichever there is."""
@@ -115,12 +145,12 @@ class Service:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def _model_document(self) -> dict[str, object]:
-        facts = {"context": self._info.context, "parameters": self._info.parameters, "engine": self._info.engine}
+        facts = {"context": self.info.context, "parameters": self.info.parameters, "engine": self.info.engine}
         return model_document(self.model.name, self.created, facts)
 
     def _facts(self) -> dict[str, str]:
         """The card on the page: what a person wants to know of the model that answers."""
-        info, manifest = self._info, self.model.manifest
+        info, manifest = self.info, self.model.manifest
         facts = {
             "Architecture": info.architecture,
             "Parameters": f"{info.parameters / 1e6:.1f} million",
@@ -195,9 +225,9 @@ class Observer:
             log_event("request", request | facts)
 
 
-def create_app(model: LoadedModel, worker: Worker, metrics: Metrics, access: Access) -> ASGIApp:
-    """The ASGI application for one model. The caller starts and stops the worker."""
-    service = Service(model, worker, metrics)
+def create_app(backend: Backend, metrics: Metrics, access: Access) -> ASGIApp:
+    """The ASGI application for one model. The caller starts and stops the backend."""
+    service = Service(backend, metrics)
     tokens, ollama = TokenRoutes(service), OllamaRoutes(service)
     routes = [
         Route("/", service.page, methods=["GET"]),
@@ -208,6 +238,7 @@ def create_app(model: LoadedModel, worker: Worker, metrics: Metrics, access: Acc
         Route("/v1/models/{name:path}", service.one_model, methods=["GET"]),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
         Route("/v1/completions", service.complete, methods=["POST"]),
+        Route("/v1/embeddings", service.embed, methods=["POST"]),
         Route("/tokenize", tokens.tokenize, methods=["POST"]),
         Route("/detokenize", tokens.detokenize, methods=["POST"]),
         Route("/api/chat", ollama.chat, methods=["POST"]),
@@ -216,6 +247,11 @@ def create_app(model: LoadedModel, worker: Worker, metrics: Metrics, access: Acc
         Route("/api/tags", ollama.tags, methods=["GET"]),
         Route("/api/version", ollama.version, methods=["GET"]),
     ]
+    return guarded(routes, metrics, access)
+
+
+def guarded(routes: list[Route], metrics: Metrics, access: Access) -> ASGIApp:
+    """Routes behind everything that protects and observes them."""
     return Starlette(
         routes=routes,
         middleware=[

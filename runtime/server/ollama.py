@@ -188,7 +188,6 @@ class OllamaForm:
 
     model: str
     chat: bool
-    token_text: Callable[[int], bytes]
     load_s: float
     calls: Callable[[], ToolCallReader] | None = None
 
@@ -217,7 +216,7 @@ class OllamaAnswer:
             parts = self._reader.read(event)
             text = "".join(part for part in parts if isinstance(part, str))
             calls = [part for part in parts if isinstance(part, ToolCall)]
-            if text or calls or (event.logprobs is not None and event.token is not None):
+            if text or calls or event.logprobs is not None:
                 data += _json_line(self._line(text, calls, [event]))
             self._reason = event.finish_reason or self._reason
         return data
@@ -239,9 +238,9 @@ class OllamaAnswer:
                 ]
         else:
             line["response"] = text
-        known = [event for event in events if event.logprobs is not None and event.token is not None]
+        known = [logprob_entry(event.logprobs) for event in events if event.logprobs is not None]
         if known:
-            line["logprobs"] = [logprob_entry(event, self._form.token_text) for event in known]
+            line["logprobs"] = known
         return line | {"done": False}
 
     def _end(self, usage: Usage, timings: Timings) -> dict[str, Any]:

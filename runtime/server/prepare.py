@@ -18,8 +18,9 @@ from runtime.constraint import (
     lark_grammar,
     regex_grammar,
 )
+from runtime.engine import EngineInfo
 from runtime.generate import GenerationRequest, check_request
-from runtime.model import LoadedModel
+from runtime.model import LoadedModel, PromptingModel
 from runtime.sampling import SamplingOptions
 from runtime.server.errors import ApiError
 from runtime.server.limits import prompt_characters_limit
@@ -30,6 +31,7 @@ from runtime.server.openai import (
     ResponseFormat,
     StructuredOutputs,
 )
+from runtime.server.worker import NotReadyError
 from runtime.tools import Tool, ToolCallReader, ToolForm, spelled_marks, tool_call_grammar, tool_form
 
 _Made = TypeVar("_Made")
@@ -60,14 +62,11 @@ class Wish:
 class Preparer:
     """Prepares requests for one model. Thread-safe. Every method raises ``ApiError`` naming the field at fault."""
 
-    def __init__(self, model: LoadedModel) -> None:
-        self._model = model
-        self._info = model.engine.info
-        template = model.chat_template
-        self._form: ToolForm = tool_form(template.source if template else "")
-        self._spelled: tuple[tuple[int, str], ...] = ()
-        if template is not None and template.uses_tools:
-            self._spelled = spelled_marks(self._form, model.tokenizer)
+    def __init__(self, model: PromptingModel, info: EngineInfo) -> None:
+        self.model = model
+        self._info = info
+        self._form: ToolForm = tool_form(model.chat_template.source if model.chat_template else "")
+        self._marks: tuple[tuple[int, str], ...] | None = None
 
     def chat(self, wanted: ChatRequest) -> Prepared:
         """A request in OpenAI's words."""
@@ -89,7 +88,7 @@ class Preparer:
         )
         echo = ""
         if wanted.echo:
-            echo = prompt if isinstance(prompt, str) else self._model.tokenizer.decode(ids)
+            echo = prompt if isinstance(prompt, str) else self.model.tokenizer.decode(ids)
         return Prepared(self.requests(ids, wish, "prompt"), echo=echo)
 
     def conversation(self, messages: Sequence[dict[str, Any]], tools: Sequence[Tool], wish: Wish) -> Prepared:
@@ -98,7 +97,7 @@ class Preparer:
         if not tools:
             return Prepared(self.requests(ids, wish, "messages"))
         names = frozenset(tool.name for tool in tools)
-        requests = (replace(request, spelled=self._spelled) for request in self.requests(ids, wish, "messages"))
+        requests = (replace(request, spelled=self._spelled_marks()) for request in self.requests(ids, wish, "messages"))
         return Prepared(tuple(requests), calls=lambda: ToolCallReader(self._form, names))
 
     def requests(self, prompt: list[int], wish: Wish, param: str) -> tuple[GenerationRequest, ...]:
@@ -118,7 +117,7 @@ class Preparer:
             max_tokens=max(1, min(wish.max_tokens or room, room)),
             sampling=wish.sampling,
             stop=wish.stop,
-            stop_tokens=self._model.stop_tokens,
+            stop_tokens=self.model.stop_tokens,
             logprobs=wish.logprobs,
             grammar=wish.grammar,
         )
@@ -136,22 +135,22 @@ class Preparer:
         """Token ids of a text: as a prompt with what it has to start with, or (``plain`` off) nothing but the text."""
         self.check_length(len(text), param)
         if plain:
-            return self._named(param, lambda: self._model.text_prompt(text))
-        return self._named(param, lambda: self._model.tokenizer.encode(text, special=special))
+            return self._named(param, lambda: self.model.text_prompt(text))
+        return self._named(param, lambda: self.model.tokenizer.encode(text, special=special))
 
     def chat_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> list[int]:
         """Token ids of a conversation, tools included."""
-        template = self._model.chat_template
+        template = self.model.chat_template
         if tools and template is not None and not template.uses_tools:
             message = "tools: the chat template of this model cannot show tools to it"
             raise ApiError(400, message, param="tools", code="unsupported_parameter")
         self.check_length(sum(len(str(tool.parameters)) + len(tool.description) for tool in tools), "tools")
         documents = [tool.template_document for tool in tools] or None
-        return self._named("messages", lambda: self._model.chat_prompt(messages, documents))
+        return self._named("messages", lambda: self.model.chat_prompt(messages, documents))
 
     def text_of(self, tokens: list[int]) -> str:
         """The text of token ids, special tokens written out."""
-        return self._model.tokenizer.decode(self._checked_ids(tokens, "tokens"), special=True)
+        return self.model.tokenizer.decode(self._checked_ids(tokens, "tokens"), special=True)
 
     def schema_grammar(self, schema: dict[str, Any], param: str) -> str:
         """A grammar for a JSON schema."""
@@ -187,7 +186,8 @@ class Preparer:
         answer = schema if choice == "auto" else None
         several = wanted.parallel_tool_calls and named is None
         return self._grammar(
-            "tools", lambda: tool_call_grammar(allowed, self._form, self._spelled, several=several, answer=answer)
+            "tools",
+            lambda: tool_call_grammar(allowed, self._form, self._spelled_marks(), several=several, answer=answer),
         )
 
     def _structured(self, wanted: StructuredOutputs) -> str:
@@ -217,10 +217,18 @@ class Preparer:
         while others wait for their tokens."""
 
         def prepared() -> str:
-            constraint_vocabulary(self._model.tokenizer, self._info.vocabulary, self._model.stop_tokens)
+            # An engine in a process of its own builds the vocabulary there.
+            if isinstance(self.model, LoadedModel):
+                constraint_vocabulary(self.model.tokenizer, self._info.vocabulary, self.model.stop_tokens)
             return make()
 
         return self._named(param, prepared)
+
+    def _spelled_marks(self) -> tuple[tuple[int, str], ...]:
+        """Special tokens of the vocabulary that mark calls; found out when the first call can come."""
+        if self._marks is None:
+            self._marks = spelled_marks(self._form, self.model.tokenizer)
+        return self._marks
 
     def _checked_ids(self, ids: list[int], param: str) -> list[int]:
         outside = next((token for token in ids if not 0 <= token < self._info.vocabulary), None)
@@ -236,6 +244,8 @@ class Preparer:
         """Run ``make`` and name ``param`` when it fails."""
         try:
             return make()
+        except NotReadyError:
+            raise
         except EdgelmError as error:
             raise ApiError(400, f"{param}: {error.message}", param=param, code="invalid_value") from error
 

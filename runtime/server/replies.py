@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from runtime.generate import TokenEvent
+from runtime.generate import LikelyToken, TokenEvent, TokenLogprobs
 from runtime.server.errors import ApiError
 from runtime.tools import ToolCall, ToolCallReader
 
@@ -90,14 +90,11 @@ class ChoiceReader:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What an answer needs to know beyond the events. ``token_text`` gives the bytes of a token for its probability.
-
-    ``echo`` is the prompt's text, repeated in front of a text completion.
-    """
+    """What an answer needs to know beyond the events. ``echo`` is the prompt's text, repeated in front of a text
+    completion."""
 
     model: str
     chat: bool
-    token_text: Callable[[int], bytes]
     include_usage: bool = False
     echo: str = ""
     calls: Callable[[], ToolCallReader] | None = None
@@ -198,9 +195,9 @@ class Answer:
 
     def _logprobs(self, choice: int, events: Sequence[TokenEvent]) -> dict[str, Any] | None:
         """The probabilities that some events carry, None when they carry none."""
-        if not any(event.logprobs is not None for event in events):
+        entries = [logprob_entry(event.logprobs) for event in events if event.logprobs is not None]
+        if not entries:
             return None
-        entries = [self._entry(event) for event in events if event.logprobs is not None and event.token is not None]
         if self._form.chat:
             return {"content": entries, "refusal": None}
         offsets = [self._offsets.get(choice, 0)]
@@ -217,9 +214,6 @@ class Answer:
             "top_logprobs": top if any(top) else None,
             "text_offset": offsets,
         }
-
-    def _entry(self, event: TokenEvent) -> dict[str, Any]:
-        return logprob_entry(event, self._form.token_text)
 
     def _piece(
         self,
@@ -244,18 +238,14 @@ def _unique_text(entry: Mapping[str, Any]) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def logprob_entry(event: TokenEvent, token_text: Callable[[int], bytes]) -> dict[str, Any]:
-    """One token with its probability and those of its likeliest rivals, as OpenAI and Ollama write them."""
-    assert event.logprobs is not None
-    assert event.token is not None
+def logprob_entry(logprobs: TokenLogprobs) -> dict[str, Any]:
+    """One token with its probability and those of the likeliest, as OpenAI and Ollama write them."""
 
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = token_text(token)
-        finite = max(logprob, _LEAST_LOGPROB)
-        return {"token": text.decode("utf-8", "replace"), "logprob": finite, "bytes": list(text)}
+    def entry(token: LikelyToken) -> dict[str, Any]:
+        text = bytes(token.text).decode("utf-8", "replace")
+        return {"token": text, "logprob": max(token.logprob, _LEAST_LOGPROB), "bytes": list(token.text)}
 
-    top = [entry(token, logprob) for token, logprob in event.logprobs.top]
-    return {**entry(event.token, event.logprobs.chosen), "top_logprobs": top}
+    return {**entry(logprobs.chosen), "top_logprobs": [entry(token) for token in logprobs.top]}
 
 
 def server_sent_event(document: Mapping[str, Any]) -> bytes:

@@ -5,14 +5,14 @@ Knows the model's facts and the requests' words; how a generation is submitted i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from runtime.model import LoadedModel
+from runtime.engine import EngineInfo
+from runtime.model import PromptingModel
 from runtime.server.answering import GenerationResponse
 from runtime.server.errors import ApiError
 from runtime.server.limits import BODY_LIMIT_BYTES, MESSAGE_COUNT_LIMIT, TOOL_COUNT_LIMIT, parse_json
@@ -63,22 +63,25 @@ class TokenRoutes:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._model = service.model
 
     async def tokenize(self, request: Request) -> Response:
         wanted = parse_request(TokenizeBody, parse_json(await request.body()))
         if (wanted.content is None) == (not wanted.messages):
             raise ApiError(400, "content: exactly one of content and messages", param="content", code="invalid_value")
-        ids = await self._service.in_thread(lambda: self._ids(wanted))
-        tokens: list[Any] = list(ids)
-        if wanted.with_pieces:
-            tokens = [{"id": token, "piece": self._piece(token)} for token in ids]
+        tokens = await self._service.in_thread(lambda: self._tokens(wanted))
         return JSONResponse({"tokens": tokens, "count": len(tokens)})
 
     async def detokenize(self, request: Request) -> Response:
         wanted = parse_request(DetokenizeBody, parse_json(await request.body()))
         text = await self._service.in_thread(lambda: self._service.preparer.text_of(wanted.tokens))
         return JSONResponse({"content": text})
+
+    def _tokens(self, wanted: TokenizeBody) -> list[Any]:
+        ids = self._ids(wanted)
+        if not wanted.with_pieces:
+            return list(ids)
+        pieces = {token: self._piece(token) for token in set(ids)}
+        return [{"id": token, "piece": pieces[token]} for token in ids]
 
     def _ids(self, wanted: TokenizeBody) -> list[int]:
         preparer = self._service.preparer
@@ -90,12 +93,12 @@ class TokenRoutes:
             return preparer.chat_ids(messages, tools)
         preparer.check_length(len(wanted.content), "content")
         ids = preparer.text_ids(wanted.content, "content", plain=False, special=wanted.parse_special)
-        starts = wanted.add_special and self._model.bos is not None
-        return [self._model.bos, *ids] if starts and self._model.bos is not None else ids
+        bos = self._service.model.bos
+        return [bos, *ids] if wanted.add_special and bos is not None else ids
 
     def _piece(self, token: int) -> str | list[int]:
         """The token's text, or its bytes when they are no text by themselves, as llama.cpp's server has it."""
-        data = self._model.tokenizer.token_bytes(token)
+        data = self._service.model.tokenizer.token_bytes(token)
         try:
             return data.decode()
         except UnicodeDecodeError:
@@ -107,8 +110,14 @@ class OllamaRoutes:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._model: LoadedModel = service.model
-        self._info = service.model.engine.info
+
+    @property
+    def _model(self) -> PromptingModel:
+        return self._service.model
+
+    @property
+    def _info(self) -> EngineInfo:
+        return self._service.info
 
     async def version(self, _: Request) -> Response:
         return JSONResponse({"version": VERSION_SPOKEN})
@@ -165,8 +174,7 @@ class OllamaRoutes:
         return self._answer(request, prepared, chat=True, stream=wanted.stream)
 
     def _answer(self, request: Request, prepared: Prepared, *, chat: bool, stream: bool) -> GenerationResponse:
-        token_text: Callable[[int], bytes] = self._model.tokenizer.token_bytes
-        form = OllamaForm(self._model.name, chat, token_text, self._info.load_s, prepared.calls)
+        form = OllamaForm(self._model.name, chat, self._info.load_s, prepared.calls)
         writer: Writer = OllamaAnswer(form)
         return self._service.respond(request, prepared, writer, stream=stream)
 
@@ -208,7 +216,7 @@ class OllamaRoutes:
         manifest, info = self._model.manifest, self._info
         return {
             "parent_model": "",
-            "format": self._model.artifact.suffix.removeprefix("."),
+            "format": "onnx" if info.engine == "onnxruntime" else "gguf",
             "family": info.architecture,
             "families": [info.architecture],
             "parameter_size": f"{info.parameters / 1e6:.1f}M",

@@ -200,7 +200,7 @@ class Scheduler:
 
     def _end(self, run: _Run, step: Step) -> None:
         self._release(run)
-        self._metrics.generations.labels(step.finish_reason).inc()
+        self._metrics.generations.labels(step.finish_reason or "stop").inc()
         self._deliver(run, step)
 
     def _release(self, run: _Run) -> None:

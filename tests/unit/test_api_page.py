@@ -58,7 +58,7 @@ def test_there_are_examples_of_every_kind() -> None:
 def test_every_route_is_on_the_page() -> None:
     model = fake_model(FakeEngine())
     metrics = Metrics()
-    app: Any = create_app(model, Worker(model.engine, model.tokenizer, metrics, queue_limit=1), metrics, Access())
+    app: Any = create_app(Worker(model, metrics), metrics, Access())
     for route in app.routes:
         (method,) = route.methods - {"HEAD"}
         path = route.path.replace("{name:path}", "{name}")

@@ -11,13 +11,15 @@ from edgelm.errors import ContextOverflowError, EngineError, UsageError
 from runtime.generate import (
     PREFILL_STEP_TOKENS,
     GenerationRequest,
+    LikelyToken,
     Session,
     StopScanner,
     TokenEvent,
+    TokenLogprobs,
     answer,
     generate,
 )
-from runtime.sampling import SamplingOptions, TokenLogprobs
+from runtime.sampling import SamplingOptions
 from tests.fake_engine import EOS, IM_END, IM_START, VOCABULARY, FakeEngine, FakeTokenizer, next_letter
 
 TOKENIZER = FakeTokenizer()
@@ -261,7 +263,8 @@ def test_what_crosses_a_process_border_survives_json() -> None:
         grammar='start: "ü"',
         spelled=((9, "[TOOL_CALLS]"),),
     )
-    event = TokenEvent(5, "é", 0, 0.5, logprobs=TokenLogprobs(-0.1, ((5, -0.1), (6, -2.5))), finish_reason="stop")
+    likely = LikelyToken(5, -0.1, (0xC3,))
+    event = TokenEvent(5, "é", 0, 0.5, logprobs=TokenLogprobs(likely, (likely, likely)), finish_reason="stop")
     for value in (request, event):
         adapter = TypeAdapter(type(value))
         assert adapter.validate_json(adapter.dump_json(value)) == value

@@ -9,8 +9,8 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from runtime.generate import FinishReason, TokenEvent
-from runtime.sampling import SamplingOptions, TokenLogprobs
+from runtime.generate import FinishReason, LikelyToken, TokenEvent, TokenLogprobs
+from runtime.sampling import SamplingOptions
 from runtime.server.errors import ApiError
 from runtime.server.openai import ChatRequest, CompletionRequest, parse_request
 from runtime.server.replies import Answer, Form, Timings, Usage
@@ -251,13 +251,16 @@ def events(data: bytes) -> list[Any]:
 
 
 def said(text: str, reason: FinishReason | None = None, logprob: float | None = None) -> TokenEvent:
-    logprobs = None if logprob is None else TokenLogprobs(logprob, ((ord("x"), -0.5), (ord("y"), -float("inf"))))
+    logprobs = None
+    if logprob is not None:
+        rivals = (LikelyToken(120, -0.5, (120,)), LikelyToken(121, -float("inf"), (121,)))
+        logprobs = TokenLogprobs(LikelyToken(ord(text[0]), logprob, tuple(text.encode()[:1])), rivals)
     return TokenEvent(ord(text[0]) if text else None, text, 0, 0.1, finish_reason=reason, logprobs=logprobs)
 
 
 def form(*, chat: bool = True, include_usage: bool = False, echo: str = "", tools: bool = False) -> Form:
     calls = (lambda: ToolCallReader("hermes", frozenset({"f"}))) if tools else None
-    return Form("m", chat, lambda token: bytes([token]), include_usage, echo, calls)
+    return Form("m", chat, include_usage, echo, calls)
 
 
 USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1)
@@ -318,7 +321,7 @@ def test_calls_are_openai_types_whole_and_streamed() -> None:
 
 
 def test_probabilities_are_openai_types() -> None:
-    tokens = [said("x", logprob=-0.25), said("é"[:1], logprob=-2.0), said("", "stop")]
+    tokens = [said("x", logprob=-0.25), said("é", logprob=-2.0), said("", "stop")]
     chat_answer = ChatCompletion.model_validate(Answer(form()).whole([tokens], USAGE, TIMINGS))
     assert chat_answer.choices[0].logprobs is not None
     content = chat_answer.choices[0].logprobs.content
@@ -329,6 +332,7 @@ def test_probabilities_are_openai_types() -> None:
     assert plain.choices[0].logprobs is not None
     assert plain.choices[0].logprobs.token_logprobs == [-0.25, -2.0]
     assert plain.choices[0].logprobs.text_offset == [0, 1]
+    assert plain.choices[0].logprobs.tokens == ["x", "bytes:\\xc3"]  # half a character, as OpenAI spells it
     answer = Answer(form())
     data = answer.pieces(0, [said("", None), *tokens]) + answer.closing(USAGE, TIMINGS)
     streamed = [ChatCompletionChunk.model_validate(chunk).choices[0].logprobs for chunk in events(data)[:-1]]

@@ -13,8 +13,8 @@ from fake_engine import EOS, VOCABULARY, FakeEngine, FakeTokenizer, next_letter
 from edgelm.errors import EngineError
 from runtime.constraint import choice_grammar
 from runtime.engine import Chunk, EngineInterruptedError, Logits
-from runtime.generate import GenerationRequest, Session, TokenEvent, generate
-from runtime.sampling import SamplingOptions, TokenLogprobs
+from runtime.generate import GenerationRequest, Session, TokenEvent, TokenLogprobs, generate
+from runtime.sampling import SamplingOptions
 from runtime.server.metrics import Metrics
 from runtime.server.scheduler import SHARED_PREFILL_TOKENS, Failure, Job, JobEvent, Scheduler
 
