@@ -75,7 +75,8 @@ def choices(
     """
     check_options(options)
     profile = load_profile(options.target)
-    checkpoint = open_checkpoint(open_source(options.source))
+    checkpoint = open_checkpoint(open_source(options.source, progress, headers_only=not measure))
+    check_checkpoint(checkpoint)
     found: list[Candidate] = []
     try:
         if measure and options.quant.lower() == "auto" and measuring_obstacle(options, checkpoint) is None:
@@ -123,8 +124,10 @@ class Prepared:
     measured: Measured | None = None
 
 
-def prepare(options: ExportOptions, progress: Progress = SILENT) -> Prepared:
+def prepare(options: ExportOptions, progress: Progress = SILENT, *, headers_only: bool = False) -> Prepared:
     """Read the source's headers and resolve the plan: what ``--dry-run`` shows. Writes nothing but the cache.
+
+    ``headers_only`` leaves weights on the hub, if the plan needs none: a mix that was named.
 
     ``auto`` keeps a quantised source that fits as it is. Else it measures what each tensor loses in each type when
     torch and transformers are installed, and chooses among the usual mixes when not.
@@ -133,7 +136,8 @@ def prepare(options: ExportOptions, progress: Progress = SILENT) -> Prepared:
     """
     check_options(options)
     profile = load_profile(options.target)
-    checkpoint = open_checkpoint(open_source(options.source))
+    headers_only = headers_only and options.quant.lower() != "auto"
+    checkpoint = open_checkpoint(open_source(options.source, progress, headers_only=headers_only))
     check_checkpoint(checkpoint)
     if options.quant.lower() != "auto":
         return Prepared(checkpoint, resolve(options, checkpoint, profile))

@@ -74,7 +74,8 @@ def command(
 ) -> None:
     """Turn SOURCE into a bundle for one target: planned, quantised and proven.
 
-    SOURCE is a checkpoint directory, a .gguf file, a hub id (org/name) or demo:smollm2.
+    SOURCE is a checkpoint directory, a .gguf file, a hub id (org/name, org/name@revision)
+    or demo:smollm2.
 
     \b
     Example:
@@ -105,7 +106,7 @@ def command(
     )
     started = time.monotonic()
     if dry_run:
-        plan = prepare(options, stderr_progress()).plan
+        plan = prepare(options, stderr_progress(), headers_only=True).plan
         if as_json:
             print_json({**summary(plan, plan.artifact_bytes, None), "dry_run": True, "plan": plan.model_dump()})
         else:
