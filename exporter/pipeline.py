@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelm import bundle as bundles
-from edgelm.bundle import Bundle, ExportPlan, FileRecord, Manifest, Quality, SourceRecord, TokenIdentity
+from edgelm.bundle import Bundle, ExportPlan, FileRecord, Manifest, Quality, SourceRecord, TensorPlan, TokenIdentity
 from edgelm.errors import CheckpointError, DoesNotFitError, ProofError, UsageError
 from edgelm.progress import SILENT, Progress
 from exporter import automatic, cache, damage, quality, tokenizer
@@ -30,11 +30,12 @@ from exporter.architectures.base import ModelDescription
 from exporter.automatic import Point
 from exporter.calibration import open_calibration
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
-from exporter.gguf import check_room, write_errors, write_gguf, write_head, write_tensors
+from exporter.gguf import RowQuantizer, check_room, write_errors, write_head, write_tensors
 from exporter.options import ExportOptions, check_options
 from exporter.plan import Candidate, candidates, choose, file_type, resolve, unchanged
 from exporter.preflight import check_checkpoint
 from exporter.reference import torch_obstacle
+from exporter.resume import Writer, key_of_artifact, write_in_parts
 from exporter.tokenizer import SourceTokenizer
 from targets.profile import TargetProfile, load_profile
 
@@ -160,31 +161,52 @@ def prepare(options: ExportOptions, progress: Progress = SILENT, *, headers_only
     return Prepared(checkpoint, plan.model_copy(update={"notes": (*plan.notes, note)}))
 
 
-def export(options: ExportOptions, destination: Path, *, force: bool = False, progress: Progress = SILENT) -> Bundle:
+def export(
+    options: ExportOptions,
+    destination: Path,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress = SILENT,
+) -> Bundle:
     """Make a proven bundle at ``destination``.
 
     Raises what ``prepare`` raises, ``BundleError`` when it cannot be written, and ``ProofError`` when tokens differ or
-    the quality limit is missed. Whatever is raised, nothing new is left behind and an earlier bundle is untouched.
+    the quality limit is missed. Whatever is raised, nothing new is left behind and an earlier bundle is untouched; with
+    ``resume``, finished tensors stay in a hidden directory beside it when interrupted, and the next such call goes on.
     """
     bundles.check_destination(destination, force=force)
     prepared = prepare(options, progress)
     checkpoint, plan = prepared.checkpoint, prepared.plan
     description = describe(checkpoint)
-    check_room(destination.parent, plan.artifact_bytes)
+    if resume and plan.format != "gguf":
+        raise UsageError(f"--resume is for GGUF; {plan.format} is written as a whole", hint="leave it out")
+    check_room(destination.parent, plan.artifact_bytes - (bundles.kept_bytes(destination) if resume else 0))
+    journal = bundles.journal_path(destination) if resume else None
     words = _load_words(checkpoint, plan, progress)
     _check_vocabulary(checkpoint, description, words)
-    with bundles.new_bundle(destination, force=force) as staging, _Aside(prepared) as aside:
-        artifact = _write_artifact(staging, prepared, description, words, progress, aside)
+    with bundles.new_bundle(destination, force=force, resume=resume) as staging, _Aside(prepared) as aside:
+        _clear(staging, ARTIFACTS[plan.format])
+        artifact = _write_artifact(staging, prepared, description, words, progress, aside, journal)
         _check_size(options, artifact)
         _write_texts(staging, words)
         identity = aside.identity(words, artifact)
         measured = _measure(options, checkpoint, artifact, identity, progress)
         if prepared.measured is not None and measured is not None:
+            if journal is not None:
+                journal.unlink(missing_ok=True)  # the artefact may become another one
             plan, measured = _along_the_front(options, prepared, artifact, measured, progress)
         _check_quality(options, measured)
         hashes = aside.source_hashes(progress)
         _write_manifest(staging, Prepared(checkpoint, plan), hashes, measured, progress)
     return bundles.open_bundle(destination, check_hashes=False)
+
+
+def _clear(staging: Path, artifact: str) -> None:
+    """An earlier attempt may have left more than its artefact."""
+    for path in staging.iterdir():
+        if path.name != artifact:
+            path.unlink()
 
 
 def _load_words(checkpoint: Checkpoint, plan: ExportPlan, progress: Progress) -> SourceTokenizer:
@@ -267,8 +289,8 @@ class _Aside(AbstractContextManager["_Aside"]):
         self._pool.shutdown(cancel_futures=True)
 
     def prove(self, words: SourceTokenizer, artifact: Path) -> None:
-        """Begin the proof of an artefact whose vocabulary is written."""
-        self._proof = self._pool.submit(_prove_tokens, words, artifact)
+        """Begin the proof of an artefact whose vocabulary is written, once."""
+        self._proof = self._proof or self._pool.submit(_prove_tokens, words, artifact)
 
     def identity(self, words: SourceTokenizer, artifact: Path) -> TokenIdentity:
         """The result of the proof, which begins now if it has not. Raises ``ProofError``."""
@@ -292,8 +314,12 @@ def _write_artifact(
     words: SourceTokenizer,
     progress: Progress,
     aside: _Aside | None = None,
+    journal: Path | None = None,
 ) -> Path:
-    """Write the planned tensors; types that were measured are rounded as they were then, and kept in the cache."""
+    """Write the planned tensors; types that were measured are rounded as they were then, and kept in the cache.
+
+    With a ``journal``, what it says is there is not written again.
+    """
     checkpoint, plan = prepared.checkpoint, prepared.plan
     if plan.format == "onnx":
         from exporter.onnx_bundle import write_artifact  # needs the onnx package, which the GGUF way does without
@@ -301,26 +327,38 @@ def _write_artifact(
         return write_artifact(staging, checkpoint, description, plan, words, progress)
     artifact = staging / ARTIFACTS[plan.format]
     metadata = _metadata(plan, description, words)
+
+    def fill(quantizers: Mapping[str, RowQuantizer], further: str) -> None:
+        def tensors(position: int, plans: Sequence[TensorPlan], inner: Progress) -> None:
+            if aside is not None:
+                aside.prove(words, artifact)
+            sources = description.tensors
+            write_tensors(artifact, position, checkpoint, sources, plans, progress=inner, quantizers=quantizers)
+
+        writer = Writer(lambda: write_head(artifact, checkpoint.architecture, metadata, plan.tensors), tensors)
+        if journal is None:
+            tensors(writer.head(), plan.tensors, progress)
+        else:
+            key = key_of_artifact(checkpoint, plan.tensors, hash_of_metadata(metadata), further)
+            write_in_parts(journal, key, artifact, plan.tensors, writer, progress)
+
     if prepared.measured is None:
-        data_start = write_head(artifact, checkpoint.architecture, metadata, plan.tensors)
-        if aside is not None:
-            aside.prove(words, artifact)
-        write_tensors(artifact, data_start, checkpoint, description.tensors, plan.tensors, progress=progress)
+        fill({}, "")
         return artifact
     analysis = prepared.measured.analysis
     types = [(item.name, item.type) for item in plan.tensors]
     key = cache.key_of("artifact", analysis.key, types, hash_of_metadata(metadata))
     held = cache.find(key)
     if held is not None and (held / artifact.name).is_file():
+        if journal is not None:
+            journal.unlink(missing_ok=True)
         with write_errors(artifact):
             shutil.copyfile(held / artifact.name, artifact)
         return artifact
     with progress.stage("preparing rounding", 1) as stage:
         quantizers = damage.quantizers(analysis.statistics)
         stage.advance()
-    write_gguf(
-        artifact, checkpoint, description.tensors, plan.tensors, metadata, progress=progress, quantizers=quantizers
-    )
+    fill(quantizers, analysis.key)
     with cache.new_entry(key) as directory:
         if directory is not None:
             shutil.copyfile(artifact, directory / artifact.name)
