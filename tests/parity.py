@@ -159,6 +159,11 @@ LONGROPE = {
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 GEMMA = {**COMMON, "head_dim": 32, "sliding_window": 48, "num_hidden_layers": 6}
+FULL = ["full_attention"] * 4
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2} | {
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 ROWS = (
     Row("llama", "llama", {**COMMON, "head_dim": 24}),
@@ -200,6 +205,20 @@ ROWS = (
         contexts=(256, 1024),
     ),
     Row("gpt2", "gpt2", {**GPT2, **GPT2_IDS}),
+    Row(
+        "gemma3, text of a model that sees",
+        "gemma3",
+        {"text_config": {**GEMMA, "query_pre_attn_scalar": 24, "model_type": "gemma3_text"}, "vision_config": VISION}
+        | {"mm_tokens_per_image": 4, "eos_token_id": [2, 0], "bos_token_id": 1},
+    ),
+    Row("exaone4", "exaone4", {**COMMON, "sliding_window": None, "rope_scaling": LLAMA3, "layer_types": FULL}),
+    Row("ernie4_5", "ernie4_5", {**COMMON, "head_dim": 24}),
+    Row("hunyuan_v1_dense", "hunyuan_v1_dense", {**COMMON, "head_dim": 24, "tie_word_embeddings": True}),
+    Row(
+        "hunyuan_v1_dense, long base",
+        "hunyuan_v1_dense",
+        {**COMMON, "head_dim": 16, "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}},
+    ),
     Row("smollm3", "smollm3", {**COMMON, "num_hidden_layers": 8}),
     Row("olmo2", "olmo2", COMMON),
     Row("olmo2, tied", "olmo2", {**COMMON, "tie_word_embeddings": True}),

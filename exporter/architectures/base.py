@@ -76,7 +76,8 @@ class Structure:
 
     ``rotary`` None: positions are learned rows. ``windows`` per layer: how many tokens attention sees, 0 for all.
     ``norm_place``: norms follow attention and feed-forward network ("after"), precede them ("before") or both.
-    ``query_norm``: of each head, or of all heads together. Scales of 1 and soft-caps of 0 do nothing.
+    ``query_norm``: of each head, or of all heads together, before rotation or after it. Scales of 1 and soft-caps of 0
+    do nothing.
     """
 
     norm: Literal["rms", "layer"]
@@ -94,6 +95,7 @@ class Structure:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
+    norm_after_rotation: bool = False
 
 
 @dataclass(frozen=True)

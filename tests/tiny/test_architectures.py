@@ -47,7 +47,8 @@ def test_document_has_every_row_and_no_other() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "llama, layers of different widths"]
+    "name",
+    ["qwen2", "gemma3, text of a model that sees", "phi3", "gpt2", "gpt_neox", "llama, layers of different widths"],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_whole_export_of_a_family(name: str, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ class _Source:
 def describe_checkpoint(checkpoint: Checkpoint, family: Family) -> ModelDescription:
     """Describe a checkpoint of a family. Raises ``CheckpointError`` with every setting and tensor in the way."""
     problems = Problems(checkpoint.source.location)
+    checkpoint = _text_part(checkpoint, family)
     source = _Source(checkpoint, family)
     _check_settings(source, problems)
     _check_types(source, problems)
@@ -111,6 +112,17 @@ def describe_checkpoint(checkpoint: Checkpoint, family: Family) -> ModelDescript
     }
     named = {key.format(arch=target.name): value for key, value in metadata.items()}
     return ModelDescription(target.name, dimensions, {**general, **named}, tuple(tensors), structure, notes)
+
+
+def _text_part(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """A checkpoint as a text model: settings of that part, tensors of other parts left out."""
+    if family.text_config is None:
+        return checkpoint
+    settings = checkpoint.config.get(family.text_config)
+    if not isinstance(settings, Mapping):
+        raise CheckpointError(f"{checkpoint.source.location}: config.json: {family.text_config} is no table")
+    tensors = {name: item for name, item in checkpoint.tensors.items() if not name.startswith(family.left_out)}
+    return replace(checkpoint, config={**family.defaults, **settings}, tensors=tensors)
 
 
 # --- settings and sizes
@@ -342,7 +354,7 @@ def _mapped(
     actual = source.shape(weight, transposed=rule.transposed) or (0,) * len(rule.widths)
     padded = (*actual, *(0,) * len(rule.widths))
     shape = tuple(widths.get(width, padded[axis]) for axis, width in enumerate(rule.widths))
-    interleave = head if rule.rotary and target.adjacent else 0
+    interleave = head if rule.rotary and target.adjacent and not source.family.adjacent else 0
     split = head if rule.split else 0
     bias = source.name(rule, layer, "bias")
     if rule.bias == "required" or (rule.bias == "optional" and bias in source.checkpoint.tensors):
@@ -434,6 +446,7 @@ def _structure(source: _Source, sizes: _Sizes, rope: RopeDescription | None, win
         ),
         residual_scale=numbers.get(Keys.LLM.RESIDUAL_SCALE, 1.0),
         logit_divisor=numbers.get(Keys.LLM.LOGIT_SCALE, 1.0),
+        norm_after_rotation=family.norm_after_rotation,
     )
 
 

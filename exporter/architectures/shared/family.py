@@ -96,7 +96,9 @@ class Family:
     means; the first is the default). ``ignored`` are endings of buffers that follow from the configuration.
     ``scaled_embedding``: the graph multiplies it by the root of the hidden size. ``query_scalar`` is (setting, default)
     of what attention scores are divided by the root of, where the graph divides by that of the head size. ``check``
-    names what else stands in the way.
+    names what else stands in the way. ``adjacent``: the source's own rows have rotation partners side by side.
+    ``norm_after_rotation``: of queries and keys. ``text_config`` names the part of config.json that counts;
+    ``defaults`` stand in for settings that it leaves out; tensors that begin with ``left_out`` are not the text's.
     """
 
     targets: tuple[Target, ...]
@@ -121,6 +123,11 @@ class Family:
     query_scalar: tuple[str, float] | None = None
     skipped_rotation: Callable[[Checkpoint, int], tuple[int, ...]] | None = None
     check: Callable[[Checkpoint], list[str]] | None = None
+    adjacent: bool = False
+    norm_after_rotation: bool = False
+    text_config: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
 
 SILU = {"hidden_act": ("silu", "swish")}
