@@ -225,10 +225,12 @@ class _Worker:
         header = self._checkpoint.tensors[slab.description.source_name]
         source_type = weight_type(header)
         rows = slab.stop - slab.start
-        columns = header.elements // max(1, self._rows(slab))
+        shape = slab.plan.shape
+        columns = 1 if len(shape) == 1 and _reordered(slab.description) else shape[-1]  # as in _slabs
         row_bytes = ggml.TYPES[source_type].row_bytes(columns)
         size_bytes = rows * row_bytes
-        raw = self._reader.read(header, slab.start * row_bytes, size_bytes, self._buffer("raw", size_bytes))
+        first = (slab.start + slab.description.skipped) * row_bytes
+        raw = self._reader.read(header, first, size_bytes, self._buffer("raw", size_bytes))
         if slab.description.interleave:
             raw = interleave_rows(raw.reshape(rows, row_bytes), slab.description.interleave).reshape(-1)
         if slab.description.split:
@@ -245,11 +247,6 @@ class _Worker:
         out = self._buffer("out", slab.size_bytes)
         quantize = self._quantizers.get(slab.plan.name, ggml.quantize)
         return quantize(floats.reshape(rows, columns), slab.plan.type, out)
-
-    @staticmethod
-    def _rows(slab: _Slab) -> int:
-        shape = slab.plan.shape
-        return shape[0] if len(shape) == 1 and _reordered(slab.description) else math.prod(shape[:-1])
 
     def _buffer(self, name: str, size_bytes: int) -> ggml.Bytes:
         held: ggml.Bytes | None = getattr(self._buffers, name, None)

@@ -81,12 +81,14 @@ of any logit, as the engine runs and with plain instead of flash attention, whic
 Logits spread as the last column says. Networks with GELU go through a table of 16-bit values in llama.cpp.
 
 Side by side with `convert_hf_to_gguf.py` of the llama.cpp in llama-cpp-python 0.3.36, on the same models: the same
-tensors with the same numbers and the same values for every key that both write. What differs is on purpose: query
+tensors with the same bytes and the same values for every key that both write, and ten families answer with the same
+greedy tokens in `llama-server` (`tests/tiny/test_peer_tools.py`, after `make peers`). What differs is on purpose: query
 scales of Gemma 2 and 3 that are not the head size are kept (folded into the queries or their norm), windows are
 written layer by layer so that pruned layers keep theirs, rotation bases are always written (the script leaves those of
 StableLM, Pythia and Gemma 2 to a default of 10000), a tied OLMo 2 gets the output matrix that its graph needs, and
 GPT-2 configurations without `n_ctx` work. Layers of different widths, and heads that do not add up to the hidden
-size, have no counterpart there.
+size, have no counterpart there. The converter writes a window for every Phi 3, also where it is as long as the
+context, and no vocabulary size, head sizes, yarn betas or rules for BOS and EOS where llama.cpp has defaults or guesses.
 
 A model whose attention has windows that the GGUF architecture lacks (Mistral 7B v0.1, Phi 3 mini 4k, StarCoder 2, Qwen
 with `use_sliding_window`) gets a context that ends where the window begins, with a note in the plan.
@@ -227,6 +229,14 @@ ROWS = (
         "granite",
         {**COMMON, "attention_multiplier": 0.2, "embedding_multiplier": 6.0, "residual_multiplier": 0.4}
         | {"logits_scaling": 3.0, "tie_word_embeddings": True},
+    ),
+    Row(
+        "granitemoehybrid, dense",
+        "granitemoehybrid",
+        {**COMMON, "layer_types": ["attention"] * 4, "shared_intermediate_size": 96, "num_local_experts": 0}
+        | {"position_embedding_type": "rope", "attention_multiplier": 0.2, "embedding_multiplier": 6.0}
+        | {"residual_multiplier": 0.4, "logits_scaling": 3.0, "tie_word_embeddings": True}
+        | {"mamba_n_heads": 4, "mamba_d_head": 32},
     ),
     Row("stablelm", "stablelm", {**COMMON, "partial_rotary_factor": 0.25, "use_qkv_bias": True}),
     Row("stablelm, parallel", "stablelm", {**COMMON, "partial_rotary_factor": 0.5, "use_parallel_residual": True}),
