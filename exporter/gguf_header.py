@@ -29,8 +29,8 @@ def encode_header(architecture: str, metadata: Mapping[str, Any], plans: Sequenc
     """Bytes up to the first tensor, which starts aligned right after them.
 
     ``metadata`` are all other keys (a ``general.architecture`` among them wins), as plain Python values: a whole number
-    is stored as uint32 (as int32 or int64 when it does not fit), a float as float32, bytes as an array of uint8; lists
-    hold one kind of value. Raises ``TypeError`` for anything else.
+    is stored as uint32 (as int32 or int64 when it does not fit), a float as float32, lists hold one kind of value,
+    bytes are an array of uint8. Raises ``TypeError`` for anything else.
     """
     entries = {"general.architecture": architecture, **metadata}
     parts = [_MAGIC, struct.pack("<IQQ", _VERSION, len(plans), len(entries))]

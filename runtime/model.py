@@ -16,7 +16,7 @@ from edgelm.bundle import MANIFEST_NAME, Bundle, Manifest, open_bundle
 from edgelm.errors import BundleError, DoesNotFitError, UsageError
 from edgelm.units import format_bytes
 from runtime.chat import ChatTemplate, Message
-from runtime.engine import Engine, EngineOptions
+from runtime.engine import Engine, EngineInfo, EngineOptions
 from runtime.engines.llamacpp import LlamaVocabulary, kv_bytes_per_token, load_engine
 from runtime.gguf_header import GGUFHeader, read_gguf_header, workload_from_gguf
 from runtime.tokenizer import GgufTokenizer, JsonTokenizer, TextTokenizer
@@ -32,34 +32,46 @@ _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """Everything that answering needs. ``bos`` is the token that plain text has to start with, None for most models.
+class PromptingModel:
+    """What turns messages and text into prompts, wherever the engine is. ``bos`` is the token that plain text has to
+    start with, None for most models.
 
-    ``artifact`` is the model file, ``manifest`` None for a bare one, ``chat_template`` None for base models.
+    ``manifest`` is None for a bare model file, ``chat_template`` None for base models.
     """
 
     name: str
-    artifact: Path
-    engine: Engine
     tokenizer: TextTokenizer
     chat_template: ChatTemplate | None
     stop_tokens: frozenset[int]
     bos: int | None
     manifest: Manifest | None
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation up to the place where the assistant answers.
+    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        """Token ids of a conversation up to the place where the assistant answers; ``tools`` as templates want them.
 
         Raises ``UsageError`` when the model has no chat template or the template refuses the messages.
         """
         if self.chat_template is None:
             raise UsageError(f"{self.name} has no chat template", hint="it completes text: use a plain prompt")
-        return self.tokenizer.encode(self.chat_template.render(messages))
+        return self.tokenizer.encode(self.chat_template.render(messages, tools=tools))
 
     def text_prompt(self, text: str) -> list[int]:
         """Token ids of plain text to continue; special tokens written in it are not recognised."""
         ids = self.tokenizer.encode(text, special=False)
         return ids if self.bos is None else [self.bos, *ids]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel(PromptingModel):
+    """Everything that answering needs, in this process. ``artifact`` is the model file."""
+
+    artifact: Path
+    engine: Engine
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine says of itself."""
+        return self.engine.info
 
     def close(self) -> None:
         """Free the engine."""
