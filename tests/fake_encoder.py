@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 from fake_engine import BOS, EOS, VOCABULARY, FakeTokenizer, wait_until
-from live_server import LiveServer
+from live_server import LiveServer, running_server
 
 from edgelm.errors import EngineError
 from runtime.embedding import LoadedEncoder
 from runtime.encoder import EncoderInfo, Vectors, check_sequences
 from runtime.engine import EngineInterruptedError
+from runtime.server.embedding_worker import EmbeddingWorker
 from runtime.server.limits import Access
-from runtime.server.serving import bind, make_embedding_server
+from runtime.server.metrics import Metrics
 
 
 @dataclass
@@ -104,17 +105,7 @@ def fake_encoder_model(encoder: FakeEncoder, *, normalized: bool = False) -> Loa
 @contextmanager
 def live_embedding_server(model: LoadedEncoder, access: Access | None = None) -> Iterator[LiveServer]:
     """Serve ``model`` on a free loopback port until the block ends; waits for readiness, and for every thread."""
-    access = access or Access()
-    listener = bind("127.0.0.1", 0)
-    server, worker = make_embedding_server(model, access, drain_s=5)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server")
-    worker.start()
-    thread.start()
-    try:
-        assert wait_until(lambda: server.started and worker.state != "starting")
-        yield LiveServer(listener.getsockname()[1], worker, (access.key or b"none").decode())  # type: ignore[arg-type]
-    finally:
-        server.should_exit = True
-        thread.join(10)
-        worker.stop()
-        assert not thread.is_alive()
+    metrics = Metrics()
+    with running_server(EmbeddingWorker(model, metrics), metrics, access) as running:
+        assert wait_until(lambda: running.worker.state != "starting", 30)
+        yield running

@@ -135,6 +135,13 @@ def test_an_encoder_generates_nothing(client: openai.OpenAI) -> None:
         client.completions.create(model="fake", prompt="a")
 
 
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
+def test_an_encoder_generates_nothing_for_ollama_s_clients(server: LiveServer, path: str) -> None:
+    status, answer = server.post(path, {"model": "fake", "prompt": "a"})
+    assert status == 400
+    assert "is an encoder" in answer["error"]  # Ollama's errors are a text
+
+
 def test_a_decoder_makes_no_vectors() -> None:
     with live_server(fake_model(FakeEngine())) as server:
         status, answer = server.post("/v1/embeddings", {"input": "a"})
