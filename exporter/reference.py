@@ -33,6 +33,7 @@ from exporter.gguf import write_gguf
 from exporter.tokenizer import read_tokenizer
 from runtime.engine import Chunk, Engine, EngineOptions, Logits
 from runtime.engines.llamacpp import load_engine
+from runtime.engines.llamacpp_inputs import InputSquares
 from targets.host import available_memory, default_threads
 
 BATCH = 128
@@ -295,6 +296,27 @@ def _halves(rows: Floats, head_size: int) -> Floats:
 def _open_engine(
     checkpoint: Checkpoint, description: ModelDescription, context: int, progress: Progress
 ) -> Iterator[ScoringModel]:
+    with _engine_and_type(checkpoint, description, context, None, progress) as (engine, kind):
+        yield EngineModel(engine, f"{engine.info.engine} {kind}")
+
+
+@contextmanager
+def open_observed_engine(
+    checkpoint: Checkpoint, context: int, observer: InputSquares, progress: Progress
+) -> Iterator[Engine]:
+    """The unquantised model in the engine, its matrices' inputs seen by ``observer``. Raises ``DoesNotFitError``."""
+    with _engine_and_type(checkpoint, describe(checkpoint), context, observer, progress) as (engine, _):
+        yield engine
+
+
+@contextmanager
+def _engine_and_type(
+    checkpoint: Checkpoint,
+    description: ModelDescription,
+    context: int,
+    observer: InputSquares | None,
+    progress: Progress,
+) -> Iterator[tuple[Engine, str]]:
     """The checkpoint unquantised as a temporary GGUF: in F32 when that fits, else in the source's own types."""
     with tempfile.TemporaryDirectory(prefix="edgelm-reference-") as directory:
         plans, kind = _reference_plans(checkpoint, description, Path(directory))
@@ -306,9 +328,9 @@ def _open_engine(
         }
         write_gguf(path, checkpoint, description.tensors, plans, metadata, progress=progress)
         options = EngineOptions(context=context, batch=BATCH, kv_type="f32", all_logits=True)
-        engine = load_engine(path, options)
+        engine = load_engine(path, options, observer)
         try:
-            yield EngineModel(engine, f"{engine.info.engine} {kind}")
+            yield engine, kind
         finally:
             engine.close()
 
