@@ -24,7 +24,8 @@ from exporter.checkpoint import Checkpoint
 from exporter.quality import MIN_TOKENS, windows_between
 from exporter.reference import open_torch_model
 from exporter.texts import Text, calibration_text, evaluation_text, read_text
-from exporter.tokenizer import SourceTokenizer, open_tokenizer
+from exporter.token_identity import open_tokenizer
+from exporter.tokenizer import SourceTokenizer
 from runtime.chat import ChatTemplate
 
 WINDOW = 512
