@@ -33,7 +33,8 @@ from exporter.gguf import write_gguf
 from exporter.options import ExportOptions
 from exporter.reference import BATCH, EngineModel, ScoringModel, open_reference
 from exporter.texts import calibration_text, evaluation_text, read_text
-from exporter.tokenizer import load_tokenizer, open_tokenizer
+from exporter.token_identity import open_tokenizer
+from exporter.tokenizer import load_tokenizer
 from runtime.engine import EngineOptions, Logits
 from runtime.engines import load_engine
 from targets.profile import load_profile

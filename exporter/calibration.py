@@ -33,7 +33,7 @@ STATISTICS_WINDOWS = 12
 PROBE_WINDOWS = 3
 SELF = "self"
 _SEED = 11
-_SELF_SEQUENCES = 16
+_SELF_SEQUENCES = STATISTICS_WINDOWS + PROBE_WINDOWS  # each one a window, which then starts with a question
 # What a model is asked when it writes its own calibration text: kinds of answers, not facts.
 QUESTIONS = (
     "Explain in a few sentences how photosynthesis works.",

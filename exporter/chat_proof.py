@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from edgelm.bundle import ChatProof
-from edgelm.errors import BundleError, CheckpointError, ProofError, UsageError
+from edgelm.errors import BundleError, ProofError, UsageError
 from edgelm.progress import Progress
+from exporter.architectures import describe
 from exporter.checkpoint import Checkpoint
 from exporter.tokenizer import SourceTokenizer
 from runtime.chat import ChatTemplate
@@ -70,7 +71,8 @@ def prove_chat(
                         hint="no bundle is good whose prompts differ: every answer would be spoilt",
                     )
             stage.advance()
-        text, tokens, stopped = _smoke(directory, artifact, template, words)
+        context = min(_CONTEXT, describe(checkpoint).dimensions.context_trained)
+        text, tokens, stopped = _smoke(directory, artifact, template, words, context)
         stage.advance()
     return ChatProof(
         compared_with=compared_with,
@@ -94,7 +96,9 @@ def _expected(
 ) -> tuple[str, list[tuple[str, str]]]:
     """Who says what prompts have to be, and every conversation with and without the head of the answer."""
     if checkpoint.source.kind == "huggingface" and importlib.util.find_spec("transformers") is not None:
-        return _by_transformers(checkpoint)
+        told = _by_transformers(checkpoint)
+        if told is not None:
+            return told
     assert words.chat_template is not None
     template = ChatTemplate(words.chat_template, names)
     found = [
@@ -104,7 +108,8 @@ def _expected(
     return "the source's template", found
 
 
-def _by_transformers(checkpoint: Checkpoint) -> tuple[str, list[tuple[str, str]]]:
+def _by_transformers(checkpoint: Checkpoint) -> tuple[str, list[tuple[str, str]]] | None:
+    """None for a tokenizer that transformers cannot load, or in which it finds no template."""
     import jinja2
     import transformers
 
@@ -112,8 +117,10 @@ def _by_transformers(checkpoint: Checkpoint) -> tuple[str, list[tuple[str, str]]
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             checkpoint.source.path, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(f"transformers cannot load the tokenizer: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError, RuntimeError):
+        return None
+    if tokenizer.chat_template is None:
+        return None
 
     def rendered(conversation: Conversation, generation_prompt: bool) -> str:
         given: list[dict[str, Any]] = [dict(message) for message in conversation]
@@ -126,8 +133,10 @@ def _by_transformers(checkpoint: Checkpoint) -> tuple[str, list[tuple[str, str]]
     return name, [(rendered(item, True), rendered(item, False)) for item in CONVERSATIONS]
 
 
-def _smoke(directory: Path, artifact: Path, template: ChatTemplate, words: SourceTokenizer) -> tuple[str, int, bool]:
-    """The greedy answer to ``QUESTION``, its tokens, and whether the model ended it."""
+def _smoke(
+    directory: Path, artifact: Path, template: ChatTemplate, words: SourceTokenizer, context: int
+) -> tuple[str, int, bool]:
+    """The greedy answer to ``QUESTION``, its tokens, and whether the model ended it; no answer where none has room."""
     tokenizer = JsonTokenizer(directory / TOKENIZER)
     try:
         prompt = tokenizer.encode(template.render(CONVERSATIONS[0]))
@@ -136,9 +145,11 @@ def _smoke(directory: Path, artifact: Path, template: ChatTemplate, words: Sourc
     ends = generation_end(directory / GENERATION) if (directory / GENERATION).is_file() else frozenset()
     own = words.gguf_metadata.get("tokenizer.ggml.eos_token_id")
     stop_tokens = ends | ({own} if isinstance(own, int) else set())
-    engine = load_engine(artifact, EngineOptions(context=_CONTEXT))
+    room = min(ANSWER_TOKENS, context - len(prompt))
+    if room < 1:
+        return "", 0, False
+    engine = load_engine(artifact, EngineOptions(context=context))
     try:
-        room = min(ANSWER_TOKENS, engine.info.context - len(prompt))
         request = GenerationRequest(prompt, room, SamplingOptions(temperature=0.0), stop_tokens=frozenset(stop_tokens))
         found = answer(generate(Session(engine), tokenizer, request), len(prompt))
     finally:

@@ -16,7 +16,8 @@ from exporter.checkpoint import open_checkpoint, open_source
 from exporter.importance import collect_importance
 from exporter.options import ExportOptions
 from exporter.pipeline import choices, export, prepare
-from exporter.tokenizer import load_tokenizer, open_tokenizer
+from exporter.token_identity import open_tokenizer
+from exporter.tokenizer import load_tokenizer
 from runtime.gguf_header import read_gguf_header
 from tests.tiny_models import make_tiny_llama
 
