@@ -24,6 +24,11 @@ import click
     "--context", type=click.IntRange(min=16), help="Tokens per answer, prompt included [default: the plan's]."
 )
 @click.option(
+    "--target",
+    metavar="auto|ID|FILE",
+    help="Settle threads, context and memory for this machine (auto) or a profile, and tell why.",
+)
+@click.option(
     "--api-key-file",
     type=click.Path(path_type=Path, dir_okay=False),
     help="File (mode 0600) with the key that clients must send; generated when it does not exist.",
@@ -37,6 +42,7 @@ def command(
     port: int,
     parallel: int,
     context: int | None,
+    target: str | None,
     api_key_file: Path | None,
     allowed_hosts: tuple[str, ...],
 ) -> None:
@@ -53,12 +59,18 @@ def command(
     """
     from runtime.engine import EngineOptions
     from runtime.model import open_model
-    from runtime.server.logs import start_logging
+    from runtime.server.logs import log_event, start_logging
     from runtime.server.serving import ServerOptions, bind, resolve_access, serve
+    from runtime.settings import Asked, choose_settings
 
     options = ServerOptions(host, port, allowed_hosts, api_key_file)
     start_logging()
     access = resolve_access(options)
+    engine_options = EngineOptions(context=context or 0, sequences=parallel)
     with bind(host, port) as listener:
-        model = open_model(bundle, EngineOptions(context=context or 0, sequences=parallel))
+        if target is not None:
+            settings = choose_settings(bundle, target, Asked(context or 0, parallel))
+            log_event("settings", settings.lines())
+            engine_options = settings.options
+        model = open_model(bundle, engine_options)
         serve(model, listener, access)
