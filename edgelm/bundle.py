@@ -13,7 +13,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -232,11 +233,16 @@ class Bundle(Record):
         return self.path / name if any(record.name == name for record in self.manifest.files) else None
 
 
-def file_record(path: Path) -> FileRecord:
-    """Size and SHA-256 of a file, read in pieces of 4 MiB."""
+def file_record(path: Path, *, stopped: Callable[[], bool] = lambda: False) -> FileRecord:
+    """Size and SHA-256 of a file, read in pieces of 4 MiB.
+
+    ``stopped`` is asked before each piece. Raises ``CancelledError`` once it says yes.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while piece := stream.read(4 * 2**20):
+            if stopped():
+                raise CancelledError
             digest.update(piece)
         size_bytes = stream.tell()
     return FileRecord(name=path.name, size_bytes=size_bytes, sha256=digest.hexdigest())

@@ -9,7 +9,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -27,7 +30,7 @@ from exporter.architectures.base import ModelDescription
 from exporter.automatic import Point
 from exporter.calibration import open_calibration
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
-from exporter.gguf import check_room, write_errors, write_gguf
+from exporter.gguf import check_room, write_errors, write_gguf, write_head, write_tensors
 from exporter.options import ExportOptions, check_options
 from exporter.plan import Candidate, candidates, choose, file_type, resolve, unchanged
 from exporter.preflight import check_checkpoint
@@ -50,6 +53,7 @@ class Measured:
 
     checkpoint: Checkpoint
     analysis: Analysis
+    hashes: tuple[FileRecord, ...]
 
     def points(self, options: ExportOptions, profile: TargetProfile) -> list[Point]:
         """The front on a target."""
@@ -110,8 +114,9 @@ def measure_types(options: ExportOptions, checkpoint: Checkpoint, progress: Prog
     _check_vocabulary(checkpoint, description, words)
     context = description.dimensions.context_trained
     text = open_calibration(checkpoint, words, options.calibration, context, progress)
-    hashes = tuple(record.sha256 for record in _hashed(list(checkpoint.files), progress))
-    return Measured(checkpoint, analyse(checkpoint, description, words, text, hashes, progress))
+    hashes = _hashed(checkpoint.files, progress)
+    key = tuple(record.sha256 for record in hashes)
+    return Measured(checkpoint, analyse(checkpoint, description, words, text, key, progress), hashes)
 
 
 @dataclass(frozen=True)
@@ -164,16 +169,17 @@ def export(options: ExportOptions, destination: Path, *, force: bool = False, pr
     check_room(destination.parent, plan.artifact_bytes)
     words = _load_words(checkpoint, plan, progress)
     _check_vocabulary(checkpoint, description, words)
-    with bundles.new_bundle(destination, force=force) as staging:
-        artifact = _write_artifact(staging, prepared, description, words, progress)
+    with bundles.new_bundle(destination, force=force) as staging, _Aside(prepared) as aside:
+        artifact = _write_artifact(staging, prepared, description, words, progress, aside)
         _check_size(options, artifact)
         _write_texts(staging, words)
-        identity = _prove_tokens(words, artifact)
+        identity = aside.identity(words, artifact)
         measured = _measure(options, checkpoint, artifact, identity, progress)
         if prepared.measured is not None and measured is not None:
             plan, measured = _along_the_front(options, prepared, artifact, measured, progress)
         _check_quality(options, measured)
-        _write_manifest(staging, _name(checkpoint, plan), checkpoint, plan, measured, progress)
+        hashes = aside.source_hashes(progress)
+        _write_manifest(staging, Prepared(checkpoint, plan), hashes, measured, progress)
     return bundles.open_bundle(destination, check_hashes=False)
 
 
@@ -239,8 +245,49 @@ def _prove_tokens(words: SourceTokenizer, artifact: Path) -> TokenIdentity:
     return identity
 
 
+class _Aside(AbstractContextManager["_Aside"]):
+    """Hashes of the source and the proof of the tokens, taken in threads while tensors are quantised.
+
+    Leaving the context stops what is still under way.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._stopped = threading.Event()
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="aside")
+        self._proof: Future[TokenIdentity] | None = None
+        known = prepared.measured.hashes if prepared.measured else None
+        self._hashes = self._pool.submit(lambda: known or self._hash(prepared.checkpoint.files))
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def prove(self, words: SourceTokenizer, artifact: Path) -> None:
+        """Begin the proof of an artefact whose vocabulary is written."""
+        self._proof = self._pool.submit(_prove_tokens, words, artifact)
+
+    def identity(self, words: SourceTokenizer, artifact: Path) -> TokenIdentity:
+        """The result of the proof, which begins now if it has not. Raises ``ProofError``."""
+        return self._proof.result() if self._proof else _prove_tokens(words, artifact)
+
+    def source_hashes(self, progress: Progress) -> tuple[FileRecord, ...]:
+        """Records of the source's files, in their order."""
+        with progress.stage("hashing the source", 1) as stage:
+            hashes = self._hashes.result()
+            stage.advance()
+        return hashes
+
+    def _hash(self, files: Sequence[Path]) -> tuple[FileRecord, ...]:
+        return tuple(bundles.file_record(path, stopped=self._stopped.is_set) for path in files)
+
+
 def _write_artifact(
-    staging: Path, prepared: Prepared, description: ModelDescription, words: SourceTokenizer, progress: Progress
+    staging: Path,
+    prepared: Prepared,
+    description: ModelDescription,
+    words: SourceTokenizer,
+    progress: Progress,
+    aside: _Aside | None = None,
 ) -> Path:
     """Write the planned tensors; types that were measured are rounded as they were then, and kept in the cache."""
     checkpoint, plan = prepared.checkpoint, prepared.plan
@@ -251,7 +298,10 @@ def _write_artifact(
     artifact = staging / ARTIFACTS[plan.format]
     metadata = _metadata(plan, description, words)
     if prepared.measured is None:
-        write_gguf(artifact, checkpoint, description.tensors, plan.tensors, metadata, progress=progress)
+        data_start = write_head(artifact, checkpoint.architecture, metadata, plan.tensors)
+        if aside is not None:
+            aside.prove(words, artifact)
+        write_tensors(artifact, data_start, checkpoint, description.tensors, plan.tensors, progress=progress)
         return artifact
     analysis = prepared.measured.analysis
     types = [(item.name, item.type) for item in plan.tensors]
@@ -319,48 +369,47 @@ def _along_the_front(
     return plan, quality_found.model_copy(update={"worst_tensors": worst})
 
 
-def _name(checkpoint: Checkpoint, plan: ExportPlan) -> str:
+def _name(prepared: Prepared) -> str:
+    checkpoint, plan = prepared.checkpoint, prepared.plan
     model = checkpoint.source.location.rsplit("/", 1)[-1].removeprefix("demo:").removesuffix(".gguf")
     return f"{model}-{plan.quant}"
 
 
 def _write_manifest(
     staging: Path,
-    name: str,
-    checkpoint: Checkpoint,
-    plan: ExportPlan,
+    prepared: Prepared,
+    source_hashes: tuple[FileRecord, ...],
     measured: Quality | None,
     progress: Progress,
 ) -> None:
-    written = sorted(path for path in staging.iterdir() if path.is_file())
-    records = _hashed([*checkpoint.files, *written], progress)
+    checkpoint, plan = prepared.checkpoint, prepared.plan
     source = SourceRecord(
         kind=checkpoint.source.kind,
         location=checkpoint.source.location,
         revision=checkpoint.source.revision,
         architecture=checkpoint.architecture,
         parameters=plan.parameters,
-        files=tuple(records[: len(checkpoint.files)]),
+        files=source_hashes,
     )
     manifest = Manifest(
-        name=name,
+        name=_name(prepared),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         format=plan.format,
         artifact=ARTIFACTS[plan.format],
         source=source,
         plan=plan,
         quality=measured,
-        files=tuple(records[len(checkpoint.files) :]),
+        files=_hashed(sorted(path for path in staging.iterdir() if path.is_file()), progress),
         tool_versions={tool: version(tool) for tool in (*_TOOLS, *_FORMAT_TOOLS[plan.format])},
     )
     with write_errors(staging / bundles.MANIFEST_NAME):
         bundles.write_manifest(staging, manifest)
 
 
-def _hashed(paths: list[Path], progress: Progress) -> list[FileRecord]:
+def _hashed(paths: Sequence[Path], progress: Progress) -> tuple[FileRecord, ...]:
     records = []
     with progress.stage("hashing", len(paths), unit="files") as stage:
         for path in paths:
             records.append(bundles.file_record(path))
             stage.advance()
-    return records
+    return tuple(records)

@@ -7,6 +7,7 @@ SentencePiece writes. Does not know how an artefact is written.
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -143,14 +144,15 @@ def open_tokenizer(tokenizer_json: str, name: str) -> Any:
         raise CheckpointError(f"{name} holds no valid tokenizer: {error}") from error
 
 
-def _expected(tokenizer_json: str) -> tuple[list[str], list[tuple[int, ...]]]:
+@functools.lru_cache(maxsize=1)  # asked when the pre-tokenizer is sought and again for the artefact's proof
+def _expected(tokenizer_json: str) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
     tokenizer = open_tokenizer(tokenizer_json, "tokenizer.json")
     added = tokenizer.get_added_tokens_decoder()
     texts = list(hard_corpus([added[index].content for index in sorted(added)]))
     # Spaces are a matter of both sides, and tried; Unicode forms have no place in llama.cpp.
     if tokenizer.normalizer is not None and not is_sentencepiece(json.loads(tokenizer_json)):
         texts = [tokenizer.normalizer.normalize_str(text) for text in texts]
-    return texts, [tuple(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
+    return tuple(texts), tuple(tuple(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts)
 
 
 def _first_difference(

@@ -8,7 +8,6 @@ vocabulary functions that a bare GGUF needs. Importing this module does not load
 from __future__ import annotations
 
 import ctypes
-import importlib
 import importlib.metadata
 import os
 import re
@@ -24,6 +23,7 @@ import numpy as np
 from edgelm.errors import BundleError, EngineError, UsageError
 from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits, check_chunks
 from runtime.gguf_header import read_gguf_header, workload_from_gguf
+from runtime.libllama import import_declarations
 from targets.host import default_threads
 
 _KV_BYTES_PER_ELEMENT = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}  # ggml blocks: q8_0 is 32 int8 and one f16 scale
@@ -71,7 +71,7 @@ def load_library() -> Any:
     with _library_lock:
         if _library is None:
             try:
-                library = importlib.import_module("llama_cpp.llama_cpp")
+                library = import_declarations()
             except ImportError as error:
                 raise EngineError(
                     f"llama-cpp-python cannot be imported: {error}", hint="pip install llama-cpp-python"
