@@ -7,7 +7,7 @@ packages=$root/usr/local/lib/python3.11/dist-packages
 
 rm -rf "$packages/bin" "$packages/numpy/f2py" "$packages/include"
 # The module for Python holds the whole of ONNX Runtime; the library beside it is for programs in other languages.
-rm -f "$packages"/onnxruntime/capi/libonnxruntime*.so*
+rm -f "$packages"/onnxruntime/capi/libonnxruntime.so*
 for part in transformers tools quantization backend datasets; do rm -rf "$packages/onnxruntime/$part"; done
 find "$packages" -type d \( -name tests -o -name test -o -name __pycache__ \) -prune -exec rm -rf {} +
 find "$packages" -type f \( -name '*.pyi' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.a' -o -name '*.h' \

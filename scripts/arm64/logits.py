@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,8 @@ from runtime.model import artifact_of
 
 
 def main() -> None:
+    if os.getpid() == 1:  # qemu cannot end the first process of a container by a signal: a crash would hang
+        sys.exit(subprocess.run([sys.executable, *sys.argv], check=False).returncode and 1)
     tokens_file, output, *bundles = (Path(argument) for argument in sys.argv[1:])
     by_family = json.loads(tokens_file.read_text(encoding="ascii"))
     for bundle in bundles:
