@@ -18,8 +18,10 @@ from tiny_models import make_tiny_llama
 from edgelm.bundle import Choice
 from edgelm.cli.app import run_cli
 from edgelm.errors import DoesNotFitError
+from edgelm.units import parse_size
 from runtime.engine import EngineOptions
 from runtime.model import open_model
+from runtime.settings import Asked, choose_settings
 
 pytestmark = pytest.mark.tiny
 
@@ -149,6 +151,25 @@ def _chat(url: str) -> dict[str, Any]:
     with urllib.request.urlopen(request, timeout=120) as response:
         document: dict[str, Any] = json.load(response)
     return document
+
+
+def test_an_onnx_model_gets_settings_that_its_engine_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = str(make_tiny_llama(tmp_path / "checkpoint", hidden=256, layers=4, heads=4, kv_heads=4))
+    path = tmp_path / "bundle"
+    words = ["--format", "onnx", "--quant", "int8", "--context", "1024", "--no-verify"]
+    assert run_cli(["export", source, *words, "-o", str(path)]) == 0
+    roomy = choose_settings(path, "auto", Asked(sequences=8))
+    assert roomy.options.context == 1024
+    assert roomy.lines()["kv_type"].startswith("f32: ")
+    assert roomy.options.threads_decode == roomy.options.threads_prefill
+    free = int(parse_size(str(roomy.reasons["memory"].value).replace(" ", "")) - 2**23)
+    told = Choice(value=free, reason="a test says so")
+    monkeypatch.setattr("runtime.settings.memory_for_model", lambda: told)
+    tight = choose_settings(path, "auto", Asked(sequences=8))
+    assert 512 <= tight.options.context < 1024
+    model = open_model(path, tight.options)
+    assert model.engine.info.context == tight.options.context
+    model.close()
 
 
 def test_a_context_that_fits_is_offered(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
