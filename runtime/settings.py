@@ -91,9 +91,7 @@ def choose_settings(path: Path, target: str, asked: Asked) -> Settings:
     tighter than this machine's. Raises ``DoesNotFitError``, ``UsageError`` for a target that is no CPU, and what
     opening the model and the profile raises.
     """
-    profile = load_profile("host" if target == AUTO else target)
-    if profile.kind != "cpu":
-        raise UsageError(f"{profile.label} is a GPU; models are served by the CPU", hint="use --target auto")
+    profile = _cpu_profile(target)
     decode, prefill = _threads(profile, asked)
     model = _open(path, profile, asked)
     free = memory_for_model()
@@ -107,6 +105,18 @@ def choose_settings(path: Path, target: str, asked: Asked) -> Settings:
     )
     way = _fitting(model, options, free, shorten=asked.context == 0)
     return Settings(way.options, MappingProxyType(_reasons(model, way, free, decode, prefill)))
+
+
+def choose_encoder_threads(target: str) -> Choice:
+    """Threads for a model that makes vectors, which is arithmetic like prefill. Raises as ``choose_settings``."""
+    return _threads(_cpu_profile(target), Asked())[1]
+
+
+def _cpu_profile(target: str) -> TargetProfile:
+    profile = load_profile("host" if target == AUTO else target)
+    if profile.kind != "cpu":
+        raise UsageError(f"{profile.label} is a GPU; models are served by the CPU", hint="use --target auto")
+    return profile
 
 
 def _threads(profile: TargetProfile, asked: Asked) -> tuple[Choice, Choice]:

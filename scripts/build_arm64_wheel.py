@@ -69,6 +69,8 @@ def cross_prefix() -> str:
             f"error: no compiler {prefix}g++ to build llama-cpp-python for aarch64 with\n"
             f"hint: install it, on Debian and Ubuntu with: apt-get install {package}"
         )
+    if prefix and shutil.which("cmake") is None:  # pip would fetch the one for aarch64, which does not run here
+        sys.exit("error: no CMake to build llama-cpp-python with\nhint: apt-get install cmake ninja-build")
     return prefix
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from edgelm.errors import UsageError
+
 
 @click.command(short_help="Serve a bundle over an OpenAI-compatible API.")
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -49,7 +51,8 @@ def command(
     """Serve BUNDLE (a bundle or a bare .gguf file) over an OpenAI-compatible API until SIGTERM or Ctrl-C.
 
     /v1/chat/completions, /v1/completions and /v1/models, a small chat page at /, Prometheus figures at /metrics,
-    /health/live and /health/ready. Logs go to stderr, one JSON object per line, without prompts, answers or keys.
+    /health/live and /health/ready; an encoder answers /v1/embeddings instead of completions, and has no page. Logs go
+    to stderr, one JSON object per line, without prompts, answers or keys.
 
     \b
     Example:
@@ -57,20 +60,30 @@ def command(
       curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
     """
+    from runtime.embedding import open_encoder
+    from runtime.encoder import EncoderOptions
     from runtime.engine import EngineOptions
-    from runtime.model import open_model
+    from runtime.model import holds_encoder, open_model
     from runtime.server.logs import log_event, start_logging
     from runtime.server.serving import ServerOptions, bind, resolve_access, serve
-    from runtime.settings import Asked, choose_settings
+    from runtime.settings import Asked, choose_encoder_threads, choose_settings
 
     options = ServerOptions(host, port, allowed_hosts, api_key_file)
     start_logging()
     access = resolve_access(options)
     engine_options = EngineOptions(context=context or 0, sequences=parallel)
     with bind(host, port) as listener:
+        if holds_encoder(bundle):
+            if parallel > 1:
+                raise UsageError("--parallel is for models that generate", hint="an encoder shares its steps by itself")
+            threads = choose_encoder_threads(target) if target is not None else None
+            if threads is not None:
+                log_event("settings", {"threads": f"{threads.value}: {threads.reason}"})
+            encoder_options = EncoderOptions(context=context or 0, threads=int(threads.value) if threads else 0)
+            serve(open_encoder(bundle, encoder_options), listener, access)
+            return
         if target is not None:
             settings = choose_settings(bundle, target, Asked(context or 0, parallel))
             log_event("settings", settings.lines())
             engine_options = settings.options
-        model = open_model(bundle, engine_options)
-        serve(model, listener, access)
+        serve(open_model(bundle, engine_options), listener, access)
