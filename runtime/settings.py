@@ -1,9 +1,10 @@
 """How to run a model on the machine at hand: threads, context, type of the cache, mapping, batch, each with its reason.
 
 Follows a target profile and the memory that is free now. What was asked for is kept; what was not gives way when memory
-is short, cheapest loss first: a smaller batch, weights copied instead of mapped, an 8-bit cache, a shorter context. A
-model that fits in no way is refused before anything is loaded: mapped weights that do not fit would be read from the
-card again for every token, copied ones would swap. Predicts with ``targets.predict``; loads and runs nothing.
+is short, cheapest loss first: a smaller batch, the engine in the server's own process, weights copied instead of
+mapped, an 8-bit cache, a shorter context. A model that fits in no way is refused before anything is loaded: mapped
+weights that do not fit would be read from the card again for every token, copied ones would swap. Predicts with
+``targets.predict``; loads and runs nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 from edgelm.bundle import Bundle, Choice
 from edgelm.errors import BundleError, DoesNotFitError, UsageError
@@ -32,23 +34,33 @@ _STEP = 256  # llama.cpp rounds a sequence's cache up to this
 _SMALL_BATCH = 128
 _SPARE_SHARE = 0.05  # left free: predictions are off by up to 2 %, and the system has to go on living
 _Q8_BLOCK = 32
+SERVER_BYTES = 50 * 2**20
+"""What a server takes beside the process of its engine: SmolLM2 is served in 174 MB by two processes, in 122 by one
+(proportional set sizes)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the user fixed. Zero means: decide."""
+    """What the user fixed. Zero means: decide.
+
+    ``process`` tells where the engine may run: in one of its own beside the server (``any``: decide), or only in this
+    one (``own``), as all commands but ``serve`` do.
+    """
 
     context: int = 0
     sequences: int = 1
     threads_decode: int = 0
     threads_prefill: int = 0
+    process: Literal["any", "own"] = "own"
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """``options`` for the engine; ``reasons`` by setting, in the order in which they are worth reading."""
+    """``options`` for the engine, whether it runs ``in_process``; ``reasons`` in the order in which they are worth
+    reading."""
 
     options: EngineOptions
+    in_process: bool
     reasons: MappingProxyType[str, Choice]
 
     def lines(self) -> dict[str, str]:
@@ -58,10 +70,10 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """One way to hold the model, and what it takes."""
+    """One way to hold the model."""
 
     options: EngineOptions
-    needed_bytes: int
+    in_process: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +88,13 @@ class _Model:
     family: Family
     profile: TargetProfile
 
-    def needs(self, options: EngineOptions) -> int:
-        """Resident bytes that are predicted for ``options``."""
+    def needs(self, way: _Way) -> int:
+        """Resident bytes that are predicted for a way."""
+        options = way.options
         cells = -(-options.context // _STEP) * _STEP * options.sequences
         settings = RunSettings(context=cells, kv_type=options.kv_type, mmap=options.mmap, batch=options.batch)
         parts = ram_parts(self.workload, self.profile, settings, self.family)
-        return sum(parts.model_dump().values())
+        return sum(parts.model_dump().values()) + (0 if way.in_process else SERVER_BYTES)
 
 
 def choose_settings(path: Path, target: str, asked: Asked) -> Settings:
@@ -103,8 +116,13 @@ def choose_settings(path: Path, target: str, asked: Asked) -> Settings:
         threads_decode=int(decode.value),
         threads_prefill=int(prefill.value if model.workload.format == "gguf" else decode.value),
     )
-    way = _fitting(model, options, free, shorten=asked.context == 0)
-    return Settings(way.options, MappingProxyType(_reasons(model, way, free, decode, prefill)))
+    first = _Way(options, in_process=asked.process == "own")
+    way = _fitting(model, first, free, shorten=asked.context == 0)
+    reasons = _reasons(model, way, free, decode, prefill)
+    if asked.process == "any":
+        why = f"memory is short ({free.reason})" if way.in_process else "its crash would not end the server"
+        reasons["engine"] = Choice(value="in the server's process" if way.in_process else "a process", reason=why)
+    return Settings(way.options, way.in_process, MappingProxyType(reasons))
 
 
 def choose_encoder_threads(target: str) -> Choice:
@@ -172,38 +190,43 @@ def _takes_q8_cache(header: GGUFHeader) -> bool:
     return all(isinstance(length, int) and length > 0 and length % _Q8_BLOCK == 0 for length in lengths)
 
 
-def _ways(model: _Model, options: EngineOptions) -> Iterator[EngineOptions]:
-    """``options`` with one thing more given up each time, the context kept."""
-    yield options
-    options = replace(options, batch=min(options.batch, _SMALL_BATCH))
-    yield options
+def _ways(model: _Model, first: _Way) -> Iterator[_Way]:
+    """``first`` with one thing more given up each time, the context kept."""
+    yield first
+    options = replace(first.options, batch=min(first.options.batch, _SMALL_BATCH))
+    yield _Way(options, first.in_process)
+    yield _Way(options, in_process=True)
     if model.workload.format == "onnx":  # its cache is float32 and its weights are the engine's own business
         return
-    yield replace(options, mmap=False)
+    yield _Way(replace(options, mmap=False), in_process=True)
     if model.q8_cache:
         options = replace(options, kv_type="q8_0")
-        yield options
-        yield replace(options, mmap=False)
+        yield _Way(options, in_process=True)
+        yield _Way(replace(options, mmap=False), in_process=True)
 
 
-def _fitting(model: _Model, options: EngineOptions, free: Choice, *, shorten: bool) -> _Way:
+def _with_context(way: _Way, context: int) -> _Way:
+    return replace(way, options=replace(way.options, context=context))
+
+
+def _fitting(model: _Model, first: _Way, free: Choice, *, shorten: bool) -> _Way:
     """The first way that fits, at a shorter context if need be. Raises ``DoesNotFitError``."""
     budget = int(int(free.value) * (1 - _SPARE_SHARE))
-    for way in _ways(model, options):
-        needed = model.needs(way)
-        if needed <= budget:
-            return _Way(way, needed)
-    smallest = min(_ways(model, options), key=model.needs)
-    context = (options.context - 1) // _STEP * _STEP
-    while context >= LEAST_CONTEXT and model.needs(replace(smallest, context=context)) > budget:
+    for way in _ways(model, first):
+        if model.needs(way) <= budget:
+            return way
+    smallest = min(_ways(model, first), key=model.needs)
+    wanted = first.options.context
+    context = (wanted - 1) // _STEP * _STEP
+    while context >= LEAST_CONTEXT and model.needs(_with_context(smallest, context)) > budget:
         context -= _STEP
     if shorten and context >= LEAST_CONTEXT:
-        way = replace(smallest, context=context)
-        return _Way(way, model.needs(way))
-    least = replace(smallest, context=min(options.context, LEAST_CONTEXT) if shorten else options.context)
+        return _with_context(smallest, context)
+    least = min(wanted, LEAST_CONTEXT) if shorten else wanted
+    needed, sequences = model.needs(_with_context(smallest, least)), first.options.sequences
     raise DoesNotFitError(
-        f"{model.name} needs {format_bytes(model.needs(least))} for a context of {least.context} tokens"
-        + (f" x {least.sequences}" if least.sequences > 1 else "")
+        f"{model.name} needs {format_bytes(needed)} for a context of {least} tokens"
+        + (f" x {sequences}" if sequences > 1 else "")
         + f", {format_bytes(budget)} can be used: {free.reason}",
         hint=f"use --context {context}"
         if context >= LEAST_CONTEXT
@@ -212,13 +235,13 @@ def _fitting(model: _Model, options: EngineOptions, free: Choice, *, shorten: bo
 
 
 def _reasons(model: _Model, way: _Way, free: Choice, decode: Choice, prefill: Choice) -> dict[str, Choice]:
-    options, full = way.options, replace(way.options, context=model.context)
+    options, full = way.options, _with_context(way, model.context)
     short = f"memory is short ({free.reason})"
     context = model.context_reason
     if options.context < model.context:
         context = f"{model.context} would need {format_bytes(model.needs(full))} and {short}"
     reasons = {
-        "memory": Choice(value=format_bytes(way.needed_bytes), reason=f"predicted; {free.reason}"),
+        "memory": Choice(value=format_bytes(model.needs(way)), reason=f"predicted; {free.reason}"),
         "context": Choice(value=options.context, reason=context),
         "kv_type": Choice(value=options.kv_type, reason=short if options.kv_type == "q8_0" else "as exact as needed"),
         "batch": Choice(

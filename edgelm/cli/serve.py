@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.errors import UsageError
+if TYPE_CHECKING:
+    from runtime.engine import EngineOptions
 
 
 @click.command(short_help="Serve a bundle over an OpenAI-compatible API.")
@@ -38,6 +41,11 @@ from edgelm.errors import UsageError
 @click.option(
     "--allowed-host", "allowed_hosts", multiple=True, metavar="NAME", help="Another name clients may use; repeatable."
 )
+@click.option(
+    "--in-process",
+    is_flag=True,
+    help="Run the engine in the server's own process: less memory, but a crash of the engine ends the server.",
+)
 def command(
     bundle: Path,
     host: str,
@@ -47,6 +55,7 @@ def command(
     target: str | None,
     api_key_file: Path | None,
     allowed_hosts: tuple[str, ...],
+    in_process: bool,
 ) -> None:
     """Serve BUNDLE (a bundle or a bare .gguf file) over an OpenAI-compatible API until SIGTERM or Ctrl-C.
 
@@ -60,30 +69,33 @@ def command(
       curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
     """
-    from runtime.embedding import open_encoder
-    from runtime.encoder import EncoderOptions
     from runtime.engine import EngineOptions
-    from runtime.model import holds_encoder, open_model
-    from runtime.server.logs import log_event, start_logging
-    from runtime.server.serving import ServerOptions, bind, resolve_access, serve
-    from runtime.settings import Asked, choose_encoder_threads, choose_settings
+    from runtime.server.logs import start_logging
+    from runtime.server.metrics import Metrics
+    from runtime.server.serving import ServerOptions, bind, make_backend, resolve_access, serve
 
     options = ServerOptions(host, port, allowed_hosts, api_key_file)
     start_logging()
     access = resolve_access(options)
-    engine_options = EngineOptions(context=context or 0, sequences=parallel)
     with bind(host, port) as listener:
-        if holds_encoder(bundle):
-            if parallel > 1:
-                raise UsageError("--parallel is for models that generate", hint="an encoder shares its steps by itself")
-            threads = choose_encoder_threads(target) if target is not None else None
-            if threads is not None:
-                log_event("settings", {"threads": f"{threads.value}: {threads.reason}"})
-            encoder_options = EncoderOptions(context=context or 0, threads=int(threads.value) if threads else 0)
-            serve(open_encoder(bundle, encoder_options), listener, access)
-            return
+        metrics = Metrics()
+        engine = EngineOptions(context=context or 0, sequences=parallel)
         if target is not None:
-            settings = choose_settings(bundle, target, Asked(context or 0, parallel))
-            log_event("settings", settings.lines())
-            engine_options = settings.options
-        serve(open_model(bundle, engine_options), listener, access)
+            engine, in_process = _settled(bundle, target, engine, in_process)
+        serve(make_backend(bundle, engine, metrics, in_process=in_process), metrics, listener, access)
+
+
+def _settled(bundle: Path, target: str, options: EngineOptions, in_process: bool) -> tuple[EngineOptions, bool]:
+    """What ``--target`` decides beside what was asked for, told in the log."""
+    from runtime.model import holds_encoder
+    from runtime.server.logs import log_event
+    from runtime.settings import Asked, choose_encoder_threads, choose_settings
+
+    if holds_encoder(bundle):
+        threads = choose_encoder_threads(target)
+        log_event("settings", {"threads": f"{threads.value}: {threads.reason}"})
+        return replace(options, threads_prefill=int(threads.value)), in_process
+    asked = Asked(options.context, options.sequences, process="own" if in_process else "any")
+    settings = choose_settings(bundle, target, asked)
+    log_event("settings", settings.lines())
+    return settings.options, settings.in_process

@@ -70,6 +70,18 @@ def test_what_gives_way_costs_least_first(model: Path, memory: Memory) -> None:
     assert all(quantised and small for context, quantised, small in seen if context != -4096)
 
 
+def test_the_engine_moves_into_the_server_before_anything_that_shows(model: Path, memory: Memory) -> None:
+    seen = []
+    for free_mib in range(560, 300, -4):
+        memory.is_free(free_mib * MIB)
+        settings = choose_settings(model, "auto", Asked(sequences=SEQUENCES, process="any"))
+        assert settings.lines()["engine"].startswith("in the server's process: memory is short") == settings.in_process
+        seen.append((settings.in_process, settings.options.kv_type == "q8_0"))
+    assert seen == sorted(seen)
+    assert {(False, False), (True, False), (True, True)} == set(seen)
+    assert choose_settings(model, "auto", Asked()).in_process
+
+
 def test_a_shortened_context_says_why(model: Path, memory: Memory) -> None:
     memory.is_free(150 * MIB)
     settings = choose_settings(model, "auto", Asked(sequences=SEQUENCES))
