@@ -7,12 +7,19 @@ import csv
 import hashlib
 import importlib
 import io
+import re
 import struct
+import sys
 import zipfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 VARIANTS = """\
@@ -157,3 +164,23 @@ def test_segments_of_an_elf_file_are_read(scripts: None, tmp_path: Path, monkeyp
     (tmp_path / "text").write_text("#!/bin/sh\n")
     assert segments.load_alignments(tmp_path / "library.so") == [65536, 4096]
     assert segments.load_alignments(tmp_path / "text") == []
+
+
+def test_the_image_holds_what_edgelm_needs_at_run_time() -> None:
+    """pip resolves nothing in the image, so a dependency that is added has to be named there as well."""
+    root = SCRIPTS.parent
+    needed = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    names = {re.split(r"[<>=;~ \[]", line)[0] for line in needed if "python_version" not in line}
+    listed = (root / "docker/requirements-arm64.txt").read_text(encoding="ascii").splitlines()
+    held = {line for line in listed if line and not line.startswith("#")}
+    assert {plain(name) for name in names} <= {plain(name) for name in held}
+    pinned = {
+        plain(line.split("==")[0]) for line in (root / "constraints.txt").read_text().splitlines() if "==" in line
+    }
+    added = (root / "docker/requirements-exporter-arm64.txt").read_text(encoding="ascii").splitlines()
+    wanted = held | {line for line in added if line and not line.startswith("#")}
+    assert {plain(name) for name in wanted} <= pinned
+
+
+def plain(name: str) -> str:
+    return name.lower().replace("_", "-")
