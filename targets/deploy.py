@@ -33,6 +33,7 @@ READY_PATH = "/health/ready"
 SPARE_BYTES = 64 * 2**20
 BENCH_TIMEOUT_S = 3600.0
 INSTALL_TIMEOUT_S = 1800.0
+BACK_READY_S = 300.0  # what served before gets its time, however impatient the caller is
 
 Say = Callable[[str], None]
 
@@ -129,7 +130,7 @@ def _taken_back(
     _point(remote, device.root, "current", before)
     served = _served(remote, device.root, "current")
     say(f"it does not get ready; going back to {served}")
-    _start(remote, device, options.ready_s)
+    _start(remote, device, max(options.ready_s, BACK_READY_S))
     return DeployError(f"{error.message}; {served} serves again", hint=error.hint)
 
 
