@@ -94,7 +94,8 @@ class _Model:
         cells = -(-options.context // _STEP) * _STEP * options.sequences
         settings = RunSettings(context=cells, kv_type=options.kv_type, mmap=options.mmap, batch=options.batch)
         parts = ram_parts(self.workload, self.profile, settings, self.family)
-        return sum(parts.model_dump().values()) + (0 if way.in_process else SERVER_BYTES)
+        held: dict[str, int] = parts.model_dump()
+        return sum(held.values()) + (0 if way.in_process else SERVER_BYTES)
 
 
 def choose_settings(path: Path, target: str, asked: Asked) -> Settings:
