@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgelm.bundle import MANIFEST_NAME, Bundle, Manifest, open_bundle
+from edgelm.bundle import MANIFEST_NAME, Bundle, Choice, Manifest, open_bundle
 from edgelm.errors import BundleError, DoesNotFitError, UsageError
 from edgelm.units import format_bytes
 from runtime.chat import ChatTemplate, Message
 from runtime.engine import Engine, EngineInfo, EngineOptions
 from runtime.engines.llamacpp import LlamaVocabulary, kv_bytes_per_token, load_engine
 from runtime.gguf_header import GGUFHeader, read_gguf_header, workload_from_gguf
+from runtime.memory import snapshot
 from runtime.tokenizer import GgufTokenizer, JsonTokenizer, TextTokenizer
 from targets.host import available_memory
 
@@ -129,7 +130,7 @@ def open_model(path: Path, options: EngineOptions) -> LoadedModel:
         return _open_onnx(artifact, bundle, options)
     header = read_gguf_header(artifact)
     if options.context == 0:
-        options = replace(options, context=_default_context(header, bundle))
+        options = replace(options, context=planned_context(header, bundle)[0])
     check_memory(artifact, header, options)
     template = _chat_template(header, bundle)
     tokenizer_path = bundle.file(TOKENIZER_NAME) if bundle else None
@@ -157,7 +158,7 @@ def _open_onnx(artifact: Path, bundle: Bundle | None, options: EngineOptions) ->
     from runtime.engines.onnx import read_token_notes
 
     if options.context == 0:
-        options = replace(options, context=int(bundle.manifest.plan.context.value))
+        options = replace(options, context=planned_context(None, bundle)[0])
     notes = read_token_notes(artifact)
     template_path, generation_path = bundle.file(TEMPLATE_NAME), bundle.file(GENERATION_NAME)
     source = _small_text(template_path) if template_path else ""
@@ -174,6 +175,12 @@ def _open_onnx(artifact: Path, bundle: Bundle | None, options: EngineOptions) ->
     )
 
 
+def memory_for_model() -> Choice:
+    """Bytes that this process can hold in all, with the reason: what is free, and what it holds already."""
+    free = available_memory()
+    return Choice(value=int(free.value) + snapshot().anonymous_bytes, reason=free.reason)
+
+
 def check_memory(artifact: Path, header: GGUFHeader, options: EngineOptions) -> None:
     """Refuse a model whose weights and caches exceed the memory that is free now.
 
@@ -184,7 +191,7 @@ def check_memory(artifact: Path, header: GGUFHeader, options: EngineOptions) -> 
     per_token = kv_bytes_per_token(workload.kv_elements_per_token, options.kv_type) * options.sequences
     fixed = workload.file_bytes + _PROCESS_BYTES
     needed = fixed + per_token * options.context
-    free = available_memory()
+    free = memory_for_model()
     if needed <= int(free.value):
         return
     fits = max(int((int(free.value) - fixed) / per_token) // 256 * 256, 0) if per_token else 0
@@ -196,11 +203,15 @@ def check_memory(artifact: Path, header: GGUFHeader, options: EngineOptions) -> 
     )
 
 
-def _default_context(header: GGUFHeader, bundle: Bundle | None) -> int:
+def planned_context(header: GGUFHeader | None, bundle: Bundle | None) -> tuple[int, str]:
+    """Tokens kept when nobody asks for a number, with the reason: a bundle's plan, or a bare file's own header."""
     if bundle is not None:
-        return int(bundle.manifest.plan.context.value)
-    trained = header.metadata.get(f"{header.metadata.get('general.architecture')}.context_length")
-    return min(trained, DEFAULT_CONTEXT) if isinstance(trained, int) and trained > 0 else DEFAULT_CONTEXT
+        return int(bundle.manifest.plan.context.value), "the bundle's plan"
+    metadata = header.metadata if header is not None else {}
+    trained = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    if isinstance(trained, int) and 0 < trained < DEFAULT_CONTEXT:
+        return trained, "what the model was trained for"
+    return DEFAULT_CONTEXT, "the usual context of a bare file"
 
 
 def _chat_template(header: GGUFHeader, bundle: Bundle | None) -> ChatTemplate | None:
