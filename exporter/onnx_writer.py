@@ -24,13 +24,12 @@ from edgelm.bundle import TensorPlan
 from edgelm.errors import BundleError, CheckpointError
 from edgelm.progress import SILENT, Progress
 from exporter import ggml
-from exporter.architectures.base import ModelDescription, TensorDescription
+from exporter.architectures.base import ModelDescription, TensorDescription, split_rows
 from exporter.checkpoint import Checkpoint, TensorReader, weight_type
 from exporter.onnx_gptq import compensated_rows, inverse_factor
 from exporter.onnx_graph import build_graph
 from exporter.onnx_layout import decoder_layout
 from exporter.onnx_moments import Moments, module_of
-from exporter.onnx_plan import rotary_positions
 from exporter.onnx_quantize import quantize_rows
 from exporter.onnx_storage import DATA_NAME, Computed, Content, FloatArray, Place, QuantizedMatrix, Storage
 from exporter.onnx_types import WeightType, parse_type
@@ -78,18 +77,16 @@ def write_onnx(
 ) -> tuple[Path, Path]:
     """Write ``model.onnx`` and ``model.onnx.data`` with the planned tensors, flushed to disk; returns both paths.
 
-    ``context`` is the planned one: it can be computed, and so can the trained one up to ``onnx_plan.ROTARY_LIMIT``.
+    ``context`` is the planned one: it can be computed, and so can what ``onnx_layout.position_limit`` tells.
     ``notes`` are more metadata of the model. ``threads`` of 0 means all usable CPUs. Raises ``CheckpointError`` for
     sources that cannot be read or hold NaN or infinity, ``BundleError`` when a file cannot be written.
     """
-    decoder = decoder_layout(description, source.checkpoint)
+    decoder = decoder_layout(description, source.checkpoint, context)
     types = {plan.name: parse_type(plan.type) for plan in plans}
-    positions = rotary_positions(decoder.context_trained, context)
     model, storage = build_graph(
         decoder,
         lambda tensor: types[tensor.name],
-        rotary_positions=positions,
-        metadata={**_metadata(source.checkpoint, description, positions), **notes},
+        metadata={**_metadata(source.checkpoint, description, decoder.positions), **notes},
     )
     path, data_path = directory / MODEL_NAME, directory / DATA_NAME
     with _write_errors(directory):
@@ -161,7 +158,7 @@ def _tasks(content: Content, elements: int) -> Iterator[_Task]:
     for part in content.parts:
         rows = part.shape[0]
         columns = part.shape[1] if len(part.shape) > 1 else 1
-        whole = isinstance(content, FloatArray) and content.transposed
+        whole = (isinstance(content, FloatArray) and content.transposed) or part.split or part.transposed
         step = rows if whole else max(1, elements // columns)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
@@ -181,6 +178,19 @@ def _run(worker: _Worker, tasks: Sequence[_Task], threads: int) -> Iterator[_Tas
     finally:
         worker.cancelled.set()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _arranged(
+    values: npt.NDArray[np.float32], part: TensorDescription, rows: int, columns: int
+) -> npt.NDArray[np.float32]:
+    """The numbers that the artefact wants, in its order, from those that the source has. Vectors stay vectors."""
+    if part.scale != 1.0 or part.offset != 0.0:
+        values = values * np.float32(part.scale) + np.float32(part.offset)
+    if part.transposed and len(part.shape) == 2:
+        values = np.ascontiguousarray(values.reshape(columns, rows).T)
+    elif len(part.shape) == 2:
+        values = values.reshape(rows, columns)
+    return split_rows(values, part.split) if part.split else values
 
 
 class _Worker:
@@ -220,16 +230,16 @@ class _Worker:
         header = self._source.checkpoint.tensors[part.source_name]
         columns = part.shape[1] if len(part.shape) > 1 else 1
         kind = weight_type(header)
-        whole = len(part.shape) == 1  # too small to be cut, and perhaps smaller than a block
+        # A vector is too small to be cut, and perhaps smaller than a block.
+        whole = len(part.shape) == 1 or part.split > 0 or part.transposed
         row_bytes = header.size_bytes // part.shape[0]
         start, stop = (0, part.shape[0]) if whole else (task.start, task.stop)
         raw = self._reader.read(header, start * row_bytes, header.size_bytes if whole else (stop - start) * row_bytes)
         values = ggml.dequantize(raw, kind, (stop - start) * columns)
         if not np.isfinite(values).all():
             raise CheckpointError(f"tensor {part.source_name} holds NaN or infinity", hint="the checkpoint is broken")
-        if whole:
-            return values[task.start : task.stop]
-        return values.reshape(-1, columns)
+        rows = _arranged(values, part, stop - start, columns)
+        return rows[task.start : task.stop] if whole else rows
 
     def _put_quantized(self, task: _Task, kind: WeightType, rows: npt.NDArray[np.float32]) -> None:
         matrix = task.content

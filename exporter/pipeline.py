@@ -29,7 +29,7 @@ from exporter.calibration import open_calibration
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
 from exporter.gguf import check_room, write_errors, write_gguf
 from exporter.options import ExportOptions, check_options
-from exporter.plan import Candidate, candidates, choose, file_type, resolve, unchanged
+from exporter.plan import Candidate, candidates, choose, file_type, form_of, resolve, unchanged
 from exporter.preflight import check_checkpoint
 from exporter.reference import torch_obstacle
 from exporter.tokenizer import SourceTokenizer
@@ -134,7 +134,7 @@ def prepare(options: ExportOptions, progress: Progress = SILENT) -> Prepared:
     check_options(options)
     profile = load_profile(options.target)
     checkpoint = open_checkpoint(open_source(options.source))
-    check_checkpoint(checkpoint)
+    check_checkpoint(checkpoint, form_of(options))
     if options.quant.lower() != "auto":
         return Prepared(checkpoint, resolve(options, checkpoint, profile))
     kept = unchanged(options, checkpoint, profile) if options.calibration is None else None
@@ -160,7 +160,7 @@ def export(options: ExportOptions, destination: Path, *, force: bool = False, pr
     bundles.check_destination(destination, force=force)
     prepared = prepare(options, progress)
     checkpoint, plan = prepared.checkpoint, prepared.plan
-    description = describe(checkpoint)
+    description = describe(checkpoint, plan.format)
     check_room(destination.parent, plan.artifact_bytes)
     words = _load_words(checkpoint, plan, progress)
     _check_vocabulary(checkpoint, description, words)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgelm.bundle import Quality, TokenIdentity
+from edgelm.bundle import Format, Quality, TokenIdentity
 from edgelm.errors import ProofError, UsageError
 from edgelm.progress import Progress
 from exporter.architectures import describe
@@ -75,7 +75,8 @@ def measure(
     too short, ``EngineError`` when a model cannot be run and ``ProofError`` when the artefact computes no numbers.
     """
     text = evaluation_text(evaluation)
-    windows = _windows(text, checkpoint, tokens)
+    form: Format = "onnx" if artifact_path.suffix == ".onnx" else "gguf"
+    windows = _windows(text, checkpoint, describe(checkpoint, form).dimensions.context_trained, tokens)
     length = max(len(window.tokens) for window in windows)
     with open_reference(checkpoint, length, reference, progress) as original:
         engine = load_engine(artifact_path, EngineOptions(context=length, batch=BATCH, all_logits=True))
@@ -177,12 +178,12 @@ def log_softmax(logits: Logits) -> Doubles:
     return shifted
 
 
-def _windows(text: Text, checkpoint: Checkpoint, tokens: int) -> list[Window]:
+def _windows(text: Text, checkpoint: Checkpoint, context: int, tokens: int) -> list[Window]:
     source = read_tokenizer(checkpoint)
     ids = open_tokenizer(source.tokenizer_json, "tokenizer.json").encode(text.content, add_special_tokens=False).ids
     bos = source.gguf_metadata.get("tokenizer.ggml.bos_token_id")
     prefix = (bos,) if source.gguf_metadata.get("tokenizer.ggml.add_bos_token") and bos is not None else ()
-    length = min(WINDOW, describe(checkpoint).dimensions.context_trained)
+    length = min(WINDOW, context)
     return cut_windows(ids, tokens, length=length, prefix=prefix, name=text.name)
 
 

@@ -22,7 +22,7 @@ from exporter.architectures.base import (
     config_count,
     config_number,
 )
-from exporter.architectures.shared.family import Family, Rule, Target
+from exporter.architectures.shared.family import OWN_GRAPH, Family, Rule, Target
 from exporter.architectures.shared.problems import Problems
 from exporter.architectures.shared.rope import RopeDescription, describe_rope
 from exporter.architectures.shared.windows import attention_windows
@@ -72,8 +72,13 @@ class _Source:
         return f"{self.family.head}.weight"
 
 
-def describe_checkpoint(checkpoint: Checkpoint, family: Family) -> ModelDescription:
-    """Describe a checkpoint of a family. Raises ``CheckpointError`` with every setting and tensor in the way."""
+def describe_checkpoint(checkpoint: Checkpoint, family: Family, *, own_graph: bool = False) -> ModelDescription:
+    """Describe a checkpoint of a family. ``own_graph``: for a graph drawn for it, which llama.cpp's limits do not bind.
+
+    Raises ``CheckpointError`` with every setting and tensor in the way.
+    """
+    if own_graph:
+        family = replace(family, targets=(replace(OWN_GRAPH, name=family.targets[0].name),), check=None)
     problems = Problems(checkpoint.source.location)
     source = _Source(checkpoint, family)
     _check_settings(source, problems)
