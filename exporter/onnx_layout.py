@@ -180,6 +180,9 @@ def _llama_structure(description: ModelDescription) -> Structure:
     kind = values.get(Keys.Rope.SCALING_TYPE.format(arch=name), "none")
     if kind not in ("none", "linear"):
         raise CheckpointError(f"rotary scaling of type '{kind}' of a GGUF file cannot be exported to ONNX")
+    epsilon = values.get(Keys.Attention.LAYERNORM_RMS_EPS.format(arch=name))
+    if not isinstance(epsilon, float):
+        raise CheckpointError(f"metadata {Keys.Attention.LAYERNORM_RMS_EPS.format(arch=name)} is missing")
     has_factors = any(item.name == "rope_freqs.weight" for item in description.tensors)
     rotary = Rotary(
         size=int(values.get(Keys.Rope.DIMENSION_COUNT.format(arch=name), size.head_size)),
@@ -189,7 +192,7 @@ def _llama_structure(description: ModelDescription) -> Structure:
     )
     return Structure(
         norm="rms",
-        epsilon=float(values[Keys.Attention.LAYERNORM_RMS_EPS.format(arch=name)]),
+        epsilon=epsilon,
         activation="silu",
         gated=True,
         norm_place="before",

@@ -24,7 +24,7 @@ from edgelm.bundle import TensorPlan
 from edgelm.errors import BundleError, CheckpointError
 from edgelm.progress import SILENT, Progress
 from exporter import ggml
-from exporter.architectures.base import ModelDescription, TensorDescription, split_rows
+from exporter.architectures.base import ModelDescription, TensorDescription, interleave_rows, split_rows
 from exporter.checkpoint import Checkpoint, TensorReader, weight_type
 from exporter.onnx_gptq import compensated_rows, inverse_factor
 from exporter.onnx_graph import build_graph
@@ -158,7 +158,7 @@ def _tasks(content: Content, elements: int) -> Iterator[_Task]:
     for part in content.parts:
         rows = part.shape[0]
         columns = part.shape[1] if len(part.shape) > 1 else 1
-        whole = (isinstance(content, FloatArray) and content.transposed) or part.split or part.transposed
+        whole = (isinstance(content, FloatArray) and content.transposed) or _reordered(part)
         step = rows if whole else max(1, elements // columns)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
@@ -190,7 +190,14 @@ def _arranged(
         values = np.ascontiguousarray(values.reshape(columns, rows).T)
     elif len(part.shape) == 2:
         values = values.reshape(rows, columns)
+    if part.interleave:
+        values = interleave_rows(values, part.interleave)
     return split_rows(values, part.split) if part.split else values
+
+
+def _reordered(part: TensorDescription) -> bool:
+    """Whether a matrix can only be read as a whole."""
+    return bool(part.split or part.interleave or part.transposed)
 
 
 class _Worker:
@@ -231,7 +238,7 @@ class _Worker:
         columns = part.shape[1] if len(part.shape) > 1 else 1
         kind = weight_type(header)
         # A vector is too small to be cut, and perhaps smaller than a block.
-        whole = len(part.shape) == 1 or part.split > 0 or part.transposed
+        whole = len(part.shape) == 1 or _reordered(part)
         row_bytes = header.size_bytes // part.shape[0]
         start, stop = (0, part.shape[0]) if whole else (task.start, task.stop)
         raw = self._reader.read(header, start * row_bytes, header.size_bytes if whole else (stop - start) * row_bytes)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgelm.bundle import Format, Quality, TokenIdentity
+from edgelm.bundle import Quality, TokenIdentity
 from edgelm.errors import ProofError, UsageError
 from edgelm.progress import Progress
 from exporter.architectures import describe
@@ -25,6 +25,7 @@ from exporter.texts import Text, evaluation_text
 from exporter.tokenizer import open_tokenizer, read_tokenizer
 from runtime.engine import EngineOptions, Logits
 from runtime.engines import load_engine
+from runtime.engines.onnx import context_limit
 
 MIN_TOKENS = 2000
 """Fewer predictions make a p99 of fewer than 20 values."""
@@ -75,8 +76,7 @@ def measure(
     too short, ``EngineError`` when a model cannot be run and ``ProofError`` when the artefact computes no numbers.
     """
     text = evaluation_text(evaluation)
-    form: Format = "onnx" if artifact_path.suffix == ".onnx" else "gguf"
-    windows = _windows(text, checkpoint, describe(checkpoint, form).dimensions.context_trained, tokens)
+    windows = _windows(text, checkpoint, _context_limit(artifact_path, checkpoint), tokens)
     length = max(len(window.tokens) for window in windows)
     with open_reference(checkpoint, length, reference, progress) as original:
         engine = load_engine(artifact_path, EngineOptions(context=length, batch=BATCH, all_logits=True))
@@ -176,6 +176,13 @@ def log_softmax(logits: Logits) -> Doubles:
         shifted -= shifted.max(axis=1, keepdims=True)
         shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return shifted
+
+
+def _context_limit(artifact_path: Path, checkpoint: Checkpoint) -> int:
+    """The longest context of an artefact, which for an ONNX file may be less than the model was trained for."""
+    if artifact_path.suffix != ".onnx":
+        return describe(checkpoint).dimensions.context_trained
+    return context_limit(artifact_path)
 
 
 def _windows(text: Text, checkpoint: Checkpoint, context: int, tokens: int) -> list[Window]:

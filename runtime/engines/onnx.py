@@ -206,6 +206,11 @@ def _read_shape(path: Path, model: OnnxModel) -> _Shape:
     )
 
 
+def context_limit(path: Path) -> int:
+    """Tokens that a model can compute. Raises ``BundleError`` when it is none that EdgeLM exported."""
+    return _count(path, read_onnx_model(path), "edgelm.context_limit")
+
+
 def _count(path: Path, model: OnnxModel, key: str) -> int:
     value = model.metadata.get(key, "")
     if not re.fullmatch(r"[1-9][0-9]{0,15}", value):
