@@ -121,6 +121,7 @@ class Prepared:
     checkpoint: Checkpoint
     plan: ExportPlan
     measured: Measured | None = None
+    calibration: Path | None = None
 
 
 def prepare(options: ExportOptions, progress: Progress = SILENT) -> Prepared:
@@ -136,7 +137,7 @@ def prepare(options: ExportOptions, progress: Progress = SILENT) -> Prepared:
     checkpoint = open_checkpoint(open_source(options.source))
     check_checkpoint(checkpoint, form_of(options))
     if options.quant.lower() != "auto":
-        return Prepared(checkpoint, resolve(options, checkpoint, profile))
+        return Prepared(checkpoint, resolve(options, checkpoint, profile), calibration=options.calibration)
     kept = unchanged(options, checkpoint, profile) if options.calibration is None else None
     if kept is not None:
         return Prepared(checkpoint, kept)
@@ -247,7 +248,7 @@ def _write_artifact(
     if plan.format == "onnx":
         from exporter.onnx_bundle import write_artifact  # needs the onnx package, which the GGUF way does without
 
-        return write_artifact(staging, checkpoint, description, plan, words, progress)
+        return write_artifact(staging, checkpoint, description, plan, words, prepared.calibration, progress)
     artifact = staging / ARTIFACTS[plan.format]
     metadata = _metadata(plan, description, words)
     if prepared.measured is None:
