@@ -26,9 +26,7 @@ OPSET, MICROSOFT_OPSET, IR_VERSION = 23, 1, 11
 _HEAD_STEP, _PAIR_STEP = 16, 8
 
 
-def build_graph(
-    decoder: Decoder, type_of: TypeOf, *, metadata: dict[str, str]
-) -> tuple[onnx.ModelProto, Storage]:
+def build_graph(decoder: Decoder, type_of: TypeOf, *, metadata: dict[str, str]) -> tuple[onnx.ModelProto, Storage]:
     """The model with all weights external, and the layout of the data file that it refers to.
 
     ``type_of`` tells the type of every matrix.
@@ -267,7 +265,9 @@ class _Builder(Nodes):
         attributes = {
             "num_heads": heads,
             "interleaved": int(self.decoder.adjacent),
-            "rotary_embedding_dim": self.decoder.rotary_size if self.decoder.rotary_size < self.decoder.head_size else 0,
+            "rotary_embedding_dim": self.decoder.rotary_size
+            if self.decoder.rotary_size < self.decoder.head_size
+            else 0,
         }
         inputs = [rows, f"{layer.rotation}.cos", f"{layer.rotation}.sin", "position_ids"]
         return self.node("RotaryEmbedding", inputs, name, attributes)

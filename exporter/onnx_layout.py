@@ -169,7 +169,7 @@ def structure_of(description: ModelDescription) -> Structure:
     name = description.architecture
     if name not in GGUF_ARCHITECTURES:
         raise CheckpointError(
-            f"a GGUF file of the architecture '{name}' does not say how its parts are joined, which an ONNX graph needs",
+            f"a GGUF file of the architecture '{name}' does not say how its parts are joined, as an ONNX graph must",
             hint=f"export from the original checkpoint; GGUF files can be of: {', '.join(GGUF_ARCHITECTURES)}",
         )
     return _llama_structure(description)

@@ -166,9 +166,8 @@ class _Reader:
             hooks.append(layer.register_forward_pre_hook(_note_arguments(call), with_kwargs=True))
             hooks.append(layer.register_forward_hook(_note_answer(call)))
         leaves: list[Any] = [None]
-        for module in self._modules.values():
-            if not list(module.children()) and module is not self._head:
-                hooks.append(module.register_forward_hook(_note_leaf(leaves)))
+        modules = [item for item in self._modules.values() if item is not self._head and not list(item.children())]
+        hooks += [module.register_forward_hook(_note_leaf(leaves)) for module in modules]
         hooks.append(self._head.register_forward_pre_hook(_stop))
         self._run(self._ids[0], hooks)
         self._final_norm = leaves[0]

@@ -98,7 +98,9 @@ def tensor_plans(
     check_expressible(description)
     tensors = [item for item in description.tensors if item.name not in FACTORS]
     for pattern, kind in overrides:
-        if not any(len(item.shape) == 2 and item.name != _POSITIONS and re.search(pattern, item.name) for item in tensors):
+        if not any(
+            len(item.shape) == 2 and item.name != _POSITIONS and re.search(pattern, item.name) for item in tensors
+        ):
             raise UsageError(
                 f"--type '{pattern}={kind}' fits no matrix",
                 hint="names are GGUF's, as blk.0.ffn_down.weight; edgelm export --dry-run --json lists them",

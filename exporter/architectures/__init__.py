@@ -48,8 +48,10 @@ def describe(checkpoint: Checkpoint, form: Format = "gguf") -> ModelDescription:
             f"{checkpoint.source.location} is of the architecture '{checkpoint.architecture}', which is not supported",
             hint=f"there are: {', '.join(known)}",
         )
-    return describe_gguf(checkpoint) if is_gguf else describe_checkpoint(
-        checkpoint, family(checkpoint.architecture), own_graph=form == "onnx"
+    return (
+        describe_gguf(checkpoint)
+        if is_gguf
+        else describe_checkpoint(checkpoint, family(checkpoint.architecture), own_graph=form == "onnx")
     )
 
 
