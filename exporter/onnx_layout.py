@@ -137,6 +137,8 @@ def decoder_layout(description: ModelDescription, checkpoint: Checkpoint, contex
 def check_expressible(description: ModelDescription) -> None:
     """Raises ``CheckpointError`` saying what a graph cannot express."""
     structure, size = structure_of(description), description.dimensions
+    if not structure.causal:
+        raise CheckpointError("an encoder's graph cannot be drawn", hint="use --format gguf")
     if structure.activation not in ("silu", "gelu", "gelu_tanh"):
         raise CheckpointError(f"networks with {structure.activation} cannot be exported to ONNX")
     if size.head_size % _HEAD_STEP:

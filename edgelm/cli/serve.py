@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from edgelm.errors import UsageError
+
 
 @click.command(short_help="Serve a bundle over an OpenAI-compatible API.")
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -43,7 +45,8 @@ def command(
     """Serve BUNDLE (a bundle or a bare .gguf file) over an OpenAI-compatible API until SIGTERM or Ctrl-C.
 
     /v1/chat/completions, /v1/completions and /v1/models, a small chat page at /, Prometheus figures at /metrics,
-    /health/live and /health/ready. Logs go to stderr, one JSON object per line, without prompts, answers or keys.
+    /health/live and /health/ready; an encoder answers /v1/embeddings instead of completions, and has no page. Logs go
+    to stderr, one JSON object per line, without prompts, answers or keys.
 
     \b
     Example:
@@ -51,8 +54,10 @@ def command(
       curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
     """
+    from runtime.embedding import open_encoder
+    from runtime.encoder import EncoderOptions
     from runtime.engine import EngineOptions
-    from runtime.model import open_model
+    from runtime.model import holds_encoder, open_model
     from runtime.server.logs import start_logging
     from runtime.server.serving import ServerOptions, bind, resolve_access, serve
 
@@ -60,5 +65,9 @@ def command(
     start_logging()
     access = resolve_access(options)
     with bind(host, port) as listener:
-        model = open_model(bundle, EngineOptions(context=context or 0, sequences=parallel))
-        serve(model, listener, access)
+        if holds_encoder(bundle):
+            if parallel > 1:
+                raise UsageError("--parallel is for models that generate", hint="an encoder shares its steps by itself")
+            serve(open_encoder(bundle, EncoderOptions(context=context or 0)), listener, access)
+        else:
+            serve(open_model(bundle, EngineOptions(context=context or 0, sequences=parallel)), listener, access)

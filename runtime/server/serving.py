@@ -14,10 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from edgelm.errors import EdgelmError, EngineError, UsageError
+from runtime.embedding import LoadedEncoder
 from runtime.model import LoadedModel
 from runtime.server.app import create_app
+from runtime.server.embedding_worker import EmbeddingWorker
+from runtime.server.embeddings import create_embedding_app
 from runtime.server.limits import (
     HEADER_LIMIT_BYTES,
     LOOPBACK_NAMES,
@@ -96,7 +100,7 @@ def _bind_error(host: str, port: int, error: OSError) -> EdgelmError:
 class _DrainingServer(uvicorn.Server):
     """uvicorn's server; when the drain deadline has passed, what still runs ends with an error its clients can read."""
 
-    def __init__(self, config: uvicorn.Config, worker: Worker, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, worker: Worker | EmbeddingWorker, drain_s: float) -> None:
         super().__init__(config)
         self._worker = worker
         self._drain_s = drain_s
@@ -124,8 +128,21 @@ def make_server(model: LoadedModel, access: Access, *, drain_s: float = DRAIN_S)
     metrics = Metrics()
     queue_limit = QUEUED_PER_SEQUENCE * model.engine.info.sequences
     worker = Worker(model.engine, model.tokenizer, metrics, queue_limit=queue_limit)
+    return _draining(create_app(model, worker, metrics, access), worker, drain_s), worker
+
+
+def make_embedding_server(
+    model: LoadedEncoder, access: Access, *, drain_s: float = DRAIN_S
+) -> tuple[uvicorn.Server, EmbeddingWorker]:
+    """The same around an encoder."""
+    metrics = Metrics()
+    worker = EmbeddingWorker(model, metrics)
+    return _draining(create_embedding_app(model, worker, metrics, access), worker, drain_s), worker
+
+
+def _draining(app: ASGIApp, worker: Worker | EmbeddingWorker, drain_s: float) -> uvicorn.Server:
     config = uvicorn.Config(
-        create_app(model, worker, metrics, access),
+        app,
         http=TimedH11Protocol,
         ws="none",
         lifespan="off",
@@ -138,15 +155,22 @@ def make_server(model: LoadedModel, access: Access, *, drain_s: float = DRAIN_S)
         limit_concurrency=CONNECTION_LIMIT,
         timeout_graceful_shutdown=int(drain_s) + 3,
     )
-    return _DrainingServer(config, worker, drain_s), worker
+    return _DrainingServer(config, worker, drain_s)
 
 
-def serve(model: LoadedModel, listener: socket.socket, access: Access, *, drain_s: float = DRAIN_S) -> None:
+def serve(
+    model: LoadedModel | LoadedEncoder, listener: socket.socket, access: Access, *, drain_s: float = DRAIN_S
+) -> None:
     """Serve until SIGTERM or SIGINT, then finish what runs (at most ``drain_s``) and free the engine.
 
     Raises ``EngineError`` at the end when the engine did not live to see it. Main thread only.
     """
-    server, worker = make_server(model, access, drain_s=drain_s)
+    server: uvicorn.Server
+    worker: Worker | EmbeddingWorker
+    if isinstance(model, LoadedEncoder):
+        server, worker = make_embedding_server(model, access, drain_s=drain_s)
+    else:
+        server, worker = make_server(model, access, drain_s=drain_s)
     # uvicorn raises the signal again when it is done, for whoever was there before it; here nobody waits for it.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
