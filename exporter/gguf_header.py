@@ -19,6 +19,7 @@ from exporter import ggml
 
 ALIGNMENT = 32
 _MAGIC, _VERSION = b"GGUF", 3
+# Value types of the format.
 _UINT8, _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _INT64 = 0, 4, 5, 6, 7, 8, 9, 11
 _SCALARS = {_UINT32: "<I", _INT32: "<i", _FLOAT32: "<f", _BOOL: "<?", _INT64: "<q"}
 _DTYPES = {_INT32: "<i4", _FLOAT32: "<f4", _BOOL: "?", _INT64: "<i8"}
@@ -27,11 +28,9 @@ _DTYPES = {_INT32: "<i4", _FLOAT32: "<f4", _BOOL: "?", _INT64: "<i8"}
 def encode_header(architecture: str, metadata: Mapping[str, Any], plans: Sequence[TensorPlan]) -> bytes:
     """Bytes up to the first tensor, which starts aligned right after them.
 
-        ``metadata`` are all other keys (a ``general.architecture`` among them wins), as plain Python values: a whole number
-    # Value types of the format.
-        is stored as uint32 (as int32 or int64 when it does not fit), a float as float32, lists hold one kind of value, bytes
-        are an array of uint8.
-        Raises ``TypeError`` for anything else.
+    ``metadata`` are all other keys (a ``general.architecture`` among them wins), as plain Python values: a whole number
+    is stored as uint32 (as int32 or int64 when it does not fit), a float as float32, lists hold one kind of value,
+    bytes are an array of uint8. Raises ``TypeError`` for anything else.
     """
     entries = {"general.architecture": architecture, **metadata}
     parts = [_MAGIC, struct.pack("<IQQ", _VERSION, len(plans), len(entries))]

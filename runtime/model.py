@@ -16,7 +16,7 @@ from edgelm.bundle import MANIFEST_NAME, Bundle, Manifest, open_bundle
 from edgelm.errors import BundleError, DoesNotFitError, UsageError
 from edgelm.units import format_bytes
 from runtime.chat import ChatTemplate, Message
-from runtime.engine import Engine, EngineOptions
+from runtime.engine import Engine, EngineInfo, EngineOptions
 from runtime.engines.llamacpp import LlamaVocabulary, kv_bytes_per_token, load_engine
 from runtime.engines.onnx_foreign import foreign_context
 from runtime.foreign import foreign_model, foreign_texts
@@ -34,15 +34,14 @@ _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """Everything that answering needs. ``bos`` is the token that plain text has to start with, None for most models.
+class PromptingModel:
+    """What turns messages and text into prompts, wherever the engine is. ``bos`` is the token that plain text has to
+    start with, None for most models.
 
-    ``artifact`` is the model file, ``manifest`` None for a bare one, ``chat_template`` None for base models.
+    ``manifest`` is None for a bare model file, ``chat_template`` None for base models.
     """
 
     name: str
-    artifact: Path
-    engine: Engine
     tokenizer: TextTokenizer
     chat_template: ChatTemplate | None
     stop_tokens: frozenset[int]
@@ -62,6 +61,19 @@ class LoadedModel:
         """Token ids of plain text to continue; special tokens written in it are not recognised."""
         ids = self.tokenizer.encode(text, special=False)
         return ids if self.bos is None else [self.bos, *ids]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel(PromptingModel):
+    """Everything that answering needs, in this process. ``artifact`` is the model file."""
+
+    artifact: Path
+    engine: Engine
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine says of itself."""
+        return self.engine.info
 
     def close(self) -> None:
         """Free the engine."""

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import click
 
-from edgelm.errors import UsageError
-
 
 @click.command(short_help="Serve a bundle over an OpenAI-compatible API.")
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -33,6 +31,11 @@ from edgelm.errors import UsageError
 @click.option(
     "--allowed-host", "allowed_hosts", multiple=True, metavar="NAME", help="Another name clients may use; repeatable."
 )
+@click.option(
+    "--in-process",
+    is_flag=True,
+    help="Run the engine in the server's own process: less memory, but a crash of the engine ends the server.",
+)
 def command(
     bundle: Path,
     host: str,
@@ -41,6 +44,7 @@ def command(
     context: int | None,
     api_key_file: Path | None,
     allowed_hosts: tuple[str, ...],
+    in_process: bool,
 ) -> None:
     """Serve BUNDLE (a bundle or a bare .gguf file) over an OpenAI-compatible API until SIGTERM or Ctrl-C.
 
@@ -54,20 +58,15 @@ def command(
       curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
     """
-    from runtime.embedding import open_encoder
-    from runtime.encoder import EncoderOptions
     from runtime.engine import EngineOptions
-    from runtime.model import holds_encoder, open_model
     from runtime.server.logs import start_logging
-    from runtime.server.serving import ServerOptions, bind, resolve_access, serve
+    from runtime.server.metrics import Metrics
+    from runtime.server.serving import ServerOptions, bind, make_backend, resolve_access, serve
 
     options = ServerOptions(host, port, allowed_hosts, api_key_file)
     start_logging()
     access = resolve_access(options)
     with bind(host, port) as listener:
-        if holds_encoder(bundle):
-            if parallel > 1:
-                raise UsageError("--parallel is for models that generate", hint="an encoder shares its steps by itself")
-            serve(open_encoder(bundle, EncoderOptions(context=context or 0)), listener, access)
-        else:
-            serve(open_model(bundle, EngineOptions(context=context or 0, sequences=parallel)), listener, access)
+        metrics = Metrics()
+        engine = EngineOptions(context=context or 0, sequences=parallel)
+        serve(make_backend(bundle, engine, metrics, in_process=in_process), metrics, listener, access)

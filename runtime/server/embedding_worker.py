@@ -53,6 +53,7 @@ class EmbeddingWorker:
         self._changed = threading.Condition()
         self._state: State = "starting"
         self._stopping = False
+        self._failure: EngineError | None = None
         self._abort_message: str | None = None
         self._mean_job_s = 0.1
         self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
@@ -64,6 +65,16 @@ class EmbeddingWorker:
     def state(self) -> State:
         """``ready`` only after the encoder computed a first vector and as long as it works."""
         return self._state
+
+    @property
+    def model(self) -> LoadedEncoder:
+        """What it owns."""
+        return self._model
+
+    @property
+    def failure(self) -> EngineError | None:
+        """Why the encoder cannot work any more, where that is known."""
+        return self._failure
 
     @property
     def running(self) -> int:
@@ -125,6 +136,7 @@ class EmbeddingWorker:
             while self._wait_for_work():
                 self._step()
         except EngineError as error:
+            self._failure = error
             log_event("engine failed", {"reason": error.message}, level=logging.ERROR)
         finally:
             with self._changed:
