@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -160,8 +161,6 @@ def speeds(arguments: argparse.Namespace, contestants: Sequence[Side]) -> list[d
 
 def dynamic_int8(exported: Path, destination: Path) -> None:
     """The optimum export in onnxruntime's dynamic int8, per channel."""
-    import shutil
-
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     shutil.copytree(exported, destination, ignore=shutil.ignore_patterns("*.onnx", "*.onnx_data"))
@@ -175,7 +174,7 @@ def genai_folder(bundle: Path, folder: Path, threads: int, context: int) -> None
 
     folder.mkdir()
     for name in ("model.onnx.data", "tokenizer.json"):
-        os.link(bundle / name, folder / name)
+        shutil.copyfile(bundle / name, folder / name)  # a link would make the bundle one that is refused
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
     graph = model.graph
     replaced = ("seqlens_k", "total_sequence_length", "logit_rows")

@@ -97,11 +97,28 @@ def choices(
             points = measure_types(options, checkpoint, progress).points(options, profile)
             found = [Candidate(point.plan, point.eligible, point.reason) for point in points]
             best = automatic.choose(points, options, profile)
-            return profile, found, Candidate(best.plan, best.eligible, best.reason), None
-        found = candidates(options, checkpoint, profile)
-        return profile, found, choose(found, profile), None
+            chosen = Candidate(best.plan, best.eligible, best.reason)
+        else:
+            found = candidates(options, checkpoint, profile)
+            chosen = choose(found, profile)
     except DoesNotFitError as error:
-        return profile, found, None, error
+        return profile, [*found, *_other_format(options, checkpoint, profile)], None, error
+    return profile, [*found, *_other_format(options, checkpoint, profile)], chosen, None
+
+
+def _other_format(options: ExportOptions, checkpoint: Checkpoint, profile: TargetProfile) -> list[Candidate]:
+    """What ONNX could become beside the GGUF candidates of ``--format auto``, to compare; none where it cannot.
+
+    They are not chosen from: what a recipe loses is not predicted, and bits per weight do not compare across formats.
+    """
+    if options.format != "auto" or options.quant.lower() != "auto" or options.type_overrides:
+        return []
+    if describe(checkpoint).encoder is not None:
+        return []
+    try:
+        return candidates(replace(options, format="onnx"), checkpoint, profile)
+    except CheckpointError:  # a graph that cannot be drawn
+        return []
 
 
 def measuring_obstacle(options: ExportOptions, checkpoint: Checkpoint) -> str | None:

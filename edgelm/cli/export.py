@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     "--calibration",
     type=click.Path(path_type=Path),
     metavar="FILE|self",
-    help="Text, or JSON lines with text or messages, to measure types on (--quant auto); self: the model's own words.",
+    help="Text, or JSON lines with text or messages, to measure on (--quant auto, ONNX ...-gptq); self: its own words.",
 )
 @click.option(
     "--eval",

@@ -86,7 +86,7 @@ def command(
 
 
 def _same(one: ExportPlan, other: ExportPlan) -> bool:
-    return (one.quant, one.tensors) == (other.quant, other.tensors)
+    return (one.format, one.quant, one.tensors) == (other.format, other.quant, other.tensors)
 
 
 def _document(target: str, found: list[Candidate], chosen: Candidate | None) -> dict[str, Any]:
@@ -110,7 +110,19 @@ def _show(target: str, found: list[Candidate], chosen: Candidate | None) -> None
     from edgelm.units import format_bytes
 
     table = Table(title=target, title_justify="left")
-    for column in ("", "quant", "bits/weight", "size", "RAM", "KL", "decode tok/s", "prefill tok/s", "fits", "why"):
+    for column in (
+        "",
+        "format",
+        "quant",
+        "bits/weight",
+        "size",
+        "RAM",
+        "KL",
+        "decode tok/s",
+        "prefill tok/s",
+        "fits",
+        "why",
+    ):
         table.add_column(column, justify="right" if "/" in column or column in ("size", "RAM", "KL") else "left")
     for item in found:
         plan, predicted = item.plan, item.plan.predicted
@@ -119,7 +131,7 @@ def _show(target: str, found: list[Candidate], chosen: Candidate | None) -> None
         sizes = [f"{plan.bits_per_weight:.2f}", format_bytes(plan.artifact_bytes), format_bytes(predicted.ram_bytes)]
         sizes.append("-" if plan.predicted_kl is None else f"{plan.predicted_kl:.4f}")
         fits = predicted.fits if item.eligible else "no"
-        table.add_row(mark, plan.quant, *sizes, *rates, fits, "" if fits == "fits" else item.reason)
+        table.add_row(mark, plan.format, plan.quant, *sizes, *rates, fits, "" if fits == "fits" else item.reason)
     print_table(table)
     if chosen is not None:
         click.echo(chosen.reason)
