@@ -81,8 +81,8 @@ class _Builder(Nodes):
         super().__init__(type_of)
         self.decoder, self.structure = decoder, decoder.structure
         self._residual, self._pending = "", ""
-        inside = decoder.head_size % _HEAD_STEP == 0 and (decoder.rotary_size // 2) % _PAIR_STEP == 0
-        self._rotates_inside = inside
+        fits = decoder.head_size % _HEAD_STEP == 0 and (decoder.rotary_size // 2) % _PAIR_STEP == 0
+        self._rotates_inside = fits and not decoder.structure.norm_after_rotation
 
     def decoder_graph(self) -> None:
         """All nodes from ``input_ids`` to ``logits``."""
@@ -211,12 +211,16 @@ class _Builder(Nodes):
         rotates = layer.rotation is not None
         outside = rotates and not self._rotates_inside
         inputs = self._attention_inputs(prefix, layer, hidden, apart=outside or layer.query_norm is not None)
+        if not self.structure.norm_after_rotation:
+            inputs = self._query_norms(prefix, layer, inputs)
         if outside:
             inputs = [
                 self._rotated(f"{prefix}.attn_q.rotated", layer, inputs[0], layer.heads),
                 self._rotated(f"{prefix}.attn_k.rotated", layer, inputs[1], layer.kv_heads),
                 inputs[2],
             ]
+        if self.structure.norm_after_rotation:
+            inputs = self._query_norms(prefix, layer, inputs)
         inputs += [f"past_key_values.{index}.key", f"past_key_values.{index}.value", "seqlens_k"]
         inputs.append("total_sequence_length")
         attributes: dict[str, int | float | str] = {"num_heads": layer.heads, "kv_num_heads": layer.kv_heads}
@@ -247,10 +251,14 @@ class _Builder(Nodes):
                 self.linear(f"{prefix}.attn_{letter}", hidden, [part])
                 for letter, part in zip("qkv", layer.inputs, strict=True)
             ]
-        if layer.query_norm is not None and layer.key_norm is not None:
-            names[0] = self._query_norm(f"{prefix}.attn_q_norm", names[0], layer.query_norm, layer.heads)
-            names[1] = self._query_norm(f"{prefix}.attn_k_norm", names[1], layer.key_norm, layer.kv_heads)
         return names
+
+    def _query_norms(self, prefix: str, layer: Layer, inputs: list[str]) -> list[str]:
+        """Queries and keys normalised, where a family does so."""
+        if layer.query_norm is None or layer.key_norm is None:
+            return inputs
+        queries = self._query_norm(f"{prefix}.attn_q_norm", inputs[0], layer.query_norm, layer.heads)
+        return [queries, self._query_norm(f"{prefix}.attn_k_norm", inputs[1], layer.key_norm, layer.kv_heads), inputs[2]]
 
     def _query_norm(self, name: str, rows: str, norm: Part, heads: int) -> str:
         if self.structure.query_norm == "all":

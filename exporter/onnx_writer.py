@@ -285,9 +285,10 @@ class _Worker:
         kind = weight_type(header)
         # A vector is too small to be cut, and perhaps smaller than a block.
         whole = len(part.shape) == 1 or _reordered(part)
-        row_bytes = header.size_bytes // part.shape[0]
         start, stop = (0, part.shape[0]) if whole else (task.start, task.stop)
-        raw = self._reader.read(header, start * row_bytes, header.size_bytes if whole else (stop - start) * row_bytes)
+        transposed = part.transposed and len(part.shape) == 2
+        row_bytes = header.size_bytes // (part.shape[0] if transposed else header.shape[0])
+        raw = self._reader.read(header, (start + part.skipped) * row_bytes, (stop - start) * row_bytes)
         values = ggml.dequantize(raw, kind, (stop - start) * columns)
         if not np.isfinite(values).all():
             raise CheckpointError(f"tensor {part.source_name} holds NaN or infinity", hint="the checkpoint is broken")
