@@ -258,7 +258,11 @@ class _Builder(Nodes):
         if layer.query_norm is None or layer.key_norm is None:
             return inputs
         queries = self._query_norm(f"{prefix}.attn_q_norm", inputs[0], layer.query_norm, layer.heads)
-        return [queries, self._query_norm(f"{prefix}.attn_k_norm", inputs[1], layer.key_norm, layer.kv_heads), inputs[2]]
+        return [
+            queries,
+            self._query_norm(f"{prefix}.attn_k_norm", inputs[1], layer.key_norm, layer.kv_heads),
+            inputs[2],
+        ]
 
     def _query_norm(self, name: str, rows: str, norm: Part, heads: int) -> str:
         if self.structure.query_norm == "all":

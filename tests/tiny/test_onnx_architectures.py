@@ -36,7 +36,7 @@ def test_logits_are_those_of_transformers(row: Row, tmp_path: Path) -> None:
     assert found.decode < 1e-8
     assert found.logit_error_max < 1e-3
     # Norms behind attention and network bring every rounding back to full size.
-    assert found.int8 < (3e-3 if row.model_type == "olmo2" else 2e-3)
+    assert found.int8 < (3e-3 if row.model_type in ("olmo2", "exaone4") else 2e-3)
     assert found.spread > 0.5
     model = onnx.load(tmp_path / "int8" / "model.onnx", load_external_data=False)
     assert {item.domain: item.version for item in model.opset_import} == {"": 23, "com.microsoft": 1}
