@@ -1,8 +1,8 @@
 """What calibration reads: windows of tokens from the default text, a user's file, or the model's own words.
 
 Files are plain text (.txt or anything else), JSON lines with a ``text`` or with ``messages`` each (.jsonl); messages
-are rendered through the model's chat template. Text for statistics and text for checking them never overlap. Knows
-tokenizers and templates; does not know what is measured.
+are rendered through the model's chat template. Text for statistics, text for checking them and the text
+that a proof counts never overlap. Knows tokenizers and templates; does not know what is measured.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ import numpy as np
 from edgelm.bundle import CalibrationRecord
 from edgelm.errors import BundleError, UsageError
 from edgelm.progress import Progress
+from exporter.architectures import describe
 from exporter.checkpoint import Checkpoint
+from exporter.quality import MIN_TOKENS, windows_between
 from exporter.reference import open_torch_model
-from exporter.texts import Text, calibration_text, read_text
+from exporter.texts import Text, calibration_text, evaluation_text, read_text
 from exporter.token_identity import open_tokenizer
 from exporter.tokenizer import SourceTokenizer
 from runtime.chat import ChatTemplate
@@ -31,12 +33,35 @@ STATISTICS_WINDOWS = 12
 PROBE_WINDOWS = 3
 SELF = "self"
 _SEED = 11
-_SELF_SEQUENCES = 16
+_SELF_SEQUENCES = STATISTICS_WINDOWS + PROBE_WINDOWS  # each one a window, which then starts with a question
+# What a model is asked when it writes its own calibration text: kinds of answers, not facts.
+QUESTIONS = (
+    "Explain in a few sentences how photosynthesis works.",
+    "Write a short story about a lighthouse keeper.",
+    "What are the advantages and disadvantages of remote work?",
+    "Write a Python function that counts the words in a text file.",
+    "Give me a recipe for vegetable soup.",
+    "How do I politely decline an invitation?",
+    "Summarise the history of the printing press.",
+    "List five ideas for a rainy weekend.",
+    "What is 17 times 24? Show the steps.",
+    "Translate into French: The meeting starts at nine o'clock.",
+    "Compare cats and dogs as pets.",
+    "Write an e-mail asking a colleague for last month's figures.",
+    "What should I look at when I buy a used bicycle?",
+    "Explain recursion to a ten-year-old.",
+    "Write a poem about the sea in winter.",
+    "Which exercises help against back pain?",
+)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Windows of token ids for statistics and, disjoint from them, for checking; and where they are from."""
+    """Windows of token ids for statistics and, disjoint from them, for checking; and where they are from.
+
+    ``probes`` are of the evaluation text where that is long enough, between the windows that the proof counts: a text's
+    own difficulty moves KL by a fifth, and what is predicted is what the proof will find.
+    """
 
     record: CalibrationRecord
     statistics: tuple[tuple[int, ...], ...]
@@ -44,14 +69,24 @@ class Calibration:
 
 
 def open_calibration(
-    checkpoint: Checkpoint, words: SourceTokenizer, choice: Path | None, context: int, progress: Progress
+    checkpoint: Checkpoint,
+    words: SourceTokenizer,
+    choice: Path | None,
+    progress: Progress,
+    *,
+    evaluation: Path | None = None,
 ) -> Calibration:
     """Read and cut the calibration text; ``choice`` of None is the default text, ``self`` the model's own words.
 
-    Raises ``UsageError`` when a file is unusable or too short.
+    ``evaluation`` is the text of the proof, None the default one. Raises ``UsageError`` when a file is unusable or too
+    short.
     """
-    length = min(WINDOW, context)
-    return _cut(*calibration_ids(checkpoint, words, choice, length, progress), length)
+    length = min(WINDOW, describe(checkpoint).dimensions.context_trained)
+    found = _cut(*calibration_ids(checkpoint, words, choice, length, progress), length)
+    encoder = open_tokenizer(words.tokenizer_json, "tokenizer.json")
+    judged = encoder.encode(evaluation_text(evaluation).content, add_special_tokens=False).ids
+    probes = windows_between(judged, MIN_TOKENS, length=length, wanted=PROBE_WINDOWS)
+    return replace(found, probes=tuple(probes) or found.probes)
 
 
 def calibration_ids(
@@ -133,20 +168,57 @@ def _special_tokens(words: SourceTokenizer) -> dict[str, str]:
 
 
 def _own_words(checkpoint: Checkpoint, words: SourceTokenizer, length: int, progress: Progress) -> list[int]:
-    """Sampled at temperature 1, each sequence from one random token on."""
-    import torch
+    """Conversations in the model's own template, its answers sampled at temperature 1; of a model without a template,
+    text that starts with one random token.
 
-    generator = torch.Generator().manual_seed(_SEED)
-    with open_torch_model(checkpoint, progress) as model, torch.inference_mode():
+    Sequences advance together. Tokens of a question are given, all others are drawn; after the end of an answer the
+    next question follows.
+    """
+    with open_torch_model(checkpoint, progress) as model:
+        import torch
+
+        generator = torch.Generator().manual_seed(_SEED)
         vocabulary = int(model.config.vocab_size)
-        ids = torch.randint(vocabulary, (_SELF_SEQUENCES, 1), generator=generator)
-        sequences, cache, latest = ids, None, ids
-        with progress.stage("generating calibration text", length, unit="tokens") as stage:
-            for _ in range(length - 1):
+        starts = torch.randint(vocabulary, (_SELF_SEQUENCES, 1), generator=generator).tolist()
+        questions, ends = _questions(words), _ends(words)
+        given = [
+            list(questions[index % len(questions)]) if questions else starts[index] for index in range(len(starts))
+        ]
+        asked = list(range(len(given)))
+        sequences: list[list[int]] = [[] for _ in given]
+        cache = None
+        with progress.stage("generating calibration text", length, unit="tokens") as stage, torch.inference_mode():
+            drawn = [[0]] * len(given)
+            for _ in range(length):
+                for index, sequence in enumerate(sequences):
+                    if not given[index] and questions and sequence[-1:] and sequence[-1] in ends:
+                        asked[index] += 1
+                        given[index] = list(questions[asked[index] % len(questions)])
+                    sequence.append(given[index].pop(0) if given[index] else drawn[index][0])
+                latest = torch.tensor([sequence[-1:] for sequence in sequences])
                 output = model(latest, past_key_values=cache, use_cache=True)
                 cache = output.past_key_values
                 probabilities = torch.softmax(output.logits[:, -1].float(), dim=-1)
-                latest = torch.multinomial(probabilities, 1, generator=generator)
-                sequences = torch.cat([sequences, latest], dim=1)
+                drawn = torch.multinomial(probabilities, 1, generator=generator).tolist()
                 stage.advance()
-    return [int(token) for token in sequences.reshape(-1)]
+    return [token for sequence in sequences for token in sequence]
+
+
+def _questions(words: SourceTokenizer) -> list[list[int]]:
+    """``QUESTIONS`` as prompts in token ids; none for models without a template, or one that refuses questions."""
+    if words.chat_template is None:
+        return []
+    template = ChatTemplate(words.chat_template, _special_tokens(words))
+    encoder = open_tokenizer(words.tokenizer_json, "tokenizer.json")
+    try:
+        texts = [template.render([{"role": "user", "content": question}]) for question in QUESTIONS]
+    except UsageError:
+        return []
+    return [encoder.encode(text, add_special_tokens=False).ids for text in texts]
+
+
+def _ends(words: SourceTokenizer) -> frozenset[int]:
+    """Tokens that end an answer."""
+    named = words.generation_config.get("eos_token_id")
+    ids = [*(named if isinstance(named, list) else [named]), words.gguf_metadata.get("tokenizer.ggml.eos_token_id")]
+    return frozenset(item for item in ids if isinstance(item, int))

@@ -30,7 +30,7 @@ class ExportOptions:
     """The options of ``edgelm export`` and ``edgelm plan``. None means: not asked for.
 
     ``type_overrides`` are (regular expression on GGUF tensor names, type). ``evaluation`` is a text file that replaces
-    the built-in evaluation text; ``calibration`` one for the text that types are measured on, or ``self``.
+    the built-in evaluation text; ``calibration`` one for what types or importance are measured on, or ``self``.
     """
 
     source: str
@@ -67,7 +67,7 @@ def parse_type_override(text: str, format_name: FormatChoice = "auto") -> tuple[
 
 
 def _reads_calibration(options: ExportOptions) -> bool:
-    return options.format == "onnx" and recipe_named(options.quant).calibrated
+    return options.quant.lower() != "auto" and recipe_named(options.quant).calibrated
 
 
 def check_options(options: ExportOptions) -> None:
@@ -78,10 +78,10 @@ def check_options(options: ExportOptions) -> None:
         raise UsageError("--eval has no use with --no-verify")
     if options.evaluation is not None and not options.evaluation.is_file():
         raise UsageError(f"--eval: {options.evaluation} is no file")
-    if options.calibration is not None and options.quant.lower() != "auto" and not _reads_calibration(options):
+    if options.calibration is not None and options.format == "onnx" and not _reads_calibration(options):
         raise UsageError(
-            "--calibration is for --quant auto, and with --format onnx for recipes that end in -gptq; "
-            "others measure nothing"
+            "--calibration with --format onnx is for recipes that end in -gptq; others measure nothing",
+            hint="leave it out",
         )
     if options.calibration is not None and str(options.calibration) != "self" and not options.calibration.is_file():
         raise UsageError(f"--calibration: {options.calibration} is no file", hint="name a text or JSONL file, or: self")
