@@ -18,6 +18,8 @@ from edgelm.units import format_bytes
 from runtime.chat import ChatTemplate, Message
 from runtime.engine import Engine, EngineInfo, EngineOptions
 from runtime.engines.llamacpp import LlamaVocabulary, kv_bytes_per_token, load_engine
+from runtime.engines.onnx_foreign import foreign_context
+from runtime.foreign import foreign_model, foreign_texts
 from runtime.gguf_header import GGUFHeader, read_gguf_header, workload_from_gguf
 from runtime.memory import snapshot
 from runtime.tokenizer import GgufTokenizer, JsonTokenizer, TextTokenizer
@@ -80,11 +82,15 @@ class LoadedModel(PromptingModel):
 
 
 def artifact_of(path: Path, *, check_hashes: bool = True) -> tuple[Path, Bundle | None]:
-    """The model file behind a bundle directory or a bare ``.gguf``, and the bundle if it is one.
+    """The model file behind a bundle directory, a bare ``.gguf`` or a folder with an ONNX decoder of others, and the
+    bundle if it is one.
 
     Raises ``BundleError`` when it is neither, or when the bundle is damaged.
     """
     if path.is_dir():
+        foreign = foreign_model(path)
+        if foreign is not None:
+            return foreign, None
         bundle = open_bundle(path, check_hashes=check_hashes)
         return bundle.artifact_path, bundle
     if not path.exists():
@@ -149,11 +155,32 @@ def open_model(path: Path, options: EngineOptions) -> LoadedModel:
     )
 
 
+def _open_foreign(artifact: Path, options: EngineOptions) -> LoadedModel:
+    """An ONNX decoder that others exported: what is known of tokens stands in files beside it."""
+    from runtime.engines.onnx import load_any_engine
+
+    texts = foreign_texts(artifact)
+    tokenizer = JsonTokenizer(texts.tokenizer)
+    start = tokenizer.encode(texts.special_tokens.get("bos_token", "")) if texts.adds_bos else []
+    return LoadedModel(
+        name=artifact.parent.resolve().name,
+        artifact=artifact,
+        engine=load_any_engine(artifact, replace(options, context=options.context or foreign_context(artifact.parent))),
+        tokenizer=tokenizer,
+        chat_template=ChatTemplate(texts.template, texts.special_tokens) if texts.template else None,
+        stop_tokens=texts.stop_tokens,
+        bos=start[0] if len(start) == 1 else None,
+        manifest=None,
+    )
+
+
 def _open_onnx(artifact: Path, bundle: Bundle | None, options: EngineOptions) -> LoadedModel:
     """An ONNX model: its tokenizer stands beside it in the bundle, its metadata tell what else there is of tokens."""
-    tokenizer_path = bundle.file(TOKENIZER_NAME) if bundle else None
-    if bundle is None or tokenizer_path is None:
-        raise BundleError(f"{artifact} has no tokenizer with it", hint="give the bundle directory that it belongs to")
+    if bundle is None:
+        return _open_foreign(artifact, options)
+    tokenizer_path = bundle.file(TOKENIZER_NAME)
+    if tokenizer_path is None:
+        raise BundleError(f"{artifact} has no tokenizer with it", hint="export the bundle again")
     from runtime.engines.onnx import load_engine as load_onnx_engine
     from runtime.engines.onnx import read_token_notes
 
