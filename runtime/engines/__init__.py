@@ -27,6 +27,10 @@ def load_encoder(path: Path, options: EncoderOptions) -> Encoder:
 
     Raises what the engine's own ``load_encoder`` raises: ``BundleError``, ``UsageError`` and ``EngineError``.
     """
+    if path.suffix == ".onnx":
+        from runtime.engines import onnx_encoder
+
+        return onnx_encoder.load_encoder(path, options)
     from runtime.engines import llamacpp_encoder
 
     return llamacpp_encoder.load_encoder(path, options)

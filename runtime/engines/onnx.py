@@ -8,9 +8,7 @@ text and no sampling. Importing this module does not load the library; ``load_en
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -25,14 +23,20 @@ import numpy.typing as npt
 from edgelm.errors import BundleError, EngineError, UsageError
 from runtime.engine import Chunk, Engine, EngineInfo, EngineInterruptedError, EngineOptions, Logits, check_chunks
 from runtime.engines.onnx_foreign import ForeignOnnxEngine, check_foreign_options, understand
+from runtime.engines.onnx_session import (
+    SessionThreads,
+    choose_threads,
+    first_line,
+    load_library,
+    open_session,
+    runtime_errors,
+)
 from runtime.onnx_header import FLOAT, OnnxModel, read_onnx_model
-from targets.host import default_threads, read_limits
 
 GRAPH = "decoder-1"
 PREFILL_STEP = 128
 """Tokens per step of a long prompt: as fast as larger steps on CPUs, and activations stay small."""
 _MAX_SEQUENCES = 256
-_QUIET_LOAD = 0.5  # load average per core up to which cores count as idle
 _BINDINGS_KEPT = 16
 _PAST = re.compile(r"past_key_values\.([0-9]{1,4})\.key")
 _CONTROL_INPUTS = ("input_ids", "seqlens_k", "total_sequence_length", "logit_rows")
@@ -55,15 +59,6 @@ class _Shape:
         return 2 * sum(self.kv_heads) * self.head_size
 
 
-@dataclass(frozen=True, slots=True)
-class _Threads:
-    """Threads and whether they wait spinning, with the reason."""
-
-    count: int
-    spinning: bool
-    reason: str
-
-
 def load_any_engine(path: Path, options: EngineOptions) -> Engine:
     """Load a ``model.onnx``, whoever exported it. Raises what ``load_engine`` raises."""
     model = read_onnx_model(path)
@@ -76,8 +71,8 @@ def _load_foreign(path: Path, model: OnnxModel, options: EngineOptions) -> Forei
     check_foreign_options(options, graph, path)
     threads = _choose_threads(options)
     started = time.perf_counter()
-    runtime = _load_library()
-    session = _open_session(runtime, path, threads)
+    runtime = load_library()
+    session = open_session(runtime, path, threads)
     info = EngineInfo(
         engine="onnxruntime",
         versions={"onnxruntime": runtime.__version__},
@@ -97,7 +92,7 @@ def _load_foreign(path: Path, model: OnnxModel, options: EngineOptions) -> Forei
     )
     run_options = runtime.RunOptions()
     run_options.log_severity_level = 4
-    errors = _runtime_errors(runtime)
+    errors = runtime_errors(runtime)
     return ForeignOnnxEngine(session, run_options, errors, info, graph, all_logits=options.all_logits)
 
 
@@ -117,8 +112,8 @@ def load_engine(path: Path, options: EngineOptions) -> OnnxEngine:
             hint=f"use --context {shape.context_limit} or less, or export with a longer --context",
         )
     started = time.perf_counter()
-    runtime = _load_library()
-    session = _open_session(runtime, path, threads)
+    runtime = load_library()
+    session = open_session(runtime, path, threads)
     info = EngineInfo(
         engine="onnxruntime",
         versions={"onnxruntime": runtime.__version__},
@@ -178,11 +173,8 @@ def _check_options(options: EngineOptions) -> None:
         raise UsageError("ONNX Runtime maps weights by itself; mmap cannot be switched off", hint="leave it on")
 
 
-def _choose_threads(options: EngineOptions) -> _Threads:
-    """One session has one pool of threads: decode and prefill share it.
-
-    Spinning wins while every thread has an idle core and halves the speed when it has not.
-    """
+def _choose_threads(options: EngineOptions) -> SessionThreads:
+    """One session has one pool of threads: decode and prefill share it."""
     asked = {count for count in (options.threads_decode, options.threads_prefill) if count}
     if len(asked) > 1:
         raise UsageError(
@@ -190,23 +182,7 @@ def _choose_threads(options: EngineOptions) -> _Threads:
             f"{options.threads_prefill}",
             hint="ask for one number of threads",
         )
-    choice, _ = default_threads()
-    count = asked.pop() if asked else int(choice.value)
-    limits = read_limits()
-    cores = min(len(limits.cpus), int(choice.value))
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    spinning = False
-    if count == 1:
-        why = "no spinning: one thread has nobody to wait for"
-    elif limits.quota is not None:
-        why = "no spinning: a CPU quota counts waiting too"
-    elif count > cores:
-        why = f"no spinning: {cores} cores are usable"
-    elif busy > _QUIET_LOAD * cores:
-        why = f"no spinning: others keep {busy:.1f} cores busy"
-    else:
-        spinning, why = True, "spinning: every thread has an idle core"
-    return _Threads(count, spinning, f"{count} threads, {why}")
+    return choose_threads(asked.pop() if asked else 0)
 
 
 def _read_shape(path: Path, model: OnnxModel) -> _Shape:
@@ -254,42 +230,6 @@ def _count(path: Path, model: OnnxModel, key: str) -> int:
     if not re.fullmatch(r"[1-9][0-9]{0,15}", value):
         raise BundleError(f"{path}: its metadata {key} is {value!r}, which is no count", hint="export it again")
     return int(value)
-
-
-def _load_library() -> Any:
-    try:
-        return importlib.import_module("onnxruntime")
-    except (ImportError, OSError) as error:
-        raise EngineError(f"onnxruntime cannot be imported: {error}", hint="pip install onnxruntime") from error
-
-
-def _runtime_errors(runtime: Any) -> tuple[type[Exception], ...]:
-    """Everything that a session raises: ONNX Runtime has a class of exceptions per status, without a common base."""
-    state = runtime.capi.onnxruntime_pybind11_state
-    own = [item for item in vars(state).values() if isinstance(item, type) and issubclass(item, Exception)]
-    return (*own, RuntimeError, MemoryError, ValueError)
-
-
-def _open_session(runtime: Any, path: Path, threads: _Threads) -> Any:
-    settings = runtime.SessionOptions()
-    settings.intra_op_num_threads = threads.count
-    settings.inter_op_num_threads = 1
-    settings.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
-    settings.log_severity_level = 4  # what goes wrong is raised; stderr is not ours to write to
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads.spinning else "0")
-    # Packed weights are allocated once and never freed: an arena would round each of them up and keep the slack.
-    settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-    try:
-        return runtime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-    except _runtime_errors(runtime) as error:
-        raise EngineError(
-            f"ONNX Runtime cannot load {path}: {_first_line(error)}",
-            hint=f"the graph needs operator sets that onnxruntime {runtime.__version__} may lack; upgrade it",
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:500] if str(error).strip() else type(error).__name__
 
 
 class _Binding:
@@ -352,7 +292,7 @@ class OnnxEngine:
         self._bindings: dict[tuple[int, int, int, int], _Binding] = {}
         self._run_options = runtime.RunOptions()
         self._run_options.log_severity_level = 4
-        self._errors = _runtime_errors(runtime)
+        self._errors = runtime_errors(runtime)
         self._interrupted = False
 
     @property
@@ -459,7 +399,7 @@ class OnnxEngine:
             raise EngineInterruptedError("the computation was interrupted") from error
         for sequence in before:
             self._lengths[sequence] = 0
-        raise EngineError(f"ONNX Runtime failed to compute: {_first_line(error)}") from error
+        raise EngineError(f"ONNX Runtime failed to compute: {first_line(error)}") from error
 
     def _binding(self, first: int, batch: int, tokens: int, rows: int) -> _Binding:
         key = (first, batch, tokens, rows)
