@@ -70,7 +70,9 @@ def make_marian(directory: Path, *, steps: int = 0) -> Path:
     if steps:
         tokenizer = MarianTokenizer.from_pretrained(directory)
         pairs = list(sentences(32 * steps, seed=1))
-        train(model, [(tokenizer(one).input_ids, tokenizer(text_target=two).input_ids) for one, two in pairs], count - 1)
+        train(
+            model, [(tokenizer(one).input_ids, tokenizer(text_target=two).input_ids) for one, two in pairs], count - 1
+        )
     model.save_pretrained(directory)
     return directory
 

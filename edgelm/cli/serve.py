@@ -60,8 +60,9 @@ def command(
     """Serve BUNDLE (a bundle or a bare .gguf file) over an OpenAI-compatible API until SIGTERM or Ctrl-C.
 
     /v1/chat/completions, /v1/completions and /v1/models, a small chat page at /, Prometheus figures at /metrics,
-    /health/live and /health/ready; an encoder answers /v1/embeddings instead of completions, and has no page. Logs go
-    to stderr, one JSON object per line, without prompts, answers or keys.
+    /health/live and /health/ready; an encoder answers /v1/embeddings instead of completions, models with
+    another task /v1/translate, /v1/fill-mask or /v1/classify; these have no page. Logs go to stderr, one JSON object
+    per line, without prompts, answers or keys.
 
     \b
     Example:
@@ -90,8 +91,9 @@ def _settled(bundle: Path, target: str, options: EngineOptions, in_process: bool
     from runtime.model import holds_encoder
     from runtime.server.logs import log_event
     from runtime.settings import Asked, choose_encoder_threads, choose_settings
+    from runtime.tasks import holds_task
 
-    if holds_encoder(bundle):
+    if holds_encoder(bundle) or holds_task(bundle) is not None:
         threads = choose_encoder_threads(target)
         log_event("settings", {"threads": f"{threads.value}: {threads.reason}"})
         return replace(options, threads_prefill=int(threads.value)), in_process

@@ -103,10 +103,9 @@ class OnnxEncoder:
 def pool(states: Vectors, mask: npt.NDArray[np.int64], pooling: Pooling) -> Vectors:
     """One vector of the vectors (sequences, tokens, dimensions) of each sequence, padding (mask 0) left out."""
     lengths = mask.sum(axis=1)
-    if pooling == "cls":
-        return states[:, 0]
-    if pooling == "last":
-        return states[np.arange(len(states)), lengths - 1]
+    if pooling != "mean":
+        chosen: Vectors = states[np.arange(len(states)), lengths - 1 if pooling == "last" else 0]
+        return chosen
     weights = mask.astype(np.float32) / lengths[:, None].astype(np.float32)
     mean: Vectors = np.matmul(weights[:, None, :], states)[:, 0]
     return mean

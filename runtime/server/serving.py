@@ -35,7 +35,10 @@ from runtime.server.limits import (
 from runtime.server.logs import log_event
 from runtime.server.metrics import Metrics
 from runtime.server.supervised import SupervisedWorker
+from runtime.server.task_worker import TaskWorker
+from runtime.server.tasks import create_task_app
 from runtime.server.worker import Backend, Worker, show_backend
+from runtime.tasks import TaskOptions, holds_task, open_task
 
 DRAIN_S = 30.0
 KEEP_ALIVE_S = 5
@@ -99,7 +102,7 @@ def _bind_error(host: str, port: int, error: OSError) -> EdgelmError:
     return EdgelmError(f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}")
 
 
-Served = Backend | EmbeddingWorker
+Served = Backend | EmbeddingWorker | TaskWorker
 
 
 class _DrainingServer(uvicorn.Server):
@@ -133,6 +136,8 @@ def make_server(backend: Served, metrics: Metrics, access: Access, *, drain_s: f
     app: ASGIApp
     if isinstance(backend, EmbeddingWorker):
         app = create_embedding_app(backend.model, backend, metrics, access)
+    elif isinstance(backend, TaskWorker):
+        app = create_task_app(backend, metrics, access)
     else:
         show_backend(backend, metrics)
         app = create_app(backend, metrics, access)
@@ -156,10 +161,14 @@ def make_server(backend: Served, metrics: Metrics, access: Access, *, drain_s: f
 def make_backend(path: Path, options: EngineOptions, metrics: Metrics, *, in_process: bool) -> Served:
     """The backend for a bundle or model file. ``in_process`` loads it here and now, else a child process does later.
 
-    Encoders always run here: nothing of theirs lasts longer than a step.
+    Encoders and models with a task always run here: nothing of theirs outlasts a request.
 
     Raises what ``runtime.model.open_model`` raises, without a child for what is wrong with the path.
     """
+    if holds_task(path) is not None:
+        if options.sequences > 1:
+            raise UsageError("--parallel is for models that generate", hint="this one answers text after text")
+        return TaskWorker(open_task(path, TaskOptions(options.context, options.threads_prefill)), metrics)
     if holds_encoder(path):
         if options.sequences > 1:
             raise UsageError("--parallel is for models that generate", hint="an encoder shares its steps by itself")
