@@ -59,7 +59,7 @@ def make_marian(directory: Path, *, steps: int = 0) -> Path:
 
     count = write_marian_words(directory)
     config = MarianConfig(
-        vocab_size=count, d_model=48, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        vocab_size=count, d_model=48, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96, max_position_embeddings=64,
         pad_token_id=count - 1, decoder_start_token_id=count - 1, eos_token_id=0, forced_eos_token_id=0,
         bad_words_ids=[[count - 1]], num_beams=1, scale_embedding=True, dropout=0.0, activation_function="swish",
@@ -81,7 +81,9 @@ def train(model: Any, pairs: list[tuple[list[int], list[int]]], padding: int, ba
     """One pass of Adam over (ids read, ids to write)."""
     import torch
 
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny products: a second thread would only wait
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     model.train()
     for start in range(0, len(pairs), batch):
         rows = pairs[start : start + batch]
@@ -92,6 +94,7 @@ def train(model: Any, pairs: list[tuple[list[int], list[int]]], padding: int, ba
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
+    torch.set_num_threads(threads)
 
 
 def make_t5(directory: Path) -> Path:

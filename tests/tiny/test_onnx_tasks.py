@@ -48,7 +48,7 @@ def proof(bundle: Bundle) -> TaskQuality:
 
 @pytest.fixture(scope="module")
 def marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_marian(tmp_path_factory.mktemp("marian") / "model", steps=250)
+    return make_marian(tmp_path_factory.mktemp("marian") / "model", steps=220)
 
 
 @pytest.fixture(scope="module")
@@ -121,35 +121,32 @@ def test_greedy_answers_are_those_of_transformers(translator: Bundle, marian: Pa
         model.close()
 
 
-def test_the_same_weights_are_stored_once(marian: Path, tmp_path: Path) -> None:
-    """Both graphs read one data file; in blocks, embedding and head are the same bytes."""
-    rounded = made(marian, tmp_path / "b", "int8-16")
-    places = {}
+def test_a_rounded_marian_still_translates(marian: Path, tmp_path: Path) -> None:
+    quality = proof(made(marian, tmp_path / "b", "int8"))
+    assert 0 < quality.kl_mean < 0.2
+    assert quality.agreement > 0.5
+
+
+def test_t5_stores_the_same_weights_once(tmp_path: Path) -> None:
+    """Both graphs read one data file; in blocks, embedding and head of a tied model are the same bytes."""
+    source = make_t5(tmp_path / "model")
+    exact = proof(made(source, tmp_path / "fp32"))
+    assert exact.agreement == 1
+    assert exact.kl_mean < 1e-5
+    rounded = made(source, tmp_path / "int8-32", "int8-32")
+    assert proof(rounded).kl_mean < 0.2
+    places: dict[str, set[tuple[str, str]]] = {}
     for name in ("model.onnx", "decoder.onnx"):
         onnx.checker.check_model(str(rounded.path / name))
         for tensor in onnx.load(str(rounded.path / name), load_external_data=False).graph.initializer:
             entry = {item.key: item.value for item in tensor.external_data}
             if entry:
                 assert entry["location"] == "model.onnx.data"
-                places.setdefault(entry["offset"], []).append((name, tensor.name))
-    shared = [names for names in places.values() if len(names) >= 3]
-    assert any({name for name, _ in names} == {"model.onnx", "decoder.onnx"} for names in shared)
-    quality = proof(rounded)
-    assert quality.kl_mean < 0.05
-    assert quality.agreement > 0.7
-
-
-def test_t5_of_all_roundings(tmp_path: Path) -> None:
-    source = make_t5(tmp_path / "model")
-    exact = proof(made(source, tmp_path / "fp32"))
-    assert exact.agreement == 1
-    assert exact.kl_mean < 1e-5
-    rounded = made(source, tmp_path / "int8", "int8")
-    assert proof(rounded).kl_mean < 0.5
-    assert rounded.manifest.plan.quant == "int8"
+                places.setdefault(entry["offset"], set()).add((name, tensor.name))
+    assert max(len(names) for names in places.values()) == 3
     model = open_task(rounded.path, ONE)
     try:
-        assert model.answer(Asked("the value of a name", max_tokens=4)).completion_tokens <= 4
+        assert 0 < model.answer(Asked("the value of a name", max_tokens=4)).completion_tokens <= 4
     finally:
         model.close()
 
@@ -203,7 +200,7 @@ def test_translations_are_served(translator: Bundle) -> None:
             ({"input": [1]}, "input.0"),
             ({"input": "red", "max_tokens": 0}, "max_tokens"),
             ({"input": "red", "top_k": 1}, "top_k"),
-            ({"input": "red " * 60}, "input"),
+            ({"input": "red " * 80}, "input"),
             ({"input": "red" * 10_000}, "input"),
         ):
             status, document = post(server, "/v1/translate", wrong)
