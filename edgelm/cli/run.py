@@ -15,6 +15,7 @@ from edgelm.errors import ContextOverflowError, UsageError
 from edgelm.units import format_bytes
 
 if TYPE_CHECKING:
+    from runtime.engine import KvType
     from runtime.generate import Answer, Session
     from runtime.model import LoadedModel
     from runtime.sampling import SamplingOptions
@@ -44,6 +45,13 @@ class _Settings:
 @click.option("--threads", type=click.IntRange(1, 512), help="Threads for decode [default: asks the machine].")
 @click.option("--threads-prefill", type=click.IntRange(1, 512), help="Threads for prefill [default: asks the machine].")
 @click.option("--context", type=click.IntRange(min=1), help="Tokens kept [default: the bundle's plan].")
+@click.option(
+    "--kv-type",
+    type=click.Choice(["f16", "q8_0"]),
+    default="f16",
+    show_default=True,
+    help="Type of the KV cache; q8_0 takes half the memory (llama.cpp only).",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of streamed text.")
 def command(
     bundle: Path,
@@ -61,6 +69,7 @@ def command(
     threads: int | None,
     threads_prefill: int | None,
     context: int | None,
+    kv_type: KvType,
     as_json: bool,
 ) -> None:
     """Answer PROMPT with the model in BUNDLE (a bundle or a .gguf file), or chat when no PROMPT is given.
@@ -92,7 +101,10 @@ def command(
     )
     check_sampling(sampling)
     options = EngineOptions(
-        context=context or 0, threads_decode=threads or 0, threads_prefill=threads_prefill or threads or 0
+        context=context or 0,
+        threads_decode=threads or 0,
+        threads_prefill=threads_prefill or threads or 0,
+        kv_type=kv_type,
     )
     model = open_model(bundle, options)
     try:
