@@ -9,7 +9,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -17,21 +20,32 @@ from pathlib import Path
 from typing import Any
 
 from edgelm import bundle as bundles
-from edgelm.bundle import Bundle, ExportPlan, FileRecord, Manifest, Quality, SourceRecord, TokenIdentity
+from edgelm.bundle import (
+    Bundle,
+    EmbeddingQuality,
+    EncoderRecord,
+    ExportPlan,
+    FileRecord,
+    Manifest,
+    Quality,
+    SourceRecord,
+    TokenIdentity,
+)
 from edgelm.errors import CheckpointError, DoesNotFitError, ProofError, UsageError
 from edgelm.progress import SILENT, Progress
-from exporter import automatic, cache, damage, quality, tokenizer
+from exporter import automatic, cache, damage, embedding_quality, quality, tokenizer
 from exporter.analysis import Analysis, analyse
 from exporter.architectures import describe
 from exporter.architectures.base import ModelDescription
 from exporter.automatic import Point
 from exporter.calibration import open_calibration
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
-from exporter.gguf import check_room, write_errors, write_gguf
+from exporter.gguf import check_room, write_errors, write_gguf, write_head, write_tensors
 from exporter.options import ExportOptions, check_options
 from exporter.plan import Candidate, candidates, choose, file_type, resolve, unchanged
 from exporter.preflight import check_checkpoint
 from exporter.reference import torch_obstacle
+from exporter.token_identity import compare_files
 from exporter.tokenizer import SourceTokenizer
 from targets.profile import TargetProfile, load_profile
 
@@ -50,6 +64,7 @@ class Measured:
 
     checkpoint: Checkpoint
     analysis: Analysis
+    hashes: tuple[FileRecord, ...]
 
     def points(self, options: ExportOptions, profile: TargetProfile) -> list[Point]:
         """The front on a target."""
@@ -110,8 +125,9 @@ def measure_types(options: ExportOptions, checkpoint: Checkpoint, progress: Prog
     _check_vocabulary(checkpoint, description, words)
     context = description.dimensions.context_trained
     text = open_calibration(checkpoint, words, options.calibration, context, progress)
-    hashes = tuple(record.sha256 for record in _hashed(list(checkpoint.files), progress))
-    return Measured(checkpoint, analyse(checkpoint, description, words, text, hashes, progress))
+    hashes = _hashed(checkpoint.files, progress)
+    key = tuple(record.sha256 for record in hashes)
+    return Measured(checkpoint, analyse(checkpoint, description, words, text, key, progress), hashes)
 
 
 @dataclass(frozen=True)
@@ -121,6 +137,15 @@ class Prepared:
     checkpoint: Checkpoint
     plan: ExportPlan
     measured: Measured | None = None
+
+
+@dataclass(frozen=True)
+class Proven:
+    """What the manifest says of an artefact beside its files. ``measured`` is None when the proof was left out."""
+
+    plan: ExportPlan
+    encoder: EncoderRecord | None
+    measured: Quality | EmbeddingQuality | None
 
 
 def prepare(options: ExportOptions, progress: Progress = SILENT) -> Prepared:
@@ -164,16 +189,17 @@ def export(options: ExportOptions, destination: Path, *, force: bool = False, pr
     check_room(destination.parent, plan.artifact_bytes)
     words = _load_words(checkpoint, plan, progress)
     _check_vocabulary(checkpoint, description, words)
-    with bundles.new_bundle(destination, force=force) as staging:
-        artifact = _write_artifact(staging, prepared, description, words, progress)
+    with bundles.new_bundle(destination, force=force) as staging, _Aside(prepared) as aside:
+        artifact = _write_artifact(staging, prepared, description, words, progress, aside)
         _check_size(options, artifact)
         _write_texts(staging, words)
-        identity = _prove_tokens(words, artifact)
+        identity = aside.identity(words, artifact)
         measured = _measure(options, checkpoint, artifact, identity, progress)
-        if prepared.measured is not None and measured is not None:
+        if prepared.measured is not None and isinstance(measured, Quality):
             plan, measured = _along_the_front(options, prepared, artifact, measured, progress)
         _check_quality(options, measured)
-        _write_manifest(staging, _name(checkpoint, plan), checkpoint, plan, measured, progress)
+        proven = Proven(plan, description.encoder.record if description.encoder else None, measured)
+        _write_manifest(staging, checkpoint, aside.source_hashes(progress), proven, progress)
     return bundles.open_bundle(destination, check_hashes=False)
 
 
@@ -200,7 +226,9 @@ def _metadata(plan: ExportPlan, description: ModelDescription, words: SourceToke
 
 def hash_of_metadata(metadata: Mapping[str, Any]) -> str:
     """SHA-256 of metadata; arrays count as lists."""
-    text = json.dumps(metadata, sort_keys=True, default=lambda value: value.tolist())
+    text = json.dumps(
+        metadata, sort_keys=True, default=lambda value: value.hex() if isinstance(value, bytes) else value.tolist()
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -228,7 +256,7 @@ def _write_texts(staging: Path, words: SourceTokenizer) -> None:
 
 def _prove_tokens(words: SourceTokenizer, artifact: Path) -> TokenIdentity:
     if artifact.suffix == ".onnx":
-        identity = tokenizer.compare_files(words.tokenizer_json, artifact.parent / "tokenizer.json")
+        identity = compare_files(words.tokenizer_json, artifact.parent / "tokenizer.json")
     else:
         identity = tokenizer.prove_identity(words, artifact)
     if not identity.identical:
@@ -239,8 +267,49 @@ def _prove_tokens(words: SourceTokenizer, artifact: Path) -> TokenIdentity:
     return identity
 
 
+class _Aside(AbstractContextManager["_Aside"]):
+    """Hashes of the source and the proof of the tokens, taken in threads while tensors are quantised.
+
+    Leaving the context stops what is still under way.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._stopped = threading.Event()
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="aside")
+        self._proof: Future[TokenIdentity] | None = None
+        known = prepared.measured.hashes if prepared.measured else None
+        self._hashes = self._pool.submit(lambda: known or self._hash(prepared.checkpoint.files))
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def prove(self, words: SourceTokenizer, artifact: Path) -> None:
+        """Begin the proof of an artefact whose vocabulary is written."""
+        self._proof = self._pool.submit(_prove_tokens, words, artifact)
+
+    def identity(self, words: SourceTokenizer, artifact: Path) -> TokenIdentity:
+        """The result of the proof, which begins now if it has not. Raises ``ProofError``."""
+        return self._proof.result() if self._proof else _prove_tokens(words, artifact)
+
+    def source_hashes(self, progress: Progress) -> tuple[FileRecord, ...]:
+        """Records of the source's files, in their order."""
+        with progress.stage("hashing the source", 1) as stage:
+            hashes = self._hashes.result()
+            stage.advance()
+        return hashes
+
+    def _hash(self, files: Sequence[Path]) -> tuple[FileRecord, ...]:
+        return tuple(bundles.file_record(path, stopped=self._stopped.is_set) for path in files)
+
+
 def _write_artifact(
-    staging: Path, prepared: Prepared, description: ModelDescription, words: SourceTokenizer, progress: Progress
+    staging: Path,
+    prepared: Prepared,
+    description: ModelDescription,
+    words: SourceTokenizer,
+    progress: Progress,
+    aside: _Aside | None = None,
 ) -> Path:
     """Write the planned tensors; types that were measured are rounded as they were then, and kept in the cache."""
     checkpoint, plan = prepared.checkpoint, prepared.plan
@@ -251,7 +320,10 @@ def _write_artifact(
     artifact = staging / ARTIFACTS[plan.format]
     metadata = _metadata(plan, description, words)
     if prepared.measured is None:
-        write_gguf(artifact, checkpoint, description.tensors, plan.tensors, metadata, progress=progress)
+        data_start = write_head(artifact, checkpoint.architecture, metadata, plan.tensors)
+        if aside is not None:
+            aside.prove(words, artifact)
+        write_tensors(artifact, data_start, checkpoint, description.tensors, plan.tensors, progress=progress)
         return artifact
     analysis = prepared.measured.analysis
     types = [(item.name, item.type) for item in plan.tensors]
@@ -275,14 +347,16 @@ def _write_artifact(
 
 def _measure(
     options: ExportOptions, checkpoint: Checkpoint, artifact: Path, identity: TokenIdentity, progress: Progress
-) -> Quality | None:
+) -> Quality | EmbeddingQuality | None:
     if not options.verify:
         return None
+    if describe(checkpoint).encoder is not None:
+        return embedding_quality.measure(artifact, checkpoint, identity, options.evaluation, progress)
     return quality.measure(artifact, checkpoint, identity, options.evaluation, progress)
 
 
-def _check_quality(options: ExportOptions, measured: Quality | None) -> None:
-    if options.max_kl is not None and measured is not None and not measured.kl_mean <= options.max_kl:
+def _check_quality(options: ExportOptions, measured: Quality | EmbeddingQuality | None) -> None:
+    if options.max_kl is not None and isinstance(measured, Quality) and not measured.kl_mean <= options.max_kl:
         raise ProofError(
             f"mean KL is {measured.kl_mean:.4f} nats per token, --max-kl is {options.max_kl:g}",
             hint="choose a --quant of more bits, or keep single tensors better with --type",
@@ -325,42 +399,38 @@ def _name(checkpoint: Checkpoint, plan: ExportPlan) -> str:
 
 
 def _write_manifest(
-    staging: Path,
-    name: str,
-    checkpoint: Checkpoint,
-    plan: ExportPlan,
-    measured: Quality | None,
-    progress: Progress,
+    staging: Path, checkpoint: Checkpoint, source_hashes: tuple[FileRecord, ...], proven: Proven, progress: Progress
 ) -> None:
-    written = sorted(path for path in staging.iterdir() if path.is_file())
-    records = _hashed([*checkpoint.files, *written], progress)
+    plan, measured = proven.plan, proven.measured
     source = SourceRecord(
         kind=checkpoint.source.kind,
         location=checkpoint.source.location,
         revision=checkpoint.source.revision,
         architecture=checkpoint.architecture,
         parameters=plan.parameters,
-        files=tuple(records[: len(checkpoint.files)]),
+        files=source_hashes,
     )
     manifest = Manifest(
-        name=name,
+        name=_name(checkpoint, plan),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         format=plan.format,
         artifact=ARTIFACTS[plan.format],
         source=source,
         plan=plan,
-        quality=measured,
-        files=tuple(records[len(checkpoint.files) :]),
+        quality=measured if isinstance(measured, Quality) else None,
+        files=_hashed(sorted(path for path in staging.iterdir() if path.is_file()), progress),
         tool_versions={tool: version(tool) for tool in (*_TOOLS, *_FORMAT_TOOLS[plan.format])},
+        encoder=proven.encoder,
+        embedding_quality=measured if isinstance(measured, EmbeddingQuality) else None,
     )
     with write_errors(staging / bundles.MANIFEST_NAME):
         bundles.write_manifest(staging, manifest)
 
 
-def _hashed(paths: list[Path], progress: Progress) -> list[FileRecord]:
+def _hashed(paths: Sequence[Path], progress: Progress) -> tuple[FileRecord, ...]:
     records = []
     with progress.stage("hashing", len(paths), unit="files") as stage:
         for path in paths:
             records.append(bundles.file_record(path))
             stage.advance()
-    return records
+    return tuple(records)

@@ -93,6 +93,25 @@ def artifact_of(path: Path, *, check_hashes: bool = True) -> tuple[Path, Bundle 
     return path, None
 
 
+def holds_encoder(path: Path) -> bool:
+    """Whether a bundle directory or a bare file holds an encoder, hashes unchecked. Raises ``BundleError``."""
+    artifact, bundle = artifact_of(path, check_hashes=False)
+    return is_encoder(artifact, bundle.manifest if bundle else None)
+
+
+def is_encoder(artifact: Path, manifest: Manifest | None) -> bool:
+    """Whether a model makes vectors of texts: by its bundle's manifest, or by the header of a bare ``.gguf`` file.
+
+    Raises ``BundleError`` for a header that is malformed.
+    """
+    if manifest is not None:
+        return manifest.encoder is not None
+    if artifact.suffix == ".onnx":
+        return False
+    metadata = read_gguf_header(artifact).metadata
+    return metadata.get(f"{metadata.get('general.architecture')}.attention.causal") is False
+
+
 def open_model(path: Path, options: EngineOptions) -> LoadedModel:
     """Load a bundle directory or a bare ``.gguf`` file.
 
@@ -101,12 +120,17 @@ def open_model(path: Path, options: EngineOptions) -> LoadedModel:
     ``DoesNotFitError`` when the memory that is free now is too small.
     """
     artifact, bundle = artifact_of(path)
+    if is_encoder(artifact, bundle.manifest if bundle else None):
+        raise UsageError(
+            f"{path} is an encoder: it makes vectors of texts and generates none",
+            hint="edgelm run BUNDLE TEXT prints the vector, edgelm serve answers /v1/embeddings",
+        )
     if artifact.suffix == ".onnx":
         return _open_onnx(artifact, bundle, options)
     header = read_gguf_header(artifact)
     if options.context == 0:
         options = replace(options, context=_default_context(header, bundle))
-    _check_memory(artifact, header, options)
+    check_memory(artifact, header, options)
     template = _chat_template(header, bundle)
     tokenizer_path = bundle.file(TOKENIZER_NAME) if bundle else None
     tokenizer: TextTokenizer | None = JsonTokenizer(tokenizer_path) if tokenizer_path else None
@@ -150,7 +174,7 @@ def _open_onnx(artifact: Path, bundle: Bundle | None, options: EngineOptions) ->
     )
 
 
-def _check_memory(artifact: Path, header: GGUFHeader, options: EngineOptions) -> None:
+def check_memory(artifact: Path, header: GGUFHeader, options: EngineOptions) -> None:
     """Refuse a model whose weights and caches exceed the memory that is free now.
 
     Mapped weights that do not fit would be read from the disk again for every token, and copied ones would swap: a

@@ -67,7 +67,8 @@ def command(
     """Serve BUNDLE (a bundle or a bare .gguf file) over an OpenAI-compatible API until SIGTERM or Ctrl-C.
 
     /v1/chat/completions, /v1/completions and /v1/models, a small chat page at /, Prometheus figures at /metrics,
-    /health/live and /health/ready. Logs go to stderr, one JSON object per line, without prompts, answers or keys.
+    /health/live and /health/ready; an encoder answers /v1/embeddings instead of completions, and has no page. Logs go
+    to stderr, one JSON object per line, without prompts, answers or keys.
 
     \b
     Example:

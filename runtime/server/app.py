@@ -100,6 +100,10 @@ class Service:
         answer = Answer(self._model.name, chat=False, include_usage=wanted.stream_options.include_usage)
         return self._generate(request, prompt, wanted, answer)
 
+    async def embed(self, _: Request) -> Response:
+        message = f"{self._model.name!r} generates text and makes no vectors of it; serve an encoder for embeddings"
+        raise ApiError(400, message, param="model", code="model_not_supported")
+
     def _generate(
         self, request: Request, prompt: list[int], wanted: ChatRequest | CompletionRequest, answer: Answer
     ) -> GenerationResponse:
@@ -250,7 +254,13 @@ def create_app(backend: Backend, metrics: Metrics, access: Access) -> ASGIApp:
         Route("/v1/models/{name:path}", service.model, methods=["GET"]),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
         Route("/v1/completions", service.complete, methods=["POST"]),
+        Route("/v1/embeddings", service.embed, methods=["POST"]),
     ]
+    return guarded(routes, metrics, access)
+
+
+def guarded(routes: list[Route], metrics: Metrics, access: Access) -> ASGIApp:
+    """Routes behind everything that protects and observes them."""
     return Starlette(
         routes=routes,
         middleware=[

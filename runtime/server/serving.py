@@ -14,11 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from edgelm.errors import EdgelmError, EngineError, UsageError
+from runtime.embedding import open_encoder
+from runtime.encoder import EncoderOptions
 from runtime.engine import EngineOptions
-from runtime.model import artifact_of, open_model
+from runtime.model import artifact_of, holds_encoder, open_model
 from runtime.server.app import create_app
+from runtime.server.embedding_worker import EmbeddingWorker
+from runtime.server.embeddings import create_embedding_app
 from runtime.server.limits import (
     HEADER_LIMIT_BYTES,
     LOOPBACK_NAMES,
@@ -101,10 +106,13 @@ def _bind_error(host: str, port: int, error: OSError) -> EdgelmError:
     return EdgelmError(f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}")
 
 
+Served = Backend | EmbeddingWorker
+
+
 class _DrainingServer(uvicorn.Server):
     """uvicorn's server; when the drain deadline has passed, what still runs ends with an error its clients can read."""
 
-    def __init__(self, config: uvicorn.Config, backend: Backend, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, backend: Served, drain_s: float) -> None:
         super().__init__(config)
         self._backend = backend
         self._drain_s = drain_s
@@ -127,11 +135,16 @@ class _DrainingServer(uvicorn.Server):
             deadline.cancel()
 
 
-def make_server(backend: Backend, metrics: Metrics, access: Access, *, drain_s: float = DRAIN_S) -> uvicorn.Server:
+def make_server(backend: Served, metrics: Metrics, access: Access, *, drain_s: float = DRAIN_S) -> uvicorn.Server:
     """A server that is not running yet; the caller starts and stops the backend."""
-    show_backend(backend, metrics)
+    app: ASGIApp
+    if isinstance(backend, EmbeddingWorker):
+        app = create_embedding_app(backend.model, backend, metrics, access)
+    else:
+        show_backend(backend, metrics)
+        app = create_app(backend, metrics, access)
     config = uvicorn.Config(
-        create_app(backend, metrics, access),
+        app,
         http=TimedH11Protocol,
         ws="none",
         lifespan="off",
@@ -147,11 +160,17 @@ def make_server(backend: Backend, metrics: Metrics, access: Access, *, drain_s: 
     return _DrainingServer(config, backend, drain_s)
 
 
-def make_backend(path: Path, options: EngineOptions, metrics: Metrics, *, in_process: bool) -> Backend:
+def make_backend(path: Path, options: EngineOptions, metrics: Metrics, *, in_process: bool) -> Served:
     """The backend for a bundle or model file. ``in_process`` loads it here and now, else a child process does later.
+
+    Encoders always run here: nothing of theirs lasts longer than a step.
 
     Raises what ``runtime.model.open_model`` raises, without a child for what is wrong with the path.
     """
+    if holds_encoder(path):
+        if options.sequences > 1:
+            raise UsageError("--parallel is for models that generate", hint="an encoder shares its steps by itself")
+        return EmbeddingWorker(open_encoder(path, EncoderOptions(context=options.context)), metrics)
     if in_process:
         return Worker(open_model(path, options), metrics)
     artifact_of(path, check_hashes=False)
@@ -159,7 +178,7 @@ def make_backend(path: Path, options: EngineOptions, metrics: Metrics, *, in_pro
 
 
 def serve(
-    backend: Backend, metrics: Metrics, listener: socket.socket, access: Access, *, drain_s: float = DRAIN_S
+    backend: Served, metrics: Metrics, listener: socket.socket, access: Access, *, drain_s: float = DRAIN_S
 ) -> None:
     """Serve until SIGTERM or SIGINT, then finish what runs (at most ``drain_s``) and free the engine.
 
