@@ -50,14 +50,15 @@ class Server:
     client: openai.OpenAI
     model: str
 
-    def peak_bytes(self) -> int:
-        """Peak resident bytes of the process and its children, added up."""
-        total = 0
+    def memory(self) -> dict[str, int]:
+        """Bytes of the process and its children, added up: peak resident, where shared libraries count twice, and
+        private memory now, where nothing does."""
         process = psutil.Process(self.process.pid)
-        for member in [process, *process.children(recursive=True)]:
-            status = Path(f"/proc/{member.pid}/status").read_text(encoding="ascii", errors="replace")
-            total += next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
-        return total
+        pids = [member.pid for member in [process, *process.children(recursive=True)]]
+        return {
+            "peak_rss_bytes": sum(_proc_bytes(f"/proc/{pid}/status", "VmHWM:") for pid in pids),
+            "anonymous_bytes": sum(_proc_bytes(f"/proc/{pid}/smaps_rollup", "Anonymous:") for pid in pids),
+        }
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ class Stream:
     decode_s: float
     tokens: int
     text: str
+
+
+def _proc_bytes(path: str, name: str) -> int:
+    lines = Path(path).read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
 
 def free_port() -> int:
@@ -214,7 +220,7 @@ def measure(sides: list[Server], rounds: int, rows: list[dict[str, Any]]) -> Non
     for number in range(rounds):
         order = sides if number % 2 else sides[::-1]
         rows.extend({"round": number, "side": server.name, **round_of(server, number)} for server in order)
-    rows.extend({"side": server.name, "peak_rss_bytes": server.peak_bytes()} for server in sides)
+    rows.extend({"side": server.name, **server.memory()} for server in sides)
 
 
 def summarise(rows: list[dict[str, Any]]) -> None:
@@ -231,7 +237,8 @@ def summarise(rows: list[dict[str, Any]]) -> None:
         print(f"| {figure} | {statistics.median(mine):.3f} | {theirs_text} | {ratio} | {direction} {bar} |")
     for row in rows:
         if "peak_rss_bytes" in row:
-            print(f"{row['side']}: peak RSS {row['peak_rss_bytes'] / 2**20:.0f} MiB")
+            rss_mib, private_mib = row["peak_rss_bytes"] / 2**20, row["anonymous_bytes"] / 2**20
+            print(f"{row['side']}: peak RSS {rss_mib:.0f} MiB, private {private_mib:.0f} MiB")
     texts = {side: [row.get("text") for row in rows if row["side"] == side] for side in ("edgelm", "llama-server")}
     if any(texts["llama-server"]):
         same = sum(a == b for a, b in zip(texts["edgelm"], texts["llama-server"], strict=True) if a is not None)

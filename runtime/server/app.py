@@ -27,9 +27,10 @@ from runtime.generate import GenerationRequest, check_request
 from runtime.model import PromptingModel
 from runtime.server.answering import Generation, GenerationResponse, unavailable
 from runtime.server.errors import ApiError
+from runtime.server.exposition import CONTENT_TYPE
 from runtime.server.limits import Access, Guard, parse_json, prompt_characters_limit
 from runtime.server.logs import log_event
-from runtime.server.metrics import CONTENT_TYPE, Metrics
+from runtime.server.metrics import Metrics
 from runtime.server.openai import Answer, ChatRequest, CompletionRequest, model_document, parse_request
 from runtime.server.page import Page
 from runtime.server.worker import Backend, NotReadyError
