@@ -6,6 +6,7 @@ Knows no HTTP and no clients.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -16,7 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from edgelm.errors import EdgelmError, UsageError
+from runtime.constraint import ConstraintError
 from runtime.engine import EngineOptions
+from runtime.generate import prepare_grammar
 from runtime.model import LoadedModel, open_model
 from runtime.server import wire
 from runtime.server.logs import log_event, start_logging
@@ -79,7 +82,7 @@ class EngineProcess:
 
     def _obey(self, message: wire.ToEngine, model: LoadedModel) -> None:
         if isinstance(message, wire.Submit):
-            self._submit(message)
+            self._submit(message, model)
         elif isinstance(message, wire.Cancel):
             job = self._jobs.get(message.job)
             if job is not None:
@@ -89,24 +92,32 @@ class EngineProcess:
         elif isinstance(message, wire.Encode | wire.Decode):
             self._tokenizing.submit(self._answer, message, model)
 
-    def _submit(self, message: wire.Submit) -> None:
-        number = message.job
+    def _submit(self, message: wire.Submit, model: LoadedModel) -> None:
+        number, ended = message.job, False
+        with contextlib.suppress(ConstraintError):  # told to the request when its turn comes
+            prepare_grammar(message.request, model.tokenizer, model.info.vocabulary)
 
         def deliver(event: JobEvent) -> None:
+            nonlocal ended
             failure = event if isinstance(event, Failure) else None
             token = None if isinstance(event, Failure) else event
-            # Without the lock the first events could come before the job is known here.
             with self._lock:
-                job = self._jobs[number]
-                self._deliveries.append(wire.Delivery(number, job.queue_s, token, failure))
+                job = self._jobs.get(number)
+                queue_s = job.queue_s if job is not None else 0.0  # so early that it cannot have waited
+                self._deliveries.append(wire.Delivery(number, queue_s, token, failure))
                 if token is None or token.finish_reason is not None:
-                    del self._jobs[number]
+                    ended = True
+                    self._jobs.pop(number, None)
 
+        # Not under the lock: the worker delivers while it holds a lock of its own.
+        try:
+            job = self._worker.submit(message.request, deliver)
+        except (NotReadyError, QueueFullError) as error:
+            deliver(Failure(error.message))
+            return
         with self._lock:
-            try:
-                self._jobs[number] = self._worker.submit(message.request, deliver)
-            except (NotReadyError, QueueFullError) as error:
-                self._deliveries.append(wire.Delivery(number, 0.0, failure=Failure(error.message)))
+            if not ended:
+                self._jobs[number] = job
 
     def _answer(self, message: wire.Encode | wire.Decode, model: LoadedModel) -> None:
         if isinstance(message, wire.Encode):
