@@ -29,6 +29,8 @@ MANIFEST_LIMIT_BYTES = 16 * 2**20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
 Format = Literal["gguf", "onnx"]
+Pooling = Literal["mean", "cls", "last"]
+"""How the vectors of all tokens become one: their mean, the first token's or the last one's."""
 
 
 class Record(BaseModel):
@@ -195,8 +197,40 @@ class Quality(Record):
     token_identity: TokenIdentity
 
 
+class EncoderRecord(Record):
+    """What an encoder makes of a text: one vector of ``dimensions`` numbers, scaled to length one if ``normalized``."""
+
+    pooling: Pooling
+    normalized: bool
+    dimensions: int = Field(gt=0)
+
+
+class EmbeddingQuality(Record):
+    """Vectors of an encoder's artefact beside those of the unquantised model, for the same texts and token ids.
+
+    Cosines are between the two vectors of each text. ``error_max`` is the largest difference of any number of a vector,
+    both scaled to length one. ``nearest_agreement`` is the share of texts whose nearest other text is the same one.
+    """
+
+    reference: str
+    text: str
+    text_sha256: str
+    texts: int
+    tokens: int
+    cosine_mean: float
+    cosine_p1: float
+    cosine_min: float
+    error_max: float
+    nearest_agreement: float
+    token_identity: TokenIdentity
+
+
 class Manifest(Record):
-    """``manifest.json``. Raises no errors of its own; ``read_manifest`` maps validation failures."""
+    """``manifest.json``. Raises no errors of its own; ``read_manifest`` maps validation failures.
+
+    ``encoder`` is set for models that make vectors of texts. Theirs is ``embedding_quality``, ``quality`` is that of
+    models that predict tokens.
+    """
 
     schema_version: Literal[1] = 1
     name: str
@@ -208,6 +242,13 @@ class Manifest(Record):
     quality: Quality | None
     files: tuple[FileRecord, ...]
     tool_versions: dict[str, str]
+    encoder: EncoderRecord | None = None
+    embedding_quality: EmbeddingQuality | None = None
+
+    @property
+    def proof(self) -> Quality | EmbeddingQuality | None:
+        """What was measured of the artefact, whichever kind of model it is; None when the proof was left out."""
+        return self.embedding_quality or self.quality
 
     @property
     def artifact_bytes(self) -> int:

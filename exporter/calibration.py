@@ -22,7 +22,8 @@ from edgelm.progress import Progress
 from exporter.checkpoint import Checkpoint
 from exporter.reference import open_torch_model
 from exporter.texts import Text, calibration_text, read_text
-from exporter.tokenizer import SourceTokenizer, open_tokenizer
+from exporter.token_identity import open_tokenizer
+from exporter.tokenizer import SourceTokenizer
 from runtime.chat import ChatTemplate
 
 WINDOW = 512

@@ -227,10 +227,11 @@ class _Worker:
         header = self._checkpoint.tensors[slab.description.source_name]
         source_type = weight_type(header)
         rows = slab.stop - slab.start
-        columns = header.elements // max(1, self._rows(slab))
+        columns = header.elements // max(1, self._rows(slab) + slab.description.skipped)
         row_bytes = ggml.TYPES[source_type].row_bytes(columns)
         size_bytes = rows * row_bytes
-        raw = self._reader.read(header, slab.start * row_bytes, size_bytes, self._buffer("raw", size_bytes))
+        first = (slab.start + slab.description.skipped) * row_bytes
+        raw = self._reader.read(header, first, size_bytes, self._buffer("raw", size_bytes))
         if slab.description.interleave:
             raw = interleave_rows(raw.reshape(rows, row_bytes), slab.description.interleave).reshape(-1)
         if slab.description.split:

@@ -20,10 +20,20 @@ from pathlib import Path
 from typing import Any
 
 from edgelm import bundle as bundles
-from edgelm.bundle import Bundle, ExportPlan, FileRecord, Manifest, Quality, SourceRecord, TokenIdentity
+from edgelm.bundle import (
+    Bundle,
+    EmbeddingQuality,
+    EncoderRecord,
+    ExportPlan,
+    FileRecord,
+    Manifest,
+    Quality,
+    SourceRecord,
+    TokenIdentity,
+)
 from edgelm.errors import CheckpointError, DoesNotFitError, ProofError, UsageError
 from edgelm.progress import SILENT, Progress
-from exporter import automatic, cache, damage, quality, tokenizer
+from exporter import automatic, cache, damage, embedding_quality, quality, tokenizer
 from exporter.analysis import Analysis, analyse
 from exporter.architectures import describe
 from exporter.architectures.base import ModelDescription
@@ -35,6 +45,7 @@ from exporter.options import ExportOptions, check_options
 from exporter.plan import Candidate, candidates, choose, file_type, resolve, unchanged
 from exporter.preflight import check_checkpoint
 from exporter.reference import torch_obstacle
+from exporter.token_identity import compare_files
 from exporter.tokenizer import SourceTokenizer
 from targets.profile import TargetProfile, load_profile
 
@@ -128,6 +139,15 @@ class Prepared:
     measured: Measured | None = None
 
 
+@dataclass(frozen=True)
+class Proven:
+    """What the manifest says of an artefact beside its files. ``measured`` is None when the proof was left out."""
+
+    plan: ExportPlan
+    encoder: EncoderRecord | None
+    measured: Quality | EmbeddingQuality | None
+
+
 def prepare(options: ExportOptions, progress: Progress = SILENT) -> Prepared:
     """Read the source's headers and resolve the plan: what ``--dry-run`` shows. Writes nothing but the cache.
 
@@ -175,11 +195,11 @@ def export(options: ExportOptions, destination: Path, *, force: bool = False, pr
         _write_texts(staging, words)
         identity = aside.identity(words, artifact)
         measured = _measure(options, checkpoint, artifact, identity, progress)
-        if prepared.measured is not None and measured is not None:
+        if prepared.measured is not None and isinstance(measured, Quality):
             plan, measured = _along_the_front(options, prepared, artifact, measured, progress)
         _check_quality(options, measured)
-        hashes = aside.source_hashes(progress)
-        _write_manifest(staging, Prepared(checkpoint, plan), hashes, measured, progress)
+        proven = Proven(plan, description.encoder.record if description.encoder else None, measured)
+        _write_manifest(staging, checkpoint, aside.source_hashes(progress), proven, progress)
     return bundles.open_bundle(destination, check_hashes=False)
 
 
@@ -206,7 +226,9 @@ def _metadata(plan: ExportPlan, description: ModelDescription, words: SourceToke
 
 def hash_of_metadata(metadata: Mapping[str, Any]) -> str:
     """SHA-256 of metadata; arrays count as lists."""
-    text = json.dumps(metadata, sort_keys=True, default=lambda value: value.tolist())
+    text = json.dumps(
+        metadata, sort_keys=True, default=lambda value: value.hex() if isinstance(value, bytes) else value.tolist()
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -234,7 +256,7 @@ def _write_texts(staging: Path, words: SourceTokenizer) -> None:
 
 def _prove_tokens(words: SourceTokenizer, artifact: Path) -> TokenIdentity:
     if artifact.suffix == ".onnx":
-        identity = tokenizer.compare_files(words.tokenizer_json, artifact.parent / "tokenizer.json")
+        identity = compare_files(words.tokenizer_json, artifact.parent / "tokenizer.json")
     else:
         identity = tokenizer.prove_identity(words, artifact)
     if not identity.identical:
@@ -325,14 +347,16 @@ def _write_artifact(
 
 def _measure(
     options: ExportOptions, checkpoint: Checkpoint, artifact: Path, identity: TokenIdentity, progress: Progress
-) -> Quality | None:
+) -> Quality | EmbeddingQuality | None:
     if not options.verify:
         return None
+    if describe(checkpoint).encoder is not None:
+        return embedding_quality.measure(artifact, checkpoint, identity, options.evaluation, progress)
     return quality.measure(artifact, checkpoint, identity, options.evaluation, progress)
 
 
-def _check_quality(options: ExportOptions, measured: Quality | None) -> None:
-    if options.max_kl is not None and measured is not None and not measured.kl_mean <= options.max_kl:
+def _check_quality(options: ExportOptions, measured: Quality | EmbeddingQuality | None) -> None:
+    if options.max_kl is not None and isinstance(measured, Quality) and not measured.kl_mean <= options.max_kl:
         raise ProofError(
             f"mean KL is {measured.kl_mean:.4f} nats per token, --max-kl is {options.max_kl:g}",
             hint="choose a --quant of more bits, or keep single tensors better with --type",
@@ -369,20 +393,15 @@ def _along_the_front(
     return plan, quality_found.model_copy(update={"worst_tensors": worst})
 
 
-def _name(prepared: Prepared) -> str:
-    checkpoint, plan = prepared.checkpoint, prepared.plan
+def _name(checkpoint: Checkpoint, plan: ExportPlan) -> str:
     model = checkpoint.source.location.rsplit("/", 1)[-1].removeprefix("demo:").removesuffix(".gguf")
     return f"{model}-{plan.quant}"
 
 
 def _write_manifest(
-    staging: Path,
-    prepared: Prepared,
-    source_hashes: tuple[FileRecord, ...],
-    measured: Quality | None,
-    progress: Progress,
+    staging: Path, checkpoint: Checkpoint, source_hashes: tuple[FileRecord, ...], proven: Proven, progress: Progress
 ) -> None:
-    checkpoint, plan = prepared.checkpoint, prepared.plan
+    plan, measured = proven.plan, proven.measured
     source = SourceRecord(
         kind=checkpoint.source.kind,
         location=checkpoint.source.location,
@@ -392,15 +411,17 @@ def _write_manifest(
         files=source_hashes,
     )
     manifest = Manifest(
-        name=_name(prepared),
+        name=_name(checkpoint, plan),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         format=plan.format,
         artifact=ARTIFACTS[plan.format],
         source=source,
         plan=plan,
-        quality=measured,
+        quality=measured if isinstance(measured, Quality) else None,
         files=_hashed(sorted(path for path in staging.iterdir() if path.is_file()), progress),
         tool_versions={tool: version(tool) for tool in (*_TOOLS, *_FORMAT_TOOLS[plan.format])},
+        encoder=proven.encoder,
+        embedding_quality=measured if isinstance(measured, EmbeddingQuality) else None,
     )
     with write_errors(staging / bundles.MANIFEST_NAME):
         bundles.write_manifest(staging, manifest)

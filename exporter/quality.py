@@ -22,7 +22,8 @@ from exporter.architectures import describe
 from exporter.checkpoint import Checkpoint
 from exporter.reference import BATCH, EngineModel, ReferenceChoice, ScoringModel, open_reference
 from exporter.texts import Text, evaluation_text
-from exporter.tokenizer import open_tokenizer, read_tokenizer
+from exporter.token_identity import open_tokenizer
+from exporter.tokenizer import read_tokenizer
 from runtime.engine import EngineOptions, Logits
 from runtime.engines import load_engine
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgelm.bundle import Bundle, Quality, TokenIdentity, open_bundle
+from edgelm.bundle import Bundle, EmbeddingQuality, Quality, TokenIdentity, open_bundle
 from edgelm.errors import BundleError, ProofError
 from edgelm.progress import SILENT, Progress
-from exporter import quality
+from exporter import embedding_quality, quality
 from exporter.checkpoint import open_checkpoint, open_source
-from exporter.tokenizer import compare_files, compare_tokenizers, read_tokenizer
+from exporter.token_identity import compare_files, compare_tokenizers
+from exporter.tokenizer import read_tokenizer
 from runtime.gguf_header import GGUFHeader, read_gguf_header
 from runtime.onnx_header import read_onnx_model
 
 TOKENIZER = "tokenizer.json"
 # A repeated measurement may come from the other reference and from other kernels.
 KL_TOLERANCE_FACTOR, KL_TOLERANCE_NATS = 1.10, 0.001
+COSINE_TOLERANCE_FACTOR, COSINE_TOLERANCE = 1.10, 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,7 @@ class Verification:
 
     bundle: Bundle
     token_identity: TokenIdentity
-    quality: Quality | None
+    quality: Quality | EmbeddingQuality | None
 
 
 def verify(directory: Path, reference: str | None, progress: Progress = SILENT) -> Verification:
@@ -51,6 +53,10 @@ def verify(directory: Path, reference: str | None, progress: Progress = SILENT) 
     source = read_tokenizer(checkpoint)
     identity = _compare(bundle, source.tokenizer_json, source.vocabulary)
     _require_identity(identity, f"{reference} and the artefact")
+    if bundle.manifest.encoder is not None:
+        vectors = embedding_quality.measure(bundle.artifact_path, checkpoint, identity, None, progress)
+        _check_cosines(bundle.manifest.embedding_quality, vectors)
+        return Verification(bundle, identity, vectors)
     measured = quality.measure(bundle.artifact_path, checkpoint, identity, None, progress)
     _check_quality(bundle.manifest.quality, measured)
     return Verification(bundle, identity, measured)
@@ -128,5 +134,15 @@ def _check_quality(recorded: Quality | None, measured: Quality) -> None:
     if comparable and measured.kl_mean > limit:
         raise ProofError(
             f"mean KL is {measured.kl_mean:.4f} nats per token, the manifest says {recorded.kl_mean:.4f}",
+            hint="is --reference the checkpoint that the bundle was made from?",
+        )
+
+
+def _check_cosines(recorded: EmbeddingQuality | None, measured: EmbeddingQuality) -> None:
+    if recorded is None or recorded.text_sha256 != measured.text_sha256:
+        return
+    if 1 - measured.cosine_mean > (1 - recorded.cosine_mean) * COSINE_TOLERANCE_FACTOR + COSINE_TOLERANCE:
+        raise ProofError(
+            f"mean cosine is {measured.cosine_mean:.6f}, the manifest says {recorded.cosine_mean:.6f}",
             hint="is --reference the checkpoint that the bundle was made from?",
         )

@@ -11,7 +11,7 @@ import click
 from edgelm.cli.console import SIZE
 
 if TYPE_CHECKING:
-    from edgelm.bundle import ExportPlan, Quality
+    from edgelm.bundle import EmbeddingQuality, ExportPlan, Quality
 
 
 @click.command(short_help="Turn a checkpoint into a proven bundle for one target.")
@@ -115,10 +115,10 @@ def command(
     bundle = export(options, output, force=force, progress=stderr_progress())
     manifest, size_bytes = bundle.manifest, bundle.manifest.artifact_bytes
     if as_json:
-        result = {"bundle": str(bundle.path), **summary(manifest.plan, size_bytes, manifest.quality)}
+        result = {"bundle": str(bundle.path), **summary(manifest.plan, size_bytes, manifest.proof)}
         print_json({**result, "elapsed_s": time.monotonic() - started, "peak_rss_bytes": peak_rss_bytes()})
     else:
-        show(manifest.plan, size_bytes, manifest.quality, str(bundle.path), time.monotonic() - started)
+        show(manifest.plan, size_bytes, manifest.proof, str(bundle.path), time.monotonic() - started)
 
 
 def peak_rss_bytes() -> int:
@@ -130,10 +130,14 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def summary(plan: ExportPlan, artifact_bytes: int, quality: Quality | None) -> dict[str, Any]:
+def summary(plan: ExportPlan, artifact_bytes: int, quality: Quality | EmbeddingQuality | None) -> dict[str, Any]:
     """The keys that scripts read; ``edgelm plan`` shows each candidate by the same ones."""
+    from edgelm.bundle import EmbeddingQuality
+
     measured = None
-    if quality is not None:
+    if isinstance(quality, EmbeddingQuality):
+        measured = quality.model_dump()
+    elif quality is not None:
         keys = {"reference", "tokens", "kl_mean", "kl_mean_interval", "kl_p90", "kl_p99", "kl_max", "ppl_interval"}
         keys |= {"worst_tensors", "top1_agreement", "ppl", "ppl_reference", "token_identity"}
         measured = quality.model_dump(include=keys)
@@ -153,11 +157,16 @@ def summary(plan: ExportPlan, artifact_bytes: int, quality: Quality | None) -> d
 
 
 def show(
-    plan: ExportPlan, artifact_bytes: int, quality: Quality | None, title: str, elapsed_s: float | None = None
+    plan: ExportPlan,
+    artifact_bytes: int,
+    quality: Quality | EmbeddingQuality | None,
+    title: str,
+    elapsed_s: float | None = None,
 ) -> None:
     """A small table for people, and the plan's remarks on stderr."""
     from rich.table import Table
 
+    from edgelm.bundle import EmbeddingQuality
     from edgelm.cli.console import print_table
     from edgelm.units import format_bytes
 
@@ -173,7 +182,13 @@ def show(
         ("expected decode", _rate(predicted.decode_tps)),
         ("expected prefill", _rate(predicted.prefill_tps)),
     ]
-    if quality is not None:
+    if isinstance(quality, EmbeddingQuality):
+        rows += [
+            ("cosine", f"{quality.cosine_mean:.6f} mean, {quality.cosine_min:.6f} least ({quality.texts} texts)"),
+            ("same nearest text", f"{quality.nearest_agreement:.1%}"),
+            ("reference", quality.reference),
+        ]
+    elif quality is not None:
         rows += [
             ("KL", f"{quality.kl_mean:.4f} mean, {quality.kl_p99:.4f} p99 nats per token ({quality.tokens} tokens)"),
             ("same top token", f"{quality.top1_agreement:.1%}"),

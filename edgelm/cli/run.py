@@ -65,7 +65,8 @@ def command(
 ) -> None:
     """Answer PROMPT with the model in BUNDLE (a bundle or a .gguf file), or chat when no PROMPT is given.
 
-    In a chat Ctrl-C stops the answer, /exit or Ctrl-D leaves. The last line on stderr tells speed and memory.
+    In a chat Ctrl-C stops the answer, /exit or Ctrl-D leaves. The last line on stderr tells speed and memory. Of an
+    encoder's BUNDLE the vector of PROMPT is printed, its numbers separated by spaces.
 
     \b
     Example:
@@ -73,9 +74,12 @@ def command(
       edgelm run bundle --temperature 0.7 --top-p 0.9
     """
     from runtime.engine import EngineOptions
-    from runtime.model import open_model
+    from runtime.model import holds_encoder, open_model
     from runtime.sampling import SamplingOptions, check_sampling
 
+    if holds_encoder(bundle):
+        _print_vector(bundle, prompt, threads or 0, context or 0, as_json=as_json)
+        return
     if prompt is None and as_json:
         raise UsageError("--json needs a PROMPT", hint="a chat has no single answer")
     if prompt is None and raw:
@@ -103,6 +107,44 @@ def command(
             _one_answer(model, settings, prompt, raw=raw, as_json=as_json)
     finally:
         model.close()
+
+
+def _print_vector(bundle: Path, text: str | None, threads: int, context: int, *, as_json: bool) -> None:
+    """What a model makes that turns texts into vectors. Options that are for answers are refused."""
+    import time
+
+    from runtime.embedding import open_encoder
+    from runtime.encoder import EncoderOptions
+    from runtime.memory import snapshot
+
+    given = click.get_current_context()
+    allowed = {"bundle", "prompt", "threads", "context", "as_json"}
+    for name in given.params:
+        source = given.get_parameter_source(name)
+        if name not in allowed and source is click.core.ParameterSource.COMMANDLINE:
+            raise UsageError(
+                f"--{name.replace('_', '-')} is for models that generate; {bundle} is an encoder",
+                hint="edgelm run BUNDLE TEXT prints the vector of TEXT",
+            )
+    if text is None:
+        raise UsageError(f"{bundle} is an encoder: it holds no chat", hint="edgelm run BUNDLE TEXT prints the vector")
+    model = open_encoder(bundle, EncoderOptions(context=context, threads=threads))
+    try:
+        ids = model.text_ids(text)
+        started = time.perf_counter()
+        vector = model.embed_ids([ids])[0]
+        elapsed_s = time.perf_counter() - started
+        info = model.encoder.info
+    finally:
+        model.close()
+    if as_json:
+        facts = {"model": model.name, "dimensions": info.dimensions, "normalized": model.normalized}
+        counts = {"prompt_tokens": len(ids), "elapsed_s": elapsed_s, "load_s": info.load_s}
+        print_json({**facts, **counts, "rss_bytes": snapshot().rss_bytes, "embedding": vector.tolist()})
+        return
+    click.echo(" ".join(f"{number:.6g}" for number in vector.tolist()))
+    told = f"{info.dimensions} numbers{', length one' if model.normalized else ''} | {len(ids)} tokens"
+    click.echo(f"{told} in {1000 * elapsed_s:.1f} ms | RSS {format_bytes(snapshot().rss_bytes)}", err=True)
 
 
 def _one_answer(model: LoadedModel, settings: _Settings, prompt: str, *, raw: bool, as_json: bool) -> None:

@@ -50,12 +50,14 @@ def _document(bundle: Path, result: Verification) -> dict[str, Any]:
         "tensor_types": manifest.plan.type_counts,
         "token_identity": result.token_identity.model_dump(mode="json"),
         "quality": result.quality.model_dump(mode="json") if result.quality else None,
-        "recorded_quality": manifest.quality.model_dump(mode="json") if manifest.quality else None,
+        "recorded_quality": manifest.proof.model_dump(mode="json") if manifest.proof else None,
     }
 
 
 def _print(bundle: Path, result: Verification) -> None:
     from rich.table import Table
+
+    from edgelm.bundle import EmbeddingQuality
 
     manifest, identity = result.bundle.manifest, result.token_identity
     table = Table(title=f"{bundle}: {manifest.name}")
@@ -65,8 +67,14 @@ def _print(bundle: Path, result: Verification) -> None:
     types = ", ".join(f"{count} {name}" for name, count in manifest.plan.type_counts.items())
     table.add_row("artefact", f"{format_bytes(manifest.artifact_bytes)}, as planned: {types}")
     table.add_row("token ids", f"identical on {identity.texts} texts, {identity.tokens} tokens")
-    for name, quality in (("quality, now", result.quality), ("quality, recorded", manifest.quality)):
-        if quality is not None:
+    for name, quality in (("quality, now", result.quality), ("quality, recorded", manifest.proof)):
+        if isinstance(quality, EmbeddingQuality):
+            table.add_row(
+                name,
+                f"cosine {quality.cosine_mean:.6f} mean, {quality.cosine_min:.6f} least, same nearest text "
+                f"{quality.nearest_agreement:.1%}, {quality.texts} texts against {quality.reference}",
+            )
+        elif quality is not None:
             table.add_row(
                 name,
                 f"mean KL {quality.kl_mean:.4f}, p99 {quality.kl_p99:.4f}, same first choice "

@@ -1,6 +1,6 @@
 """From a submitted generation to an HTTP answer, whole or streamed, and back to a cancellation when the client leaves.
 
-Bridges the worker's thread and the event loop. Knows nothing of requests' contents.
+Bridges the backend's thread and the event loop. Knows nothing of requests' contents.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from runtime.server.errors import ApiError
 from runtime.server.logs import log_event
 from runtime.server.openai import Answer, Timings, Usage, server_sent_event
 from runtime.server.scheduler import Failure, JobEvent
-from runtime.server.worker import NotReadyError, QueueFullError, Worker
+from runtime.server.worker import Backend, NotReadyError, QueueFullError
 
 _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
 
@@ -27,12 +27,17 @@ class ClientLeftError(Exception):
     """There is nobody left to answer."""
 
 
+def unavailable(error: NotReadyError) -> ApiError:
+    """503 for an engine that is loading, dead or stopping; a client may ask again soon."""
+    return ApiError(503, error.message, code="engine_unavailable", headers={"Retry-After": "2"})
+
+
 class Generation:
     """One generation as the event loop sees it: its events, then its counts and timings."""
 
-    def __init__(self, worker: Worker, request: GenerationRequest) -> None:
-        """Submit ``request``. Raises ``ApiError`` 429 or 503 when the worker does not take it."""
-        self._worker = worker
+    def __init__(self, backend: Backend, request: GenerationRequest) -> None:
+        """Submit ``request``. Raises ``ApiError`` 429 or 503 when the backend does not take it."""
+        self._backend = backend
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[JobEvent] = asyncio.Queue()
         self._prompt_tokens = len(request.prompt)
@@ -40,16 +45,16 @@ class Generation:
         self._first: TokenEvent | None = None
         self._last: TokenEvent | None = None
         try:
-            self._job = worker.submit(request, self._receive)
+            self._job = backend.submit(request, self._receive)
         except QueueFullError as error:
             headers = {"Retry-After": str(error.retry_after_s)}
             raise ApiError(429, error.message, code="queue_full", headers=headers) from error
         except NotReadyError as error:
-            raise ApiError(503, error.message, code="engine_unavailable") from error
+            raise unavailable(error) from error
 
     def cancel(self) -> None:
         """Free the engine before its next token; harmless when the generation has ended."""
-        self._worker.cancel(self._job)
+        self._backend.cancel(self._job)
 
     async def batches(self) -> AsyncIterator[list[TokenEvent]]:
         """Events as they come, all that are there at once; the last one has a finish reason.
@@ -113,7 +118,7 @@ class Generation:
         }
 
     def _receive(self, event: JobEvent) -> None:
-        """Called in the worker's thread."""
+        """Called in the backend's thread."""
         try:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
         except RuntimeError:

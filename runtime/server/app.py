@@ -1,6 +1,6 @@
 """The routes: requests in, generations submitted, answers out.
 
-Builds a Starlette application around one loaded model and its worker. Knows HTTP and the model's words; not engines,
+Builds a Starlette application around one backend. Knows HTTP and the model's words; not engines,
 batches or sockets.
 """
 
@@ -22,41 +22,58 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgelm.errors import ContextOverflowError, EdgelmError
 from edgelm.units import format_bytes
+from runtime.engine import EngineInfo
 from runtime.generate import GenerationRequest, check_request
-from runtime.model import LoadedModel
-from runtime.server.answering import Generation, GenerationResponse
+from runtime.model import PromptingModel
+from runtime.server.answering import Generation, GenerationResponse, unavailable
 from runtime.server.errors import ApiError
 from runtime.server.limits import Access, Guard, parse_json, prompt_characters_limit
 from runtime.server.logs import log_event
 from runtime.server.metrics import CONTENT_TYPE, Metrics
 from runtime.server.openai import Answer, ChatRequest, CompletionRequest, model_document, parse_request
 from runtime.server.page import Page
-from runtime.server.worker import Worker
+from runtime.server.worker import Backend, NotReadyError
 
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
 
 
 class Service:
-    """What the routes share: the model, its worker, the counters and one thread for templates and tokenizing."""
+    """What the routes share: the backend, the counters and one thread for templates and tokenizing."""
 
-    def __init__(self, model: LoadedModel, worker: Worker, metrics: Metrics) -> None:
-        self._model = model
-        self._worker = worker
+    def __init__(self, backend: Backend, metrics: Metrics) -> None:
+        self._backend = backend
         self._metrics = metrics
-        self._info = model.engine.info
         self._created = int(time.time())
         # Encoding a long prompt must not hold up the event loop, and one core is enough for it.
         self._encoder = ThreadPoolExecutor(1, "encode")
-        self._page = Page(model.name, self._facts())
+        self._page: Page | None = None
+
+    @property
+    def _model(self) -> PromptingModel:
+        """The model that is served. Raises ``ApiError`` 503 while it is loaded for the first time."""
+        try:
+            return self._backend.model
+        except NotReadyError as error:
+            raise unavailable(error) from error
+
+    @property
+    def _info(self) -> EngineInfo:
+        """What the engine says of itself. Raises ``ApiError`` 503 while it is loaded for the first time."""
+        try:
+            return self._backend.info
+        except NotReadyError as error:
+            raise unavailable(error) from error
 
     async def page(self, _: Request) -> Response:
+        if self._page is None:
+            self._page = Page(self._model.name, self._facts())
         return HTMLResponse(self._page.html, headers={"Content-Security-Policy": self._page.policy})
 
     async def live(self, _: Request) -> Response:
         return JSONResponse({"status": "alive"})
 
     async def ready(self, _: Request) -> Response:
-        state = self._worker.state
+        state = self._backend.state
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
     async def metrics(self, _: Request) -> Response:
@@ -83,6 +100,10 @@ class Service:
         answer = Answer(self._model.name, chat=False, include_usage=wanted.stream_options.include_usage)
         return self._generate(request, prompt, wanted, answer)
 
+    async def embed(self, _: Request) -> Response:
+        message = f"{self._model.name!r} generates text and makes no vectors of it; serve an encoder for embeddings"
+        raise ApiError(400, message, param="model", code="model_not_supported")
+
     def _generate(
         self, request: Request, prompt: list[int], wanted: ChatRequest | CompletionRequest, answer: Answer
     ) -> GenerationResponse:
@@ -101,7 +122,7 @@ class Service:
         except ContextOverflowError as error:
             param = "messages" if isinstance(wanted, ChatRequest) else "prompt"
             raise ApiError(400, error.message, param=param, code="context_length_exceeded") from error
-        return GenerationResponse(Generation(self._worker, generation), answer, wanted.stream, request.state.facts)
+        return GenerationResponse(Generation(self._backend, generation), answer, wanted.stream, request.state.facts)
 
     def _chat_prompt(self, wanted: ChatRequest) -> list[int]:
         self._check_length(sum(len(message.text) for message in wanted.messages), "messages")
@@ -129,6 +150,8 @@ class Service:
     async def _encode(self, make: Callable[[], list[int]], param: str) -> list[int]:
         try:
             prompt = await asyncio.get_running_loop().run_in_executor(self._encoder, make)
+        except NotReadyError as error:
+            raise unavailable(error) from error
         except EdgelmError as error:
             raise ApiError(400, f"{param}: {error.message}", param=param, code="invalid_value") from error
         if not prompt:
@@ -219,9 +242,9 @@ class Observer:
             log_event("request", request | facts)
 
 
-def create_app(model: LoadedModel, worker: Worker, metrics: Metrics, access: Access) -> ASGIApp:
-    """The ASGI application for one model. The caller starts and stops the worker."""
-    service = Service(model, worker, metrics)
+def create_app(backend: Backend, metrics: Metrics, access: Access) -> ASGIApp:
+    """The ASGI application for one model. The caller starts and stops the backend."""
+    service = Service(backend, metrics)
     routes = [
         Route("/", service.page, methods=["GET"]),
         Route("/health/live", service.live, methods=["GET"]),
@@ -231,7 +254,13 @@ def create_app(model: LoadedModel, worker: Worker, metrics: Metrics, access: Acc
         Route("/v1/models/{name:path}", service.model, methods=["GET"]),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
         Route("/v1/completions", service.complete, methods=["POST"]),
+        Route("/v1/embeddings", service.embed, methods=["POST"]),
     ]
+    return guarded(routes, metrics, access)
+
+
+def guarded(routes: list[Route], metrics: Metrics, access: Access) -> ASGIApp:
+    """Routes behind everything that protects and observes them."""
     return Starlette(
         routes=routes,
         middleware=[

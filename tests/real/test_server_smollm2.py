@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -22,15 +23,19 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 START_TIMEOUT_S = 60
 
 
-@pytest.fixture(scope="module")
-def url(smollm2_gguf: Path) -> Iterator[str]:
-    arguments = ["serve", str(smollm2_gguf), "--port", "0", "--parallel", "2", "--context", "512"]
+@pytest.fixture(scope="module", params=[[], ["--in-process"]], ids=["supervised", "in-process"])
+def url(request: pytest.FixtureRequest, smollm2_gguf: Path) -> Iterator[str]:
+    arguments = ["serve", str(smollm2_gguf), "--port", "0", "--parallel", "2", "--context", "512", *request.param]
     command = [sys.executable, "-m", "edgelm", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
             events = (json.loads(line) for line in process.stderr)
-            yield next(event["url"] for event in events if event["event"] == "listening")
+            seen: dict[str, Any] = {}
+            while not {"listening", "ready"} <= set(seen):  # in either order
+                event = next(events)
+                seen[event["event"]] = event
+            yield seen["listening"]["url"]
             process.send_signal(signal.SIGTERM)
             output, log = process.communicate(timeout=60)
             assert process.returncode == 0, log

@@ -21,9 +21,10 @@ LAYER = "model.layers.{layer}."
 class Rule:
     """One tensor of a model or, with ``{layer}`` in ``source``, of each layer; names without their suffix.
 
-    ``widths`` are (rows, columns) in the artefact: vocabulary, hidden, positions, query, key, qkv, feed_forward,
-    gate_up or head. ``rotary`` rows belong to heads that rotate, ``is_query`` ones take a family's query scale.
-    ``split`` and ``offset`` are those of ``TensorDescription``, ``transposed`` too. ``optional`` may be absent.
+    ``widths`` are (rows, columns) in the artefact: vocabulary, hidden, positions, types (of tokens: as many as there
+    are), query, key, qkv, feed_forward, gate_up or head. ``rotary`` rows belong to heads that rotate, ``is_query`` ones
+    take a family's query scale. ``split`` and ``offset`` are those of ``TensorDescription``, ``transposed`` too.
+    ``optional`` may be absent.
     """
 
     source: str
@@ -96,13 +97,14 @@ class Family:
     means; the first is the default). ``ignored`` are endings of buffers that follow from the configuration.
     ``scaled_embedding``: the graph multiplies it by the root of the hidden size. ``query_scalar`` is (setting, default)
     of what attention scores are divided by the root of, where the graph divides by that of the head size. ``check``
-    names what else stands in the way.
+    names what else stands in the way. ``encoder``: attention sees all tokens and there is no head. ``first_position``
+    is (setting, default) of the number before that of the first position, where rows up to it belong to no text.
     """
 
     targets: tuple[Target, ...]
     tensors: tuple[Rule, ...]
     layer_tensors: tuple[Rule, ...]
-    head: str | None = "lm_head"
+    head: str = "lm_head"
     prefixes: tuple[str, ...] = ("",)
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -121,6 +123,8 @@ class Family:
     query_scalar: tuple[str, float] | None = None
     skipped_rotation: Callable[[Checkpoint, int], tuple[int, ...]] | None = None
     check: Callable[[Checkpoint], list[str]] | None = None
+    encoder: bool = False
+    first_position: tuple[str, int] | None = None
 
 
 SILU = {"hidden_act": ("silu", "swish")}
