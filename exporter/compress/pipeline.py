@@ -40,6 +40,7 @@ IMPORTANCE_WINDOWS = 16
 EVALUATION_TOKENS = 2000
 _HELD_OUT = 8  # windows of the teacher's own words that nobody learns from
 _WRITING_BATCH = {"cpu": 16, "cuda": 512}
+_OWN_WORDS = "own_words.npy"
 _TOOLS = ("edgelm", "torch", "transformers", "numpy")
 
 
@@ -129,7 +130,7 @@ def compress(
     teacher_checkpoint = _teacher(options, checkpoint, words)
     state = destination.with_name(f".{destination.name}.training")
     run = _Run(options, checkpoint, words, state, progress)
-    with _models(run, teacher_checkpoint) as (base, teacher):
+    with _state_kept_if_worth_it(state), _models(run, teacher_checkpoint) as (base, teacher):
         full, wanted, _ = _shape(options, checkpoint, base.config)
         _claim_state(run, wanted)
         corpus, held_out = _corpus(run, teacher)
@@ -149,6 +150,17 @@ def compress(
             result.write_student(staging, student, checkpoint, words, record)
     shutil.rmtree(state, ignore_errors=True)
     return Student(destination, record)
+
+
+@contextmanager
+def _state_kept_if_worth_it(state: Path) -> Iterator[None]:
+    """On any exception, keep what took long to compute and nothing else."""
+    try:
+        yield
+    except BaseException:
+        if not (state / _OWN_WORDS).is_file() and not list(state.glob("*/state.json")):
+            shutil.rmtree(state, ignore_errors=True)
+        raise
 
 
 def _check(options: CompressOptions) -> None:
@@ -287,7 +299,7 @@ def _corpus(run: _Run, teacher: Any) -> tuple[Corpus, Corpus | None]:
     own = round(options.tokens * options.own_share / length)
     if not own:
         return corpus, None
-    path = run.state / "own_words.npy"
+    path = run.state / _OWN_WORDS
     if path.is_file():
         windows = np.load(path, allow_pickle=False)
         written = Corpus(windows, (f"the teacher's own words: {windows.size} tokens, temperature 1",))
