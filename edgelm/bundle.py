@@ -21,7 +21,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from edgelm.errors import BundleError
+from edgelm.errors import BundleError, EdgelmError
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -343,14 +343,37 @@ def open_bundle(directory: Path, *, check_hashes: bool = True) -> Bundle:
 
 
 @contextmanager
-def new_bundle(destination: Path, *, force: bool = False) -> Iterator[Path]:
+def new_bundle(destination: Path, *, force: bool = False, resume: bool = False) -> Iterator[Path]:
     """A temporary directory beside ``destination`` that takes its name when the block ends well.
 
-    On any exception, Ctrl-C included, the temporary directory is removed and ``destination`` stays what it was. An
-    existing ``destination`` is replaced only with ``force`` and only if it is a bundle or empty; it is kept until the
-    new one is complete. Raises ``BundleError``.
+    On any exception, Ctrl-C included, the temporary directory is removed and ``destination`` stays what it was; with
+    ``resume`` an interruption or a failure to write leaves it (and ``journal_path``) to the next call with ``resume``.
+    An existing ``destination`` is replaced only with ``force`` and only if it is a bundle or empty; it is kept until
+    the new one is complete. Raises ``BundleError``.
     """
     check_destination(destination, force=force)
+    with _kept(destination) if resume else _temporary(destination) as staging:
+        yield staging
+        staging.chmod(0o755)
+        _replace(staging, destination)
+
+
+def journal_path(destination: Path) -> Path:
+    """Where an export that can be resumed notes what is done: beside the temporary directory, not inside."""
+    return _kept_path(destination).with_suffix(".journal")
+
+
+def kept_bytes(destination: Path) -> int:
+    """Disk space that an interrupted export of ``destination`` holds already."""
+    return sum(path.stat().st_blocks * 512 for path in _kept_path(destination).glob("*"))
+
+
+def _kept_path(destination: Path) -> Path:
+    return destination.parent / f".{destination.name}.resume"
+
+
+@contextmanager
+def _temporary(destination: Path) -> Iterator[Path]:
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
@@ -358,10 +381,49 @@ def new_bundle(destination: Path, *, force: bool = False) -> Iterator[Path]:
         raise BundleError(f"cannot write to {destination.parent}: {error.strerror}") from error
     try:
         yield staging
-        staging.chmod(0o755)
-        _replace(staging, destination)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _kept(destination: Path) -> Iterator[Path]:
+    """A directory of a fixed name, for one process at a time. Only what another try would meet again removes it."""
+    staging = _kept_path(destination)
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(staging, os.O_RDONLY)
+    except OSError as error:
+        raise BundleError(f"cannot write to {destination.parent}: {error.strerror}") from error
+    keep = False
+    try:
+        if not _locked(descriptor):
+            keep = True
+            raise BundleError(f"another export is writing {destination}", hint="wait for it or choose another output")
+        yield staging
+    except EdgelmError as error:
+        keep = keep or isinstance(error, BundleError)
+        raise
+    except BaseException:
+        keep = True
+        raise
+    finally:
+        os.close(descriptor)
+        if not keep:
+            shutil.rmtree(staging, ignore_errors=True)
+            journal_path(destination).unlink(missing_ok=True)
+
+
+def _locked(descriptor: int) -> bool:
+    """Lock a file for this process; False when another has it. Where there are no such locks nobody has."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def check_destination(destination: Path, *, force: bool) -> None:

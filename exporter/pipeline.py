@@ -29,6 +29,7 @@ from edgelm.bundle import (
     Manifest,
     Quality,
     SourceRecord,
+    TensorPlan,
     TokenIdentity,
 )
 from edgelm.errors import CheckpointError, DoesNotFitError, ProofError, UsageError
@@ -40,11 +41,12 @@ from exporter.architectures.base import ModelDescription
 from exporter.automatic import Point
 from exporter.calibration import open_calibration
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
-from exporter.gguf import check_room, write_errors, write_gguf, write_head, write_tensors
+from exporter.gguf import RowQuantizer, check_room, write_errors, write_head, write_tensors
 from exporter.options import ExportOptions, check_options
 from exporter.plan import Candidate, candidates, choose, file_type, resolve, unchanged
 from exporter.preflight import check_checkpoint
 from exporter.reference import torch_obstacle
+from exporter.resume import Writer, key_of_artifact, write_in_parts
 from exporter.token_identity import compare_files
 from exporter.tokenizer import SourceTokenizer
 from targets.profile import TargetProfile, load_profile
@@ -90,7 +92,8 @@ def choices(
     """
     check_options(options)
     profile = load_profile(options.target)
-    checkpoint = open_checkpoint(open_source(options.source))
+    checkpoint = open_checkpoint(open_source(options.source, progress, headers_only=not measure))
+    check_checkpoint(checkpoint)
     found: list[Candidate] = []
     try:
         if measure and options.quant.lower() == "auto" and measuring_obstacle(options, checkpoint) is None:
@@ -148,8 +151,10 @@ class Proven:
     measured: Quality | EmbeddingQuality | None
 
 
-def prepare(options: ExportOptions, progress: Progress = SILENT) -> Prepared:
+def prepare(options: ExportOptions, progress: Progress = SILENT, *, headers_only: bool = False) -> Prepared:
     """Read the source's headers and resolve the plan: what ``--dry-run`` shows. Writes nothing but the cache.
+
+    ``headers_only`` leaves weights on the hub, if the plan needs none: a mix that was named.
 
     ``auto`` keeps a quantised source that fits as it is. Else it measures what each tensor loses in each type when
     torch and transformers are installed, and chooses among the usual mixes when not.
@@ -158,7 +163,8 @@ def prepare(options: ExportOptions, progress: Progress = SILENT) -> Prepared:
     """
     check_options(options)
     profile = load_profile(options.target)
-    checkpoint = open_checkpoint(open_source(options.source))
+    headers_only = headers_only and options.quant.lower() != "auto"
+    checkpoint = open_checkpoint(open_source(options.source, progress, headers_only=headers_only))
     check_checkpoint(checkpoint)
     if options.quant.lower() != "auto":
         return Prepared(checkpoint, resolve(options, checkpoint, profile))
@@ -176,31 +182,52 @@ def prepare(options: ExportOptions, progress: Progress = SILENT) -> Prepared:
     return Prepared(checkpoint, plan.model_copy(update={"notes": (*plan.notes, note)}))
 
 
-def export(options: ExportOptions, destination: Path, *, force: bool = False, progress: Progress = SILENT) -> Bundle:
+def export(
+    options: ExportOptions,
+    destination: Path,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress = SILENT,
+) -> Bundle:
     """Make a proven bundle at ``destination``.
 
     Raises what ``prepare`` raises, ``BundleError`` when it cannot be written, and ``ProofError`` when tokens differ or
-    the quality limit is missed. Whatever is raised, nothing new is left behind and an earlier bundle is untouched.
+    the quality limit is missed. Whatever is raised, nothing new is left behind and an earlier bundle is untouched; with
+    ``resume``, finished tensors stay in a hidden directory beside it when interrupted, and the next such call goes on.
     """
     bundles.check_destination(destination, force=force)
     prepared = prepare(options, progress)
     checkpoint, plan = prepared.checkpoint, prepared.plan
     description = describe(checkpoint)
-    check_room(destination.parent, plan.artifact_bytes)
+    if resume and plan.format != "gguf":
+        raise UsageError(f"--resume is for GGUF; {plan.format} is written as a whole", hint="leave it out")
+    check_room(destination.parent, plan.artifact_bytes - (bundles.kept_bytes(destination) if resume else 0))
+    journal = bundles.journal_path(destination) if resume else None
     words = _load_words(checkpoint, plan, progress)
     _check_vocabulary(checkpoint, description, words)
-    with bundles.new_bundle(destination, force=force) as staging, _Aside(prepared) as aside:
-        artifact = _write_artifact(staging, prepared, description, words, progress, aside)
+    with bundles.new_bundle(destination, force=force, resume=resume) as staging, _Aside(prepared) as aside:
+        _clear(staging, ARTIFACTS[plan.format])
+        artifact = _write_artifact(staging, prepared, description, words, progress, aside, journal)
         _check_size(options, artifact)
         _write_texts(staging, words)
         identity = aside.identity(words, artifact)
         measured = _measure(options, checkpoint, artifact, identity, progress)
         if prepared.measured is not None and isinstance(measured, Quality):
+            if journal is not None:
+                journal.unlink(missing_ok=True)  # the artefact may become another one
             plan, measured = _along_the_front(options, prepared, artifact, measured, progress)
         _check_quality(options, measured)
         proven = Proven(plan, description.encoder.record if description.encoder else None, measured)
         _write_manifest(staging, checkpoint, aside.source_hashes(progress), proven, progress)
     return bundles.open_bundle(destination, check_hashes=False)
+
+
+def _clear(staging: Path, artifact: str) -> None:
+    """An earlier attempt may have left more than its artefact."""
+    for path in staging.iterdir():
+        if path.name != artifact:
+            path.unlink()
 
 
 def _load_words(checkpoint: Checkpoint, plan: ExportPlan, progress: Progress) -> SourceTokenizer:
@@ -285,8 +312,8 @@ class _Aside(AbstractContextManager["_Aside"]):
         self._pool.shutdown(cancel_futures=True)
 
     def prove(self, words: SourceTokenizer, artifact: Path) -> None:
-        """Begin the proof of an artefact whose vocabulary is written."""
-        self._proof = self._pool.submit(_prove_tokens, words, artifact)
+        """Begin the proof of an artefact whose vocabulary is written, once."""
+        self._proof = self._proof or self._pool.submit(_prove_tokens, words, artifact)
 
     def identity(self, words: SourceTokenizer, artifact: Path) -> TokenIdentity:
         """The result of the proof, which begins now if it has not. Raises ``ProofError``."""
@@ -310,8 +337,12 @@ def _write_artifact(
     words: SourceTokenizer,
     progress: Progress,
     aside: _Aside | None = None,
+    journal: Path | None = None,
 ) -> Path:
-    """Write the planned tensors; types that were measured are rounded as they were then, and kept in the cache."""
+    """Write the planned tensors; types that were measured are rounded as they were then, and kept in the cache.
+
+    With a ``journal``, what it says is there is not written again.
+    """
     checkpoint, plan = prepared.checkpoint, prepared.plan
     if plan.format == "onnx":
         from exporter.onnx_bundle import write_artifact  # needs the onnx package, which the GGUF way does without
@@ -319,26 +350,38 @@ def _write_artifact(
         return write_artifact(staging, checkpoint, description, plan, words, progress)
     artifact = staging / ARTIFACTS[plan.format]
     metadata = _metadata(plan, description, words)
+
+    def fill(quantizers: Mapping[str, RowQuantizer], further: str) -> None:
+        def tensors(position: int, plans: Sequence[TensorPlan], inner: Progress) -> None:
+            if aside is not None:
+                aside.prove(words, artifact)
+            sources = description.tensors
+            write_tensors(artifact, position, checkpoint, sources, plans, progress=inner, quantizers=quantizers)
+
+        writer = Writer(lambda: write_head(artifact, checkpoint.architecture, metadata, plan.tensors), tensors)
+        if journal is None:
+            tensors(writer.head(), plan.tensors, progress)
+        else:
+            key = key_of_artifact(checkpoint, plan.tensors, hash_of_metadata(metadata), further)
+            write_in_parts(journal, key, artifact, plan.tensors, writer, progress)
+
     if prepared.measured is None:
-        data_start = write_head(artifact, checkpoint.architecture, metadata, plan.tensors)
-        if aside is not None:
-            aside.prove(words, artifact)
-        write_tensors(artifact, data_start, checkpoint, description.tensors, plan.tensors, progress=progress)
+        fill({}, "")
         return artifact
     analysis = prepared.measured.analysis
     types = [(item.name, item.type) for item in plan.tensors]
     key = cache.key_of("artifact", analysis.key, types, hash_of_metadata(metadata))
     held = cache.find(key)
     if held is not None and (held / artifact.name).is_file():
+        if journal is not None:
+            journal.unlink(missing_ok=True)
         with write_errors(artifact):
             shutil.copyfile(held / artifact.name, artifact)
         return artifact
     with progress.stage("preparing rounding", 1) as stage:
         quantizers = damage.quantizers(analysis.statistics)
         stage.advance()
-    write_gguf(
-        artifact, checkpoint, description.tensors, plan.tensors, metadata, progress=progress, quantizers=quantizers
-    )
+    fill(quantizers, analysis.key)
     with cache.new_entry(key) as directory:
         if directory is not None:
             shutil.copyfile(artifact, directory / artifact.name)

@@ -86,7 +86,7 @@ class TransformersModel:
         self.model = model
         self._cache: Any = None
         self.name = f"transformers {version} float32"
-        self.vocabulary = int(model.config.vocab_size)
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
 
     def reset(self) -> None:
         self._cache = None

@@ -49,7 +49,7 @@ def verify(directory: Path, reference: str | None, progress: Progress = SILENT) 
         stage.advance()
     if reference is None:
         return Verification(bundle, identity, None)
-    checkpoint = open_checkpoint(open_source(reference))
+    checkpoint = open_checkpoint(open_source(reference, progress))
     source = read_tokenizer(checkpoint)
     identity = _compare(bundle, source.tokenizer_json, source.vocabulary)
     _require_identity(identity, f"{reference} and the artefact")

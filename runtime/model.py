@@ -46,14 +46,14 @@ class PromptingModel:
     bos: int | None
     manifest: Manifest | None
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation up to the place where the assistant answers.
+    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        """Token ids of a conversation up to the place where the assistant answers; ``tools`` as templates want them.
 
         Raises ``UsageError`` when the model has no chat template or the template refuses the messages.
         """
         if self.chat_template is None:
             raise UsageError(f"{self.name} has no chat template", hint="it completes text: use a plain prompt")
-        return self.tokenizer.encode(self.chat_template.render(messages))
+        return self.tokenizer.encode(self.chat_template.render(messages, tools=tools))
 
     def text_prompt(self, text: str) -> list[int]:
         """Token ids of plain text to continue; special tokens written in it are not recognised."""

@@ -171,16 +171,24 @@ class Vocabulary(Protocol):
 
 
 class GgufTokenizer:
-    """The vocabulary inside a GGUF file, by llama.cpp's own tokenizer."""
+    """The vocabulary inside a GGUF file, by llama.cpp's own tokenizer. Thread-safe: the vocabulary has one buffer."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
+        self._lock = threading.Lock()
+        self._bytes: dict[int, bytes] = {}
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        return self._vocabulary.tokenize(_check_text(text), special=special)
+        with self._lock:
+            return self._vocabulary.tokenize(_check_text(text), special=special)
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
-        return self._vocabulary.detokenize(ids, special=special).decode("utf-8", "replace")
+        with self._lock:
+            return self._vocabulary.detokenize(ids, special=special).decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
-        return self._vocabulary.token_bytes(token)
+        found = self._bytes.get(token)
+        if found is None:
+            with self._lock:
+                found = self._bytes[token] = self._vocabulary.token_bytes(token)
+        return found

@@ -20,15 +20,23 @@ from runtime.server.metrics import Metrics
 from runtime.server.serving import bind, make_server
 from runtime.server.worker import Backend, Worker
 
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
+    "Call with <tool_call>{...}</tool_call><|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
-def fake_model(engine: FakeEngine, *, template: bool = True) -> LoadedModel:
-    """A loaded model around the scripted engine, with a ChatML template unless ``template`` is off."""
+
+def fake_model(engine: FakeEngine, *, template: bool = True, source: str = CHATML) -> LoadedModel:
+    """A loaded model around the scripted engine, with the template ``source`` unless ``template`` is off."""
     return LoadedModel(
         name="fake",
         artifact=Path("fake.gguf"),
         engine=engine,
         tokenizer=FakeTokenizer(),
-        chat_template=ChatTemplate(CHATML) if template else None,
+        chat_template=ChatTemplate(source) if template else None,
         stop_tokens=frozenset({EOS, IM_END}),
         bos=None,
         manifest=None,

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 )
 @click.option("--no-verify", is_flag=True, help="Leave out the quality measurement; token identity is always proven.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
+@click.option("--resume", is_flag=True, help="Keep finished tensors when interrupted; go on from them the next time.")
 @click.option("--force", is_flag=True, help="Replace a bundle that exists.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(
@@ -69,17 +70,20 @@ def command(
     evaluation: Path | None,
     no_verify: bool,
     dry_run: bool,
+    resume: bool,
     force: bool,
     as_json: bool,
 ) -> None:
     """Turn SOURCE into a bundle for one target: planned, quantised and proven.
 
-    SOURCE is a checkpoint directory, a .gguf file, a hub id (org/name) or demo:smollm2.
+    SOURCE is a checkpoint directory, a .gguf file, a hub id (org/name, org/name@revision)
+    or demo:smollm2.
 
     \b
     Example:
       edgelm export demo:smollm2 --target raspberry-pi-5-4gb --quant Q4_0 -o bundle
       edgelm export ./my-model -o bundle --max-ram 1GB --type 'ffn_down=Q6_K'
+      edgelm export org/large-model@v1.0 -o bundle --quant Q4_K_M --resume
     """
     from edgelm.cli.console import print_json, stderr_progress
     from exporter.options import ExportOptions, as_format, parse_type_override
@@ -105,14 +109,14 @@ def command(
     )
     started = time.monotonic()
     if dry_run:
-        plan = prepare(options, stderr_progress()).plan
+        plan = prepare(options, stderr_progress(), headers_only=True).plan
         if as_json:
             print_json({**summary(plan, plan.artifact_bytes, None), "dry_run": True, "plan": plan.model_dump()})
         else:
             show(plan, plan.artifact_bytes, None, "plan (nothing written)")
         return
     assert output is not None
-    bundle = export(options, output, force=force, progress=stderr_progress())
+    bundle = export(options, output, force=force, resume=resume, progress=stderr_progress())
     manifest, size_bytes = bundle.manifest, bundle.manifest.artifact_bytes
     if as_json:
         result = {"bundle": str(bundle.path), **summary(manifest.plan, size_bytes, manifest.proof)}

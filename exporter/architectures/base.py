@@ -78,7 +78,8 @@ class Structure:
     ``causal``: attention sees earlier tokens only, as in a decoder; an encoder's sees all of them.
     ``rotary`` None: positions are learned rows. ``windows`` per layer: how many tokens attention sees, 0 for all.
     ``norm_place``: norms follow attention and feed-forward network ("after"), precede them ("before") or both.
-    ``query_norm``: of each head, or of all heads together. Scales of 1 and soft-caps of 0 do nothing.
+    ``query_norm``: of each head, or of all heads together, before rotation or after it. Scales of 1 and soft-caps of 0
+    do nothing.
     """
 
     norm: Literal["rms", "layer"]
@@ -96,6 +97,7 @@ class Structure:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
+    norm_after_rotation: bool = False
     causal: bool = True
 
 
@@ -106,9 +108,9 @@ class TensorDescription:
     ``interleave`` of n > 0 reorders rows on the way: each group of n rows is two halves in the source (rotation
     partners n/2 apart) and alternates between them in the artefact (partners adjacent). ``split`` of n > 0 reorders
     too: the source holds query, key and value of n rows each head by head, the artefact all queries, all keys, all
-    values. ``skipped`` rows at the start of the source are left out. ``transposed``: columns of the source are rows
-    here. Values are multiplied by ``scale``, then ``offset`` is added. ``values`` holds a computed tensor, which has no
-    place in the source.
+    values. ``skipped`` rows at the start of the source are left out, as are those after the tensor's own.
+    ``transposed``: columns of the source are rows here. Values are multiplied by ``scale``, then ``offset`` is added.
+    ``values`` holds a computed tensor, which has no place in the source.
     """
 
     name: str

@@ -29,7 +29,7 @@ from runtime.server.embedding_worker import EmbeddingJob, EmbeddingWorker
 from runtime.server.errors import ApiError
 from runtime.server.limits import Access, parse_json, prompt_characters_limit
 from runtime.server.metrics import CONTENT_TYPE, Metrics
-from runtime.server.openai import model_document
+from runtime.server.replies import model_document
 from runtime.server.worker import NotReadyError, QueueFullError
 
 INPUT_COUNT_LIMIT = 2048

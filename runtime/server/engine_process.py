@@ -6,6 +6,7 @@ Knows no HTTP and no clients.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -16,7 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from edgelm.errors import EdgelmError, UsageError
+from runtime.constraint import ConstraintError
 from runtime.engine import EngineOptions
+from runtime.generate import prepare_grammar
 from runtime.model import LoadedModel, open_model
 from runtime.server import wire
 from runtime.server.logs import log_event, start_logging
@@ -79,7 +82,7 @@ class EngineProcess:
 
     def _obey(self, message: wire.ToEngine, model: LoadedModel) -> None:
         if isinstance(message, wire.Submit):
-            self._submit(message)
+            self._submit(message, model)
         elif isinstance(message, wire.Cancel):
             job = self._jobs.get(message.job)
             if job is not None:
@@ -89,8 +92,10 @@ class EngineProcess:
         elif isinstance(message, wire.Encode | wire.Decode):
             self._tokenizing.submit(self._answer, message, model)
 
-    def _submit(self, message: wire.Submit) -> None:
+    def _submit(self, message: wire.Submit, model: LoadedModel) -> None:
         number = message.job
+        with contextlib.suppress(ConstraintError):  # told to the request when its turn comes
+            prepare_grammar(message.request, model.tokenizer, model.info.vocabulary)
 
         def deliver(event: JobEvent) -> None:
             failure = event if isinstance(event, Failure) else None

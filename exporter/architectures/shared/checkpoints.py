@@ -79,6 +79,7 @@ class _Source:
 def describe_checkpoint(checkpoint: Checkpoint, family: Family) -> ModelDescription:
     """Describe a checkpoint of a family. Raises ``CheckpointError`` with every setting and tensor in the way."""
     problems = Problems(checkpoint.source.location)
+    checkpoint = _text_part(checkpoint, family)
     source = _Source(checkpoint, family)
     _check_settings(source, problems)
     _check_types(source, problems)
@@ -122,6 +123,17 @@ def describe_checkpoint(checkpoint: Checkpoint, family: Family) -> ModelDescript
     }
     named = {key.format(arch=target.name): value for key, value in metadata.items()}
     return ModelDescription(target.name, dimensions, {**general, **named}, tuple(tensors), structure, notes, encoder)
+
+
+def _text_part(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """A checkpoint as a text model: settings of that part, tensors of other parts left out."""
+    if family.text_config is None:
+        return checkpoint
+    settings = checkpoint.config.get(family.text_config)
+    if not isinstance(settings, Mapping):
+        raise CheckpointError(f"{checkpoint.source.location}: config.json: {family.text_config} is no table")
+    tensors = {name: item for name, item in checkpoint.tensors.items() if not name.startswith(family.left_out)}
+    return replace(checkpoint, config={**family.defaults, **settings}, tensors=tensors)
 
 
 # --- settings and sizes
@@ -369,7 +381,8 @@ def _mapped(
     padded = (*actual, *(0,) * len(rule.widths))
     shape = tuple(widths.get(width, padded[axis]) for axis, width in enumerate(rule.widths))
     skipped = _skipped_positions(source) if rule.target == MODEL_TENSOR.POS_EMBD else 0
-    interleave = head if rule.rotary and target.adjacent else 0
+    skipped = shape[0] if rule.half == 2 else skipped
+    interleave = head if rule.rotary and target.adjacent and not source.family.adjacent else 0
     split = head if rule.split else 0
     bias = source.name(rule, layer, "bias")
     if rule.bias == "required" or (rule.bias == "optional" and bias in source.checkpoint.tensors):
@@ -389,7 +402,9 @@ def _mapped(
 def _check_shape(source: _Source, rule: Rule, description: TensorDescription, problems: Problems) -> None:
     transposed = rule.transposed and len(description.shape) == 2
     actual = source.shape(description.source_name, transposed=transposed)
-    if actual and description.skipped:
+    if actual and rule.half:
+        actual = (actual[0] // 2 if actual[0] % 2 == 0 else actual[0], *actual[1:])
+    elif actual and description.skipped:
         actual = (actual[0] - description.skipped, *actual[1:])
     if actual != description.shape:
         wanted = description.shape[::-1] if transposed else description.shape
@@ -472,6 +487,7 @@ def _structure(source: _Source, sizes: _Sizes, rope: RopeDescription | None, win
         ),
         residual_scale=numbers.get(Keys.LLM.RESIDUAL_SCALE, 1.0),
         logit_divisor=numbers.get(Keys.LLM.LOGIT_SCALE, 1.0),
+        norm_after_rotation=family.norm_after_rotation,
         causal=not family.encoder,
     )
 

@@ -37,6 +37,7 @@ class Rule:
     offset: float = 0.0
     is_query: bool = False
     optional: bool = False
+    half: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,10 @@ class Family:
     means; the first is the default). ``ignored`` are endings of buffers that follow from the configuration.
     ``scaled_embedding``: the graph multiplies it by the root of the hidden size. ``query_scalar`` is (setting, default)
     of what attention scores are divided by the root of, where the graph divides by that of the head size. ``check``
-    names what else stands in the way. ``encoder``: attention sees all tokens and there is no head. ``first_position``
+    names what else stands in the way. ``adjacent``: the source's own rows have rotation partners side by side.
+    ``norm_after_rotation``: of queries and keys. ``text_config`` names the part of config.json that counts;
+    ``defaults`` stand in for settings that it leaves out; tensors that begin with ``left_out`` are not the text's.
+    ``encoder``: attention sees all tokens and there is no head. ``first_position``
     is (setting, default) of the number before that of the first position, where rows up to it belong to no text.
     """
 
@@ -123,6 +127,11 @@ class Family:
     query_scalar: tuple[str, float] | None = None
     skipped_rotation: Callable[[Checkpoint, int], tuple[int, ...]] | None = None
     check: Callable[[Checkpoint], list[str]] | None = None
+    adjacent: bool = False
+    norm_after_rotation: bool = False
+    text_config: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
     encoder: bool = False
     first_position: tuple[str, int] | None = None
 
