@@ -88,7 +88,8 @@ written layer by layer so that pruned layers keep theirs, rotation bases are alw
 StableLM, Pythia and Gemma 2 to a default of 10000), a tied OLMo 2 gets the output matrix that its graph needs, and
 GPT-2 configurations without `n_ctx` work. Layers of different widths, and heads that do not add up to the hidden
 size, have no counterpart there. The converter writes a window for every Phi 3, also where it is as long as the
-context, and no vocabulary size, head sizes, yarn betas or rules for BOS and EOS where llama.cpp has defaults or guesses.
+context, and no vocabulary size, head sizes, yarn betas or rules for BOS and EOS where llama.cpp has defaults or
+guesses.
 
 A model whose attention has windows that the GGUF architecture lacks (Mistral 7B v0.1, Phi 3 mini 4k, StarCoder 2, Qwen
 with `use_sliding_window`) gets a context that ends where the window begins, with a note in the plan.
