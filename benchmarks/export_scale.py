@@ -150,7 +150,7 @@ def main() -> None:
         source_bytes = make_checkpoint(source, arguments.shape)
         shards = len(list(source.glob("*.safetensors")))
         print(f"{arguments.shape}: {source_bytes / 1e9:.2f} GB of bf16 in {shards} files")
-        print("| step | time s | source MB/s | cores | peak RSS MiB |\n|---|---|---|---|---|")
+        print("| step | time s | source MB/s | cores | peak RSS MiB |\n|---|---|---|---|---|", flush=True)
         copy_files = ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', str(source), str(copy)]
         rows.append(measured("cp and sync", copy_files, source, source_bytes))
         shutil.rmtree(copy)

@@ -87,7 +87,11 @@ class RamParts(Record):
 
 
 class Prediction(Record):
-    """What a target is expected to reach. Rates in tokens per second, ``*_band`` the 80 % interval when known."""
+    """What a target is expected to reach. Rates in tokens per second, ``*_band`` the 80 % interval when known.
+
+    ``load_warm_s`` is loading a file that is in the page cache, ``load_cold_s`` one that comes from storage; None where
+    it is not predicted or the rate of the storage is not known.
+    """
 
     target: str
     ram_bytes: int
@@ -96,6 +100,8 @@ class Prediction(Record):
     decode_tps: float | None
     prefill_tps_band: tuple[float, float] | None = None
     decode_tps_band: tuple[float, float] | None = None
+    load_warm_s: float | None = None
+    load_cold_s: float | None = None
     fits: Literal["fits", "pages", "no"]
     fit_reason: str
 
@@ -173,11 +179,27 @@ class TensorDamage(Record):
     kl: float
 
 
+class ChatProof(Record):
+    """A bundle's prompts beside those of its source, all alike or there is no bundle; and one answer of the artefact.
+
+    ``compared_with`` rendered the conversations for the source. ``answer`` is greedy; ``stopped`` tells whether the
+    model ended it, or the limit on its length did.
+    """
+
+    compared_with: str
+    conversations: int
+    prompt: str
+    answer: str
+    answer_tokens: int
+    stopped: bool
+
+
 class Quality(Record):
     """The artefact against the unquantised model on evaluation text, in lockstep.
 
     ``kl_*`` in nats per token, KL(reference || artefact); perplexities over the same positions. Intervals are the
     95 % ones of the mean over windows of text. ``worst_tensors`` are estimates, worst first, when types were measured.
+    ``chat`` is None for models without a chat template.
     """
 
     reference: str
@@ -194,6 +216,7 @@ class Quality(Record):
     ppl_interval: tuple[float, float] | None = None
     ppl_reference: float
     worst_tensors: tuple[TensorDamage, ...] = ()
+    chat: ChatProof | None = None
     token_identity: TokenIdentity
 
 

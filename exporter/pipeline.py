@@ -32,23 +32,28 @@ from edgelm.bundle import (
     TensorPlan,
     TokenIdentity,
 )
-from edgelm.errors import CheckpointError, DoesNotFitError, ProofError, UsageError
+from edgelm.errors import CheckpointError, DoesNotFitError, EngineError, ProofError, UsageError
 from edgelm.progress import SILENT, Progress
-from exporter import automatic, cache, damage, embedding_quality, quality, tokenizer
+from exporter import automatic, cache, damage, embedding_quality, ggml, quality, tokenizer
 from exporter.analysis import Analysis, analyse
 from exporter.architectures import describe
 from exporter.architectures.base import ModelDescription
 from exporter.automatic import Point
-from exporter.calibration import open_calibration
+from exporter.calibration import Calibration, open_calibration
+from exporter.chat_proof import prove_chat
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
 from exporter.gguf import RowQuantizer, check_room, write_errors, write_head, write_tensors
+from exporter.importance import importance
 from exporter.options import ExportOptions, check_options
-from exporter.plan import Candidate, candidates, choose, file_type, resolve, unchanged
+from exporter.plan import COPY, Candidate, candidates, choose, file_type, resolve, unchanged
 from exporter.preflight import check_checkpoint
 from exporter.reference import torch_obstacle
 from exporter.resume import Writer, key_of_artifact, write_in_parts
+from exporter.sensitivity import TensorStatistics
+from exporter.texts import evaluation_text
 from exporter.token_identity import compare_files
 from exporter.tokenizer import SourceTokenizer
+from targets.host import cpu_name, instruction_set
 from targets.profile import TargetProfile, load_profile
 
 ARTIFACTS = {"gguf": "model.gguf", "onnx": "model.onnx"}
@@ -57,6 +62,7 @@ _MOVES = 3  # along the front, when the proof misses the limit
 _MEASURED_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 QUANTIZATION_VERSION = 2  # of ggml's block formats
 _TOOLS = ("edgelm", "llama-cpp-python", "gguf", "numpy", "tokenizers")
+_QUALITY = "quality.json"
 _FORMAT_TOOLS: dict[str, tuple[str, ...]] = {"gguf": (), "onnx": ("onnx", "onnxruntime")}
 
 
@@ -123,14 +129,20 @@ def measure_types(options: ExportOptions, checkpoint: Checkpoint, progress: Prog
 
     Raises ``UsageError`` for an unusable calibration text, ``CheckpointError`` and ``EngineError``.
     """
-    description = describe(checkpoint)
     words = tokenizer.load_tokenizer(checkpoint, progress)
-    _check_vocabulary(checkpoint, description, words)
-    context = description.dimensions.context_trained
-    text = open_calibration(checkpoint, words, options.calibration, context, progress)
-    hashes = _hashed(checkpoint.files, progress)
+    text, hashes = _calibration(options, checkpoint, progress)
     key = tuple(record.sha256 for record in hashes)
-    return Measured(checkpoint, analyse(checkpoint, description, words, text, key, progress), hashes)
+    return Measured(checkpoint, analyse(checkpoint, describe(checkpoint), words, text, key, progress), hashes)
+
+
+def _calibration(
+    options: ExportOptions, checkpoint: Checkpoint, progress: Progress
+) -> tuple[Calibration, tuple[FileRecord, ...]]:
+    """The calibration text in tokens, and records of the checkpoint's files."""
+    description, words = describe(checkpoint), tokenizer.read_tokenizer(checkpoint)
+    _check_vocabulary(checkpoint, description, words)
+    text = open_calibration(checkpoint, words, options.calibration, progress, evaluation=options.evaluation)
+    return text, _hashed(checkpoint.files, progress)
 
 
 @dataclass(frozen=True)
@@ -140,6 +152,7 @@ class Prepared:
     checkpoint: Checkpoint
     plan: ExportPlan
     measured: Measured | None = None
+    importance: Mapping[str, TensorStatistics] | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +170,8 @@ def prepare(options: ExportOptions, progress: Progress = SILENT, *, headers_only
     ``headers_only`` leaves weights on the hub, if the plan needs none: a mix that was named.
 
     ``auto`` keeps a quantised source that fits as it is. Else it measures what each tensor loses in each type when
-    torch and transformers are installed, and chooses among the usual mixes when not.
+    torch and transformers are installed, and chooses among the usual mixes when not. Rounding of those mixes, and of
+    one that is named together with a calibration text, is weighed by importance that the engine measures.
 
     Raises ``UsageError``, ``CheckpointError``, ``ProfileError`` or ``DoesNotFitError``.
     """
@@ -167,7 +181,10 @@ def prepare(options: ExportOptions, progress: Progress = SILENT, *, headers_only
     checkpoint = open_checkpoint(open_source(options.source, progress, headers_only=headers_only))
     check_checkpoint(checkpoint)
     if options.quant.lower() != "auto":
-        return Prepared(checkpoint, resolve(options, checkpoint, profile))
+        plan = resolve(options, checkpoint, profile)
+        return (
+            Prepared(checkpoint, plan) if options.calibration is None else _weighed(options, checkpoint, plan, progress)
+        )
     kept = unchanged(options, checkpoint, profile) if options.calibration is None else None
     if kept is not None:
         return Prepared(checkpoint, kept)
@@ -175,11 +192,33 @@ def prepare(options: ExportOptions, progress: Progress = SILENT, *, headers_only
     if obstacle is None:
         measured = measure_types(options, checkpoint, progress)
         return Prepared(checkpoint, measured.choose(options, profile).plan, measured)
-    if options.calibration is not None:
-        raise UsageError(f"--calibration has no use here: {obstacle}", hint="leave it out")
-    plan = resolve(options, checkpoint, profile)
-    note = f"types were not measured: {obstacle}"
-    return Prepared(checkpoint, plan.model_copy(update={"notes": (*plan.notes, note)}))
+    plan = _with_note(resolve(options, checkpoint, profile), f"types were not measured: {obstacle}")
+    if options.format == "onnx" or not _rounds(plan):
+        return Prepared(checkpoint, plan)
+    try:
+        return _weighed(options, checkpoint, plan, progress)
+    except (DoesNotFitError, EngineError) as error:
+        if options.calibration is not None:
+            raise
+        return Prepared(checkpoint, _with_note(plan, f"importance was not measured either: {error.message}"))
+
+
+def _rounds(plan: ExportPlan) -> bool:
+    return plan.quant != COPY and any(ggml.TYPES[item.type].is_quantized for item in plan.tensors)
+
+
+def _with_note(plan: ExportPlan, note: str) -> ExportPlan:
+    return plan.model_copy(update={"notes": (*plan.notes, note)})
+
+
+def _weighed(options: ExportOptions, checkpoint: Checkpoint, plan: ExportPlan, progress: Progress) -> Prepared:
+    """A plan whose rounding is weighed by importance. Raises as ``measure_types``, and ``DoesNotFitError``."""
+    if not _rounds(plan):
+        raise UsageError(f"--calibration has no use here: {plan.quant} rounds nothing", hint="leave it out")
+    text, hashes = _calibration(options, checkpoint, progress)
+    found = importance(checkpoint, text, tuple(record.sha256 for record in hashes), progress)
+    plan = _with_note(plan, f"rounding weighed by importance over {text.record.tokens} tokens, measured by the engine")
+    return Prepared(checkpoint, plan.model_copy(update={"calibration": text.record}), importance=found)
 
 
 def export(
@@ -212,7 +251,7 @@ def export(
         _check_size(options, artifact)
         _write_texts(staging, words)
         identity = aside.identity(words, artifact)
-        measured = _measure(options, checkpoint, artifact, identity, progress)
+        measured = _measure(options, prepared, artifact, identity, progress)
         if prepared.measured is not None and isinstance(measured, Quality):
             if journal is not None:
                 journal.unlink(missing_ok=True)  # the artefact may become another one
@@ -366,7 +405,8 @@ def _write_artifact(
             write_in_parts(journal, key, artifact, plan.tensors, writer, progress)
 
     if prepared.measured is None:
-        fill({}, "")
+        text = plan.calibration.text_sha256 if plan.calibration else ""
+        fill(damage.quantizers(prepared.importance or {}), text)
         return artifact
     analysis = prepared.measured.analysis
     types = [(item.name, item.type) for item in plan.tensors]
@@ -389,13 +429,43 @@ def _write_artifact(
 
 
 def _measure(
-    options: ExportOptions, checkpoint: Checkpoint, artifact: Path, identity: TokenIdentity, progress: Progress
+    options: ExportOptions, prepared: Prepared, artifact: Path, identity: TokenIdentity, progress: Progress
 ) -> Quality | EmbeddingQuality | None:
+    """The quality of the artefact. What was measured before of the very same bytes, by the same programs on the same
+    kind of processor, is taken from the cache."""
     if not options.verify:
         return None
-    if describe(checkpoint).encoder is not None:
-        return embedding_quality.measure(artifact, checkpoint, identity, options.evaluation, progress)
-    return quality.measure(artifact, checkpoint, identity, options.evaluation, progress)
+    if describe(prepared.checkpoint).encoder is not None:
+        return embedding_quality.measure(artifact, prepared.checkpoint, identity, options.evaluation, progress)
+    if prepared.measured is None:
+        return _measured_now(options, prepared.checkpoint, artifact, identity, progress)
+    with progress.stage("hashing", 1) as stage:
+        digest = bundles.file_record(artifact).sha256
+        stage.advance()
+    programs = [(name, version(name)) for name in ("edgelm", "llama-cpp-python", "torch", "transformers")]
+    text = evaluation_text(options.evaluation).sha256
+    host = (cpu_name(), instruction_set())
+    key = cache.key_of("quality", prepared.measured.analysis.key, digest, text, quality.MIN_TOKENS, programs, host)
+    held = cache.find(key)
+    if held is not None:
+        try:
+            return Quality.model_validate_json((held / _QUALITY).read_bytes())
+        except (OSError, ValueError):
+            cache.remove(key)
+    found = _measured_now(options, prepared.checkpoint, artifact, identity, progress)
+    with cache.new_entry(key) as directory:
+        if directory is not None:
+            (directory / _QUALITY).write_text(found.model_dump_json(), encoding="utf-8")
+    return found
+
+
+def _measured_now(
+    options: ExportOptions, checkpoint: Checkpoint, artifact: Path, identity: TokenIdentity, progress: Progress
+) -> Quality:
+    found = quality.measure(artifact, checkpoint, identity, options.evaluation, progress)
+    words = tokenizer.read_tokenizer(checkpoint)
+    chat = prove_chat(artifact.parent, artifact, checkpoint, words, progress)
+    return found.model_copy(update={"chat": chat})
 
 
 def _check_quality(options: ExportOptions, measured: Quality | EmbeddingQuality | None) -> None:
@@ -429,9 +499,7 @@ def _along_the_front(
         words = tokenizer.load_tokenizer(checkpoint, progress)
         _write_artifact(artifact.parent, Prepared(checkpoint, plan, types), description, words, progress)
         _check_size(options, artifact)
-        quality_found = quality.measure(
-            artifact, checkpoint, quality_found.token_identity, options.evaluation, progress
-        )
+        quality_found = _measured_now(options, checkpoint, artifact, quality_found.token_identity, progress)
     worst = automatic.worst_tensors(plan, types.analysis)
     return plan, quality_found.model_copy(update={"worst_tensors": worst})
 

@@ -155,9 +155,6 @@ def missed_limits(options: ExportOptions, plan: ExportPlan) -> list[str]:
     if options.min_prefill_tps is not None and (predicted.prefill_tps or 0.0) < options.min_prefill_tps:
         told = "unknown" if predicted.prefill_tps is None else f"{predicted.prefill_tps:.1f}"
         missed.append(f"prefill of {told} tokens/s expected, --min-prefill-tps is {options.min_prefill_tps:g}")
-    if options.min_prefill_tps is not None and (predicted.prefill_tps or 0.0) < options.min_prefill_tps:
-        told = "unknown" if predicted.prefill_tps is None else f"{predicted.prefill_tps:.1f}"
-        missed.append(f"prefill of {told} tokens/s expected, --min-prefill-tps is {options.min_prefill_tps:g}")
     return missed
 
 

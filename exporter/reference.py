@@ -33,6 +33,7 @@ from exporter.gguf import write_gguf
 from exporter.tokenizer import read_tokenizer
 from runtime.engine import Chunk, Engine, EngineOptions, Logits
 from runtime.engines.llamacpp import load_engine
+from runtime.engines.llamacpp_inputs import InputSquares
 from targets.host import available_memory, default_threads
 
 BATCH = 128
@@ -339,12 +340,32 @@ def unquantised_file(
 def _open_engine(
     checkpoint: Checkpoint, description: ModelDescription, context: int, progress: Progress
 ) -> Iterator[ScoringModel]:
-    """The checkpoint unquantised in the engine."""
+    with _engine_and_type(checkpoint, description, context, None, progress) as (engine, kind):
+        yield EngineModel(engine, f"{engine.info.engine} {kind}")
+
+
+@contextmanager
+def open_observed_engine(
+    checkpoint: Checkpoint, context: int, observer: InputSquares, progress: Progress
+) -> Iterator[Engine]:
+    """The unquantised model in the engine, its matrices' inputs seen by ``observer``. Raises ``DoesNotFitError``."""
+    with _engine_and_type(checkpoint, describe(checkpoint), context, observer, progress) as (engine, _):
+        yield engine
+
+
+@contextmanager
+def _engine_and_type(
+    checkpoint: Checkpoint,
+    description: ModelDescription,
+    context: int,
+    observer: InputSquares | None,
+    progress: Progress,
+) -> Iterator[tuple[Engine, str]]:
     with unquantised_file(checkpoint, description, progress) as (path, kind):
         options = EngineOptions(context=context, batch=BATCH, kv_type="f32", all_logits=True)
-        engine = load_engine(path, options)
+        engine = load_engine(path, options, observer)
         try:
-            yield EngineModel(engine, f"{engine.info.engine} {kind}")
+            yield engine, kind
         finally:
             engine.close()
 

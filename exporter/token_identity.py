@@ -11,19 +11,32 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgelm.bundle import TokenIdentity
 from edgelm.errors import CheckpointError
 from exporter.texts import hard_corpus
-from exporter.tokenizer_sentencepiece import is_sentencepiece
+from exporter.tokenizer_sentencepiece import SPACE, is_sentencepiece, prepend_scheme
 from exporter.tokenizer_unigram import is_unigram
 from exporter.tokenizer_wordpiece import LONGEST_WORD, is_wordpiece
 from exporter.vocabulary import tokenize_with_llama
 from runtime.tokenizer import JsonTokenizer
 
 _NEXT_LINE = "\x85"
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Texts, the same as llama.cpp is asked for them, and the ids that a tokenizer.json gives.
+
+    ``asked`` differs where the spaces in front of a text depend on the text, which llama.cpp has no rule for.
+    """
+
+    texts: tuple[str, ...]
+    asked: tuple[str, ...]
+    ids: tuple[tuple[int, ...], ...]
 
 
 def compare_tokenizers(tokenizer_json: str, vocabulary: int, artifact_path: Path) -> TokenIdentity:
@@ -33,12 +46,12 @@ def compare_tokenizers(tokenizer_json: str, vocabulary: int, artifact_path: Path
     recognised, none are added. Raises ``BundleError`` for an invalid artefact, ``EngineError`` when llama.cpp cannot
     load it.
     """
-    texts, expected = expected_ids(tokenizer_json)
-    answer = tokenize_with_llama(artifact_path, texts)
-    difference = first_difference(texts, expected, answer.ids)
+    corpus = expected_ids(tokenizer_json)
+    answer = tokenize_with_llama(artifact_path, corpus.asked)
+    difference = first_difference(corpus, answer.ids)
     if difference is None and answer.vocabulary != vocabulary:
         difference = f"the source has {vocabulary} tokens, the artefact {answer.vocabulary}"
-    return _identity(texts, expected, difference)
+    return _identity(corpus, difference)
 
 
 def compare_files(tokenizer_json: str, path: Path) -> TokenIdentity:
@@ -46,18 +59,17 @@ def compare_files(tokenizer_json: str, path: Path) -> TokenIdentity:
 
     This is the proof of artefacts without a vocabulary of their own. Raises ``BundleError`` for an unreadable file.
     """
-    texts, expected = expected_ids(tokenizer_json)
+    corpus = expected_ids(tokenizer_json)
     tokenizer = JsonTokenizer(path)
-    return _identity(
-        texts, expected, first_difference(texts, expected, [tuple(map(int, tokenizer.encode(text))) for text in texts])
-    )
+    found = [tuple(map(int, tokenizer.encode(text))) for text in corpus.texts]
+    return _identity(corpus, first_difference(corpus, found))
 
 
-def _identity(texts: Sequence[str], expected: Sequence[tuple[int, ...]], difference: str | None) -> TokenIdentity:
+def _identity(corpus: Corpus, difference: str | None) -> TokenIdentity:
     return TokenIdentity(
         identical=difference is None,
-        texts=len(texts),
-        tokens=sum(map(len, expected)),
+        texts=len(corpus.texts),
+        tokens=sum(map(len, corpus.ids)),
         first_difference=difference,
     )
 
@@ -73,11 +85,16 @@ def open_tokenizer(tokenizer_json: str, name: str) -> Any:
 
 
 @functools.lru_cache(maxsize=1)  # asked when the pre-tokenizer is sought and again for the artefact's proof
-def expected_ids(tokenizer_json: str) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
-    """The texts of a comparison, and the ids that a tokenizer.json gives them."""
-    tokenizer = open_tokenizer(tokenizer_json, "tokenizer.json")
-    texts = tuple(comparable_texts(tokenizer, json.loads(tokenizer_json)))
-    return texts, tuple(tuple(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts)
+def expected_ids(tokenizer_json: str) -> Corpus:
+    """What two tokenizers are compared on."""
+    tokenizer, document = open_tokenizer(tokenizer_json, "tokenizer.json"), json.loads(tokenizer_json)
+    texts = tuple(comparable_texts(tokenizer, document))
+    scheme = prepend_scheme(document)
+    asked = texts
+    if scheme is not None:
+        special = [entry.content for entry in tokenizer.get_added_tokens_decoder().values()]
+        asked = tuple(_with_spaces(special, text, everywhere=scheme == "always") for text in texts)
+    return Corpus(texts, asked, tuple(tuple(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts))
 
 
 def comparable_texts(tokenizer: Any, document: Mapping[str, Any]) -> list[str]:
@@ -105,10 +122,14 @@ def comparable_texts(tokenizer: Any, document: Mapping[str, Any]) -> list[str]:
 
 def _between(special: Sequence[str], text: str, change: Any) -> str:
     """The text with everything between its special tokens changed."""
+    return "".join(part if index % 2 else change(part) for index, part in enumerate(_split(special, text)))
+
+
+def _split(special: Sequence[str], text: str) -> list[str]:
+    """What stands between special tokens, at even places, and those themselves."""
     if not special:
-        return str(change(text))
-    pattern = "(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")"
-    return "".join(part if index % 2 else change(part) for index, part in enumerate(re.split(pattern, text)))
+        return [text]
+    return re.split("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")", text)
 
 
 def _plain_words(text: str) -> str:
@@ -116,11 +137,19 @@ def _plain_words(text: str) -> str:
     return re.sub(rf"(\S{{{LONGEST_WORD}}})\S+", r"\1", kept)
 
 
-def first_difference(
-    texts: Sequence[str], expected: Sequence[tuple[int, ...]], found: Sequence[tuple[int, ...]]
-) -> str | None:
+def _with_spaces(special: Sequence[str], text: str, *, everywhere: bool) -> str:
+    """The text with the space that Metaspace puts in front of a beginning, or of everything between special tokens, and
+    never of what begins with one."""
+    parts = _split(special, text)
+    for index in range(0, len(parts) if everywhere else 1, 2):
+        if parts[index] and parts[index][0] not in (" ", SPACE):
+            parts[index] = f" {parts[index]}"
+    return "".join(parts)
+
+
+def first_difference(corpus: Corpus, found: Sequence[tuple[int, ...]]) -> str | None:
     """The first text whose ids differ, with the place; None when none does."""
-    for text, ours, theirs in zip(texts, expected, found, strict=True):
+    for text, ours, theirs in zip(corpus.texts, corpus.ids, found, strict=True):
         if ours != theirs:
             pairs = enumerate(zip(ours, theirs, strict=False))
             place = next((index for index, (one, other) in pairs if one != other), min(len(ours), len(theirs)))

@@ -107,7 +107,7 @@ def prove_identity(source: SourceTokenizer, artifact_path: Path) -> TokenIdentit
 def _with_pre_tokenizer(source: SourceTokenizer, checkpoint: Checkpoint, progress: Progress) -> SourceTokenizer:
     """Try llama.cpp's ways to cut text on a vocabulary-only file until one gives the source's ids on every text."""
     candidates = _candidates(json.loads(source.tokenizer_json))
-    texts, expected = expected_ids(source.tokenizer_json)
+    corpus = expected_ids(source.tokenizer_json)
     closest: tuple[int, str, str] | None = None
     with (
         tempfile.TemporaryDirectory(prefix="edgelm-vocabulary-") as directory,
@@ -119,16 +119,16 @@ def _with_pre_tokenizer(source: SourceTokenizer, checkpoint: Checkpoint, progres
             path.write_bytes(encode_header("llama", metadata, ()))
             stage.advance()
             try:
-                found = tokenize_with_llama(path, texts).ids
+                found = tokenize_with_llama(path, corpus.asked).ids
             except EngineError as error:
-                closest = closest or (len(texts) + 1, name, error.message)
+                closest = closest or (len(corpus.texts) + 1, name, error.message)
                 continue
-            difference = first_difference(texts, expected, found)
+            difference = first_difference(corpus, found)
             if difference is None:
                 return SourceTokenizer(
                     metadata, source.tokenizer_json, source.chat_template, source.generation_config, source.vocabulary
                 )
-            wrong = sum(ours != theirs for ours, theirs in zip(expected, found, strict=True))
+            wrong = sum(ours != theirs for ours, theirs in zip(corpus.ids, found, strict=True))
             if closest is None or wrong < closest[0]:
                 closest = (wrong, name, difference)
     assert closest is not None

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgelm.bundle import Bundle, EmbeddingQuality, Quality, TokenIdentity, open_bundle
-from edgelm.errors import BundleError, ProofError
+from edgelm.errors import BundleError, ProofError, UsageError
 from edgelm.progress import SILENT, Progress
 from exporter import embedding_quality, quality
+from exporter.chat_proof import prove_chat
 from exporter.checkpoint import open_checkpoint, open_source
 from exporter.token_identity import compare_files, compare_tokenizers
 from exporter.tokenizer import read_tokenizer
@@ -33,12 +34,18 @@ class Verification:
     quality: Quality | EmbeddingQuality | None
 
 
-def verify(directory: Path, reference: str | None, progress: Progress = SILENT) -> Verification:
+def verify(
+    directory: Path, reference: str | None, progress: Progress = SILENT, *, evaluation: Path | None = None
+) -> Verification:
     """Check hashes, sizes, the artefact's header and the tokenizer; with a ``reference`` source prove all again.
 
-    Raises ``BundleError`` when the bundle is not what its manifest says, ``ProofError`` when a tokenizer differs or the
+    ``evaluation`` is a text file that takes the place of the built-in text; its figures are told, and compared with the
+    manifest's only when these are of the same text. Raises ``UsageError`` for one without a reference, ``BundleError``
+    when the bundle is not what its manifest says, ``ProofError`` when a tokenizer or a chat prompt differs or the
     quality is worse than recorded, and what reading the reference raises.
     """
+    if evaluation is not None and reference is None:
+        raise UsageError("--eval needs --reference: quality is measured against the source")
     with progress.stage("checking hashes", 1) as stage:
         bundle = open_bundle(directory)
         stage.advance()
@@ -54,10 +61,12 @@ def verify(directory: Path, reference: str | None, progress: Progress = SILENT) 
     identity = _compare(bundle, source.tokenizer_json, source.vocabulary)
     _require_identity(identity, f"{reference} and the artefact")
     if bundle.manifest.encoder is not None:
-        vectors = embedding_quality.measure(bundle.artifact_path, checkpoint, identity, None, progress)
+        vectors = embedding_quality.measure(bundle.artifact_path, checkpoint, identity, evaluation, progress)
         _check_cosines(bundle.manifest.embedding_quality, vectors)
         return Verification(bundle, identity, vectors)
-    measured = quality.measure(bundle.artifact_path, checkpoint, identity, None, progress)
+    measured = quality.measure(bundle.artifact_path, checkpoint, identity, evaluation, progress)
+    chat = prove_chat(bundle.path, bundle.artifact_path, checkpoint, source, progress)
+    measured = measured.model_copy(update={"chat": chat})
     _check_quality(bundle.manifest.quality, measured)
     return Verification(bundle, identity, measured)
 

@@ -41,7 +41,7 @@ def main() -> None:
             model = type(known.__name__, (known,), {"set_vocab": set_vocab, "model_arch": known.model_arch})
             model(Path(checkpoint), gguf.LlamaFileType.ALL_F32, Path(result)).write()
             told = None
-        except (KeyError, ValueError, NotImplementedError) as error:
+        except (AssertionError, KeyError, ValueError, NotImplementedError) as error:
             told = f"{type(error).__name__}: {error}"
         print(json.dumps(told), flush=True)
 

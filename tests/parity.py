@@ -88,8 +88,7 @@ written layer by layer so that pruned layers keep theirs, rotation bases are alw
 StableLM, Pythia and Gemma 2 to a default of 10000), a tied OLMo 2 gets the output matrix that its graph needs, and
 GPT-2 configurations without `n_ctx` work. Layers of different widths, and heads that do not add up to the hidden
 size, have no counterpart there. The converter writes a window for every Phi 3, also where it is as long as the
-context, and no vocabulary size, head sizes, yarn betas or rules for BOS and EOS where llama.cpp has defaults or
-guesses.
+context, and leaves vocabulary size, head sizes, yarn's betas and rules for BOS and EOS to llama.cpp's defaults.
 
 A model whose attention has windows that the GGUF architecture lacks (Mistral 7B v0.1, Phi 3 mini 4k, StarCoder 2, Qwen
 with `use_sliding_window`) gets a context that ends where the window begins, with a note in the plan.
@@ -235,6 +234,7 @@ ROWS = (
         "granitemoehybrid, dense",
         "granitemoehybrid",
         {**COMMON, "layer_types": ["attention"] * 4, "shared_intermediate_size": 96, "num_local_experts": 0}
+        | {"num_experts_per_tok": 0}
         | {"position_embedding_type": "rope", "attention_multiplier": 0.2, "embedding_multiplier": 6.0}
         | {"residual_multiplier": 0.4, "logits_scaling": 3.0, "tie_word_embeddings": True}
         | {"mamba_n_heads": 4, "mamba_d_head": 32},

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tiny_models import write_safetensors
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from tests.tiny_models import write_safetensors
 
 WORDPIECE_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 VOCABULARY = 600
@@ -101,7 +102,9 @@ def bert_weights(config: dict[str, Any], seed: int = 0) -> dict[str, npt.NDArray
     return tensors
 
 
-def make_tiny_bert(directory: Path, *, hidden: int = 64, layers: int = 2, pooling: str = "mean_tokens") -> Path:
+def make_tiny_bert(
+    directory: Path, *, hidden: int = 64, layers: int = 2, pooling: str = "mean_tokens", seed: int = 0
+) -> Path:
     """Write a random sentence model that transformers and the exporter read."""
     directory.mkdir(parents=True, exist_ok=True)
     config = {
@@ -119,7 +122,7 @@ def make_tiny_bert(directory: Path, *, hidden: int = 64, layers: int = 2, poolin
         "pad_token_id": 0,
     }
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    write_safetensors(directory / "model.safetensors", bert_weights(config), "float32")
+    write_safetensors(directory / "model.safetensors", bert_weights(config, seed), "float32")
     write_wordpiece(directory)
     write_modules(directory, pooling)
     return directory

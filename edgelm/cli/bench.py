@@ -76,6 +76,8 @@ def command(
 
 def _rows(report: Report) -> list[tuple[str, str, str]]:
     """Figure, measured, predicted."""
+    from targets.predict import load_text
+
     settings, memory, predicted = report.settings, report.memory, report.predicted
     depth = f" at depth {settings.depth}" if settings.depth else ""
     rows = [
@@ -90,7 +92,7 @@ def _rows(report: Report) -> list[tuple[str, str, str]]:
             _rate(predicted.decode_tps if predicted else None),
         ),
         ("time to first token (s)", _samples(report.ttft_s, digits=3), "-"),
-        ("load (s)", f"{report.load_s:.2f}", "-"),
+        ("load (s)", f"{report.load_s:.2f}", load_text(predicted) if predicted else "-"),
         (
             "memory, peak resident",
             format_bytes(memory.rss_peak_bytes),

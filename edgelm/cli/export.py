@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     "--calibration",
     type=click.Path(path_type=Path),
     metavar="FILE|self",
-    help="Text, or JSON lines with text or messages, to measure types on (--quant auto); self: the model's own words.",
+    help="Text, or JSON lines with text or messages, to measure types (--quant auto) or the importance of columns on; "
+    "self: the model's own words.",
 )
 @click.option(
     "--eval",
@@ -143,7 +144,7 @@ def summary(plan: ExportPlan, artifact_bytes: int, quality: Quality | EmbeddingQ
         measured = quality.model_dump()
     elif quality is not None:
         keys = {"reference", "tokens", "kl_mean", "kl_mean_interval", "kl_p90", "kl_p99", "kl_max", "ppl_interval"}
-        keys |= {"worst_tensors", "top1_agreement", "ppl", "ppl_reference", "token_identity"}
+        keys |= {"chat", "worst_tensors", "top1_agreement", "ppl", "ppl_reference", "token_identity"}
         measured = quality.model_dump(include=keys)
     return {
         "target": plan.target,
@@ -173,6 +174,7 @@ def show(
     from edgelm.bundle import EmbeddingQuality
     from edgelm.cli.console import print_table
     from edgelm.units import format_bytes
+    from targets.predict import load_text
 
     predicted = plan.predicted
     types = ", ".join(f"{count} {name}" for name, count in plan.type_counts.items())
@@ -185,6 +187,7 @@ def show(
         ("expected RAM", f"{format_bytes(predicted.ram_bytes)} ({predicted.fits}: {predicted.fit_reason})"),
         ("expected decode", _rate(predicted.decode_tps)),
         ("expected prefill", _rate(predicted.prefill_tps)),
+        ("expected load", load_text(predicted)),
     ]
     if isinstance(quality, EmbeddingQuality):
         rows += [
@@ -200,6 +203,9 @@ def show(
         ]
         if plan.predicted_kl is not None:
             rows.append(("expected KL", f"{plan.predicted_kl:.4f}"))
+        if quality.chat is not None:
+            end = "ended by itself" if quality.chat.stopped else "NOT ended by itself"
+            rows.append(("chat", f"template as by {quality.chat.compared_with}; an answer {end}"))
     if elapsed_s is not None:
         rows.append(("made in", f"{elapsed_s:.1f} s, peak memory {format_bytes(peak_rss_bytes())}"))
     table = Table(title=title, show_header=False, title_justify="left")

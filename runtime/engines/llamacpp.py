@@ -22,6 +22,7 @@ import numpy as np
 
 from edgelm.errors import BundleError, EngineError, UsageError
 from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits, check_chunks
+from runtime.engines.llamacpp_inputs import InputSquares
 from runtime.gguf_header import read_gguf_header, workload_from_gguf
 from runtime.libllama import import_declarations
 from runtime.tokenizer import ends_added
@@ -203,8 +204,8 @@ def load_vocabulary(path: Path) -> LlamaVocabulary:
     return LlamaVocabulary(library, model, owns_model=True)
 
 
-def load_engine(path: Path, options: EngineOptions) -> LlamaCppEngine:
-    """Load a GGUF file.
+def load_engine(path: Path, options: EngineOptions, observer: InputSquares | None = None) -> LlamaCppEngine:
+    """Load a GGUF file. An ``observer`` sees what goes into every matrix, which makes computing slower.
 
     Raises ``BundleError`` when the file is missing or its header is malformed, ``UsageError`` for options that make
     no sense, ``EngineError`` when llama.cpp or the memory refuses.
@@ -220,7 +221,7 @@ def load_engine(path: Path, options: EngineOptions) -> LlamaCppEngine:
     _log.take()
     model = load_weights(library, path, options)
     try:
-        context = _create_context(library, model, path, options, threads)
+        context = _create_context(library, model, path, options, threads, observer)
     except EngineError:
         library.llama_model_free(model)
         raise
@@ -263,7 +264,14 @@ def load_weights(library: Any, path: Path, options: EngineOptions) -> Any:
     return model
 
 
-def _create_context(library: Any, model: Any, path: Path, options: EngineOptions, threads: tuple[int, int]) -> Any:
+def _create_context(
+    library: Any,
+    model: Any,
+    path: Path,
+    options: EngineOptions,
+    threads: tuple[int, int],
+    observer: InputSquares | None = None,
+) -> Any:
     parameters = library.llama_context_default_params()
     per_sequence = -(-options.context // _CONTEXT_STEP) * _CONTEXT_STEP
     parameters.n_ctx = per_sequence * options.sequences
@@ -283,6 +291,8 @@ def _create_context(library: Any, model: Any, path: Path, options: EngineOptions
     kv_type = {"f32": library.GGML_TYPE_F32, "f16": library.GGML_TYPE_F16, "q8_0": library.GGML_TYPE_Q8_0}
     parameters.type_k = parameters.type_v = kv_type[options.kv_type]
     parameters.no_perf = True
+    if observer is not None:
+        observer.attach(library, parameters)
     context = library.llama_init_from_model(model, parameters)
     if not context:
         raise load_error(

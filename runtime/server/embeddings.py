@@ -242,5 +242,7 @@ def create_embedding_app(model: LoadedEncoder, worker: EmbeddingWorker, metrics:
         Route("/v1/embeddings", service.embeddings, methods=["POST"]),
         Route("/v1/chat/completions", service.generate, methods=["POST"]),
         Route("/v1/completions", service.generate, methods=["POST"]),
+        Route("/api/chat", service.generate, methods=["POST"]),
+        Route("/api/generate", service.generate, methods=["POST"]),
     ]
     return guarded(routes, metrics, access)

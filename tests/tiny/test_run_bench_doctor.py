@@ -75,6 +75,21 @@ def test_one_answer_as_json(chat_gguf: Path, capfd: pytest.CaptureFixture[str]) 
     assert document["rss_bytes"] > 0
 
 
+def test_a_schema_holds_the_answer(chat_gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"enum": ["on", "off"]}, "minItems": 2, "maxItems": 3}')
+    arguments = ("run", str(chat_gguf), "hello", "--threads", "1", "--json-schema", str(schema))
+    code, out, _ = edgelm(*arguments, capfd=capfd)
+    assert code == 0
+    assert set(json.loads(out)) <= {"on", "off"}
+    for text, told in (("{", "not JSON"), ("[]", "not a JSON schema"), ('{"type": "banana"}', "Invalid type")):
+        schema.write_text(text)
+        code, out, err = edgelm(*arguments, capfd=capfd)
+        assert (code, out) == (2, "")
+        assert told in err
+        assert "schema.json" in err
+
+
 def test_raw_text_is_continued_and_the_last_line_tells_the_speed(gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, out, err = edgelm("run", str(gguf), "hello", "--raw", "-n", "4", "--threads", "1", capfd=capfd)
     assert code == 0

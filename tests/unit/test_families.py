@@ -159,6 +159,12 @@ def test_layers_that_are_no_attention_are_named(tmp_path: Path) -> None:
         made(tmp_path / "e", "exaone4", num_hidden_layers=64)
 
 
+def test_settings_that_published_configurations_leave_out(tmp_path: Path) -> None:
+    settings = {"head_dim": HEAD, "num_hidden_layers": 4, "sliding_window": 16}
+    dimensions = made(tmp_path / "g", "gemma3", text_config=settings).dimensions
+    assert (dimensions.heads, dimensions.kv_heads, dimensions.context_trained) == (4, 2, 131072)
+
+
 def test_pruned_smollm3_must_keep_its_rhythm(tmp_path: Path) -> None:
     assert made(tmp_path / "a", "smollm3", no_rope_layers=[1, 1, 1, 0]).structure is not None
     with pytest.raises(CheckpointError, match="remove layers in groups of four"):
