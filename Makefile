@@ -10,12 +10,12 @@ QUIET  := --quiet --no-warn-script-location
 PINS   := -c constraints.txt
 DEMO_BUNDLE ?= bundles/demo
 
-.PHONY: help demo test check lint types unit docs peers clean arm64 arm64-image arm64-wheels
+.PHONY: help demo test check lint types unit docs peers clean arm64 arm64-image arm64-exporter arm64-wheels
 help:
 	@echo "make demo    export, prove, run, measure and compare SmolLM2-135M (about 6 minutes on a fresh 2-core machine)"
 	@echo "make test    the whole suite; make check: lint, types and unit tests"
 	@echo "make docs    write the generated parts of docs/ again"
-	@echo "make arm64   build the image for ARM boards, and prove it (arm64-image, arm64-wheels: build only)"
+	@echo "make arm64   build the images for ARM boards, and prove them (arm64-image, -exporter, -wheels: build only)"
 	@echo "make peers   build llama.cpp's own tools for the benchmarks; make clean: remove the virtual environment"
 
 # -- environment ---------------------------------------------------------------------------------------------------
@@ -84,11 +84,19 @@ peers: $(VENV)/.created
 
 # -- 64-bit ARM boards ---------------------------------------------------------------------------------------------
 
-arm64: $(VENV)/.demo arm64-image
+# The proof exports ONNX bundles as well, which needs their writer and no torch.
+$(VENV)/.onnx: $(VENV)/.demo
+	$(PIP) install $(QUIET) $(PINS) onnx
+	@touch $@
+
+arm64: $(VENV)/.onnx arm64-image arm64-exporter
 	$(BIN)/python scripts/arm64_proof.py
 
 arm64-image: $(VENV)/.created
 	$(BIN)/python scripts/arm64_image.py
+
+arm64-exporter: $(VENV)/.created
+	$(BIN)/python scripts/arm64_image.py --target exporter
 
 arm64-wheels: $(VENV)/.created
 	$(BIN)/python scripts/arm64_image.py --wheel dist/arm64

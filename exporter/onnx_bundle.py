@@ -14,11 +14,11 @@ from typing import Any
 from edgelm.bundle import ExportPlan
 from edgelm.progress import Progress
 from exporter.architectures.base import ModelDescription
+from exporter.calibration import calibration_ids
 from exporter.checkpoint import Checkpoint
-from exporter.onnx_moments import collect_moments
+from exporter.onnx_moments import WINDOW, MomentSource, spread_windows
 from exporter.onnx_plan import recipe_named
 from exporter.onnx_writer import WeightSource, write_onnx
-from exporter.texts import calibration_text
 from exporter.tokenizer import SourceTokenizer
 from runtime.model import special_token_texts
 
@@ -37,9 +37,10 @@ def write_artifact(
     description: ModelDescription,
     plan: ExportPlan,
     words: SourceTokenizer,
+    calibration: Path | None,
     progress: Progress,
 ) -> Path:
-    """Write ``model.onnx`` and its data file; returns the former.
+    """Write ``model.onnx`` and its data file; returns the former. ``calibration`` is as in ``open_calibration``.
 
     Raises ``CheckpointError``, ``BundleError`` and, for calibrated recipes, ``MissingDependencyError``.
     """
@@ -47,8 +48,11 @@ def write_artifact(
     context = int(plan.context.value)
     moments = None
     if recipe_named(plan.quant).calibrated:
-        moments = collect_moments(checkpoint, calibration_text(), progress)
-        notes["edgelm.calibration"] = f"{moments.text}, {moments.tokens} tokens"
+        length = min(WINDOW, description.dimensions.context_trained)
+        ids, name, _ = calibration_ids(checkpoint, words, calibration, length, progress)
+        text = spread_windows(ids, name, length)
+        moments = MomentSource(checkpoint, text, progress)
+        notes["edgelm.calibration"] = f"{text.text}, {text.tokens} tokens"
     path, _ = write_onnx(
         staging,
         WeightSource(checkpoint, moments),

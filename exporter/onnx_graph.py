@@ -6,49 +6,33 @@ which of the batch * sequence positions get logits; ``past_key_values.N.key`` an
 head size) float32, of which the engine binds the same memory as ``present.N.key`` and ``.value``.
 Output: ``logits`` (rows, vocabulary) float32. From the last attention on, only the wanted rows are computed.
 
-Operators: ONNX opset 23 and com.microsoft 1. Constants that shapes depend on are inline, because shape inference
-cannot read external data. Knows types and places of weights, not their values.
+Operators: ONNX opset 23 and com.microsoft 1. Knows how parts are joined; neither their values nor their types.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+import math
 from typing import Any
 
-import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from exporter.architectures.base import TensorDescription
 from exporter.onnx_layout import Decoder, Layer, Part
-from exporter.onnx_storage import DATA_NAME, Place, QuantizedMatrix, Storage
-from exporter.onnx_types import WeightType
+from exporter.onnx_nodes import MICROSOFT, Nodes, TypeOf
+from exporter.onnx_storage import Storage
 
 OPSET, MICROSOFT_OPSET, IR_VERSION = 23, 1, 11
-MICROSOFT = "com.microsoft"
-# 4: activations may be quantised to int8 per block; the weights' rounding costs far more, and it is twice as fast.
-ACCURACY_LEVEL = 4
-_DTYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8}
-
-_MICROSOFT_OPERATORS = frozenset(
-    {"GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "QuickGelu", "SkipSimplifiedLayerNormalization"}
-)
-
-TypeOf = Callable[[TensorDescription], WeightType]
-Attributes = Mapping[str, int | float]
-_NONE: Attributes = MappingProxyType({})
+# What attention can rotate itself; other heads are rotated before it.
+_HEAD_STEP, _PAIR_STEP = 16, 8
 
 
-def build_graph(
-    decoder: Decoder, type_of: TypeOf, *, rotary_positions: int, metadata: dict[str, str]
-) -> tuple[onnx.ModelProto, Storage]:
+def build_graph(decoder: Decoder, type_of: TypeOf, *, metadata: dict[str, str]) -> tuple[onnx.ModelProto, Storage]:
     """The model with all weights external, and the layout of the data file that it refers to.
 
-    ``type_of`` tells the type of every matrix. ``rotary_positions`` is the longest context that can be computed.
+    ``type_of`` tells the type of every matrix.
     """
     builder = _Builder(decoder, type_of)
-    builder.decoder_graph(rotary_positions)
+    builder.decoder_graph()
     graph = helper.make_graph(
         builder.nodes, "decoder", _inputs(decoder), _outputs(decoder), initializer=builder.initializers
     )
@@ -89,189 +73,255 @@ def _outputs(decoder: Decoder) -> list[Any]:
     return values
 
 
-class _Builder:
-    """Nodes, initializers and data file of one model as they grow. Methods return names of values."""
+class _Builder(Nodes):
+    """Draws one decoder. ``_residual`` is the stream between the layers; ``_pending`` is still to be added to it,
+    which the next norm does in passing."""
 
     def __init__(self, decoder: Decoder, type_of: TypeOf) -> None:
-        self.decoder, self.type_of = decoder, type_of
-        self.storage = Storage()
-        self.nodes: list[Any] = []
-        self.initializers: list[Any] = []
-        self._matrices: dict[str, QuantizedMatrix] = {}
-        self._known: set[str] = set()
+        super().__init__(type_of)
+        self.decoder, self.structure = decoder, decoder.structure
+        self._residual, self._pending = "", ""
+        fits = decoder.head_size % _HEAD_STEP == 0 and (decoder.rotary_size // 2) % _PAIR_STEP == 0
+        self._rotates_inside = fits and not decoder.structure.norm_after_rotation
 
-    def decoder_graph(self, rotary_positions: int) -> None:
+    def decoder_graph(self) -> None:
         """All nodes from ``input_ids`` to ``logits``."""
         decoder = self.decoder
-        angles = np.arange(rotary_positions)[:, None] * decoder.rotary.frequencies[None, :]
-        self._external(self.storage.add_computed("rotary.cos", np.cos(angles).astype(np.float32)).place)
-        self._external(self.storage.add_computed("rotary.sin", np.sin(angles).astype(np.float32)).place)
-        residual = self._embedding()
-        hidden = self._first_norm(residual, decoder.layers[0].attention_norm)
+        for name, rotation in decoder.rotations.items():
+            cosines, sines = rotation.tables(decoder.positions)
+            self.external(self.storage.add_computed(f"{name}.cos", cosines).place)
+            self.external(self.storage.add_computed(f"{name}.sin", sines).place)
+        if decoder.learned_positions is not None or (decoder.rotations and not self._rotates_inside):
+            self._position_ids()
+        self._residual = self._embedding()
         for index, layer in enumerate(decoder.layers):
-            prefix, last = f"blk.{index}", index == len(decoder.layers) - 1
-            hidden = self._attention(prefix, layer, hidden)
-            if last:
-                hidden = self._wanted_rows(f"{prefix}.attn.rows", hidden, layer.heads * decoder.head_size)
-                residual = self._wanted_rows(f"{prefix}.residual.rows", residual, decoder.hidden)
-            hidden = self._linear(f"{prefix}.attn_output", hidden, [layer.output])
-            hidden, residual = self._skip_norm(f"{prefix}.ffn_norm", hidden, residual, layer.feed_forward_norm)
-            hidden = self._feed_forward(prefix, layer, hidden)
-            norm = decoder.final_norm if last else decoder.layers[index + 1].attention_norm
-            name = "output_norm" if last else f"blk.{index + 1}.attn_norm"
-            hidden, residual = self._skip_norm(name, hidden, residual, norm)
-        self._head(hidden)
+            self._layer(f"blk.{index}", layer, last=index == len(decoder.layers) - 1)
+        self._head(self._normed("output_norm", decoder.final_norm))
+
+    def _layer(self, prefix: str, layer: Layer, *, last: bool) -> None:
+        hidden = self._normed(f"{prefix}.attn_norm", layer.attention_norm)
+        attended = self._attention(prefix, layer, hidden)
+        if last:
+            hidden, attended = self._only_wanted_rows(prefix, layer, hidden, attended)
+        found = self._post_norm(
+            f"{prefix}.post_attention_norm",
+            self.linear(f"{prefix}.attn_output", attended, [layer.output]),
+            layer.attention_post_norm,
+        )
+        parallel = self.structure.parallel_residual
+        if not parallel:
+            self._pending = found
+        if not parallel or layer.feed_forward_norm is not None:
+            hidden = self._normed(f"{prefix}.ffn_norm", layer.feed_forward_norm)
+        added = self._feed_forward(prefix, layer, hidden)
+        added = self._post_norm(f"{prefix}.post_ffw_norm", added, layer.feed_forward_post_norm)
+        self._pending = self.node("Add", [found, added], f"{prefix}.both") if parallel else added
+
+    def _only_wanted_rows(self, prefix: str, layer: Layer, hidden: str, attended: str) -> tuple[str, str]:
+        """Drop all rows that get no logits: nothing behind the last attention looks at others."""
+        width = self.decoder.hidden
+        is_shared = hidden == self._residual
+        self._residual = self._wanted_rows(f"{prefix}.residual.rows", self._residual, width)
+        if is_shared:
+            hidden = self._residual
+        elif self.structure.parallel_residual and layer.feed_forward_norm is None:
+            hidden = self._wanted_rows(f"{prefix}.attn_norm.rows", hidden, width)
+        heads = layer.heads * self.decoder.head_size
+        return hidden, self._wanted_rows(f"{prefix}.attn.rows", attended, heads)
+
+    # --- norms
+
+    def _normed(self, name: str, norm: Part | None) -> str:
+        """The norm of the stream with what was pending added; without a norm the stream itself."""
+        if norm is None:
+            if self._pending:
+                self._residual = self.node("Add", [self._residual, self._pending], f"{name}.sum")
+                self._pending = ""
+            return self._residual
+        if not self._pending:
+            return self._norm(name, self._residual, norm)
+        is_rms = self.structure.norm == "rms"
+        operator = "SkipSimplifiedLayerNormalization" if is_rms else "SkipLayerNormalization"
+        inputs = [self._pending, self._residual, *self._norm_weights(name, norm)]
+        self.emit(operator, inputs, [name, "", "", f"{name}.sum"], {"epsilon": self.structure.epsilon})
+        self._residual, self._pending = f"{name}.sum", ""
+        return name
+
+    def _norm(self, name: str, hidden: str, norm: Part) -> str:
+        operator = "RMSNormalization" if self.structure.norm == "rms" else "LayerNormalization"
+        attributes = {"axis": -1, "epsilon": self.structure.epsilon}
+        return self.node(operator, [hidden, *self._norm_weights(name, norm)], name, attributes)
+
+    def _norm_weights(self, name: str, norm: Part) -> list[str]:
+        weights = [self.floats(f"{name}.weight", [norm.weight])]
+        return weights if norm.bias is None else [*weights, self.floats(f"{name}.bias", [norm.bias])]
+
+    def _post_norm(self, name: str, hidden: str, norm: Part | None) -> str:
+        return hidden if norm is None else self._norm(name, hidden, norm)
+
+    # --- embedding and positions
 
     def _embedding(self) -> str:
+        hidden = self._rows_of_table()
+        if self.structure.embedding_scale != 1.0:
+            factor = self.scalar("embedding.scale", float(self.structure.embedding_scale))
+            hidden = self.node("Mul", [hidden, factor], "embedding.scaled")
+        if self.decoder.learned_positions is not None:
+            table = self.floats("position_embd.weight", [self.decoder.learned_positions])
+            rows = self.node("Gather", [table, "position_ids"], "positions", {"axis": 0})
+            hidden = self.node("Add", [hidden, rows], "embedding.placed")
+        return hidden
+
+    def _rows_of_table(self) -> str:
         table = self.decoder.embedding
         kind = self.type_of(table)
         if not kind.is_quantized:
-            return self._node(
-                "Gather", [self._floats("token_embd.weight", [table]), "input_ids"], "embedding", {"axis": 0}
+            return self.node(
+                "Gather", [self.floats("token_embd.weight", [table]), "input_ids"], "embedding", {"axis": 0}
             )
-        matrix = self._quantized("token_embd", [table], kind)
+        matrix = self.quantized("token_embd", [table], kind)
         rows, blocks, block_bytes = matrix.data.shape
         # The head uses the same bytes in its own shape: two initializers, one place in the file.
-        data = self._external(matrix.data.reshaped("token_embd.rows", (rows, blocks * block_bytes)))
+        data = self.external(matrix.data.reshaped("token_embd.rows", (rows, blocks * block_bytes)))
         inputs = [data, "input_ids", matrix.scales.name, *([matrix.zeros.name] if matrix.zeros else [])]
         attributes = {"bits": kind.bits, "block_size": kind.block, "gather_axis": 0, "quantize_axis": 1}
-        hidden = self._node("GatherBlockQuantized", inputs, "embedding", attributes)
+        hidden = self.node("GatherBlockQuantized", inputs, "embedding", attributes)
         if blocks * kind.block == self.decoder.hidden:
             return hidden
-        ends = self._constant("embedding.end", [self.decoder.hidden])
-        inputs = [hidden, self._constant("embedding.start", [0]), ends, self._constant("embedding.axis", [2])]
-        return self._node("Slice", inputs, "embedding.unpadded")
+        ends = self.whole_numbers("embedding.end", [self.decoder.hidden])
+        inputs = [hidden, self.whole_numbers("embedding.start", [0]), ends, self.whole_numbers("embedding.axis", [2])]
+        return self.node("Slice", inputs, "embedding.unpadded")
 
-    def _first_norm(self, hidden: str, norm: TensorDescription) -> str:
-        inputs = [hidden, self._floats("blk.0.attn_norm.weight", [norm])]
-        attributes = {"axis": -1, "epsilon": self.decoder.epsilon}
-        return self._node("RMSNormalization", inputs, "blk.0.attn_norm", attributes)
+    def _position_ids(self) -> None:
+        """(batch, sequence): the last token of each row stands at its ``seqlens_k``."""
+        count = self.node("Shape", ["input_ids"], "position.count", {"start": 1, "end": 2})
+        ends = self.node("Cast", ["seqlens_k"], "position.ends", {"to": int(TensorProto.INT64)})
+        columns = self.node("Unsqueeze", [ends, self.whole_numbers("position.axis", [1])], "position.column")
+        one, nothing = self.scalar("position.one", 1), self.scalar("position.zero", 0)
+        before = self.node("Sub", [count, one], "position.before")
+        starts = self.node("Sub", [columns, before], "position.starts")
+        length = self.node("Squeeze", [count], "position.length")
+        steps = self.node("Range", [nothing, length, one], "position.steps")
+        self.node("Add", [starts, steps], "position_ids")
 
-    def _skip_norm(self, name: str, hidden: str, residual: str, norm: TensorDescription) -> tuple[str, str]:
-        """The norm of ``hidden + residual``, and the sum."""
-        inputs = [hidden, residual, self._floats(f"{name}.weight", [norm])]
-        outputs = [name, "", "", f"{name}.sum"]
-        self._emit("SkipSimplifiedLayerNormalization", inputs, outputs, {"epsilon": self.decoder.epsilon})
-        return name, f"{name}.sum"
+    # --- attention
 
     def _attention(self, prefix: str, layer: Layer, hidden: str) -> str:
-        parts = {"attn_q": layer.query, "attn_k": layer.key, "attn_v": layer.value}
         index = prefix.rpartition(".")[2]
-        if self._joinable(list(parts.values())):
-            packed = self._linear(f"{prefix}.attn_qkv", hidden, list(parts.values()))
-            inputs = [packed, "", ""]
-        else:
-            inputs = [self._linear(f"{prefix}.{name}", hidden, [part]) for name, part in parts.items()]
+        rotates = layer.rotation is not None
+        outside = rotates and not self._rotates_inside
+        inputs = self._attention_inputs(prefix, layer, hidden, apart=outside or layer.query_norm is not None)
+        if not self.structure.norm_after_rotation:
+            inputs = self._query_norms(prefix, layer, inputs)
+        if outside:
+            inputs = [
+                self._rotated(f"{prefix}.attn_q.rotated", layer, inputs[0], layer.heads),
+                self._rotated(f"{prefix}.attn_k.rotated", layer, inputs[1], layer.kv_heads),
+                inputs[2],
+            ]
+        if self.structure.norm_after_rotation:
+            inputs = self._query_norms(prefix, layer, inputs)
         inputs += [f"past_key_values.{index}.key", f"past_key_values.{index}.value", "seqlens_k"]
-        inputs += ["total_sequence_length", "rotary.cos", "rotary.sin"]
+        inputs.append("total_sequence_length")
+        attributes: dict[str, int | float | str] = {"num_heads": layer.heads, "kv_num_heads": layer.kv_heads}
+        if rotates and self._rotates_inside:
+            inputs += [f"{layer.rotation}.cos", f"{layer.rotation}.sin"]
+            attributes |= {"do_rotary": 1, "rotary_interleaved": int(self.decoder.adjacent)}
+        if not math.isclose(self.structure.attention_scale, self.decoder.head_size**-0.5):
+            attributes["scale"] = float(self.structure.attention_scale)
+        if self.structure.attention_softcap:
+            attributes["softcap"] = float(self.structure.attention_softcap)
+        if layer.window:
+            attributes["local_window_size"] = layer.window
         outputs = [f"{prefix}.attn", f"present.{index}.key", f"present.{index}.value"]
-        attributes = {
-            "num_heads": layer.heads,
-            "kv_num_heads": layer.kv_heads,
-            "do_rotary": 1,
-            "rotary_interleaved": int(self.decoder.rotary.adjacent),
-        }
-        return self._emit("GroupQueryAttention", inputs, outputs, attributes)
+        return self.emit("GroupQueryAttention", inputs, outputs, attributes)
 
-    def _joinable(self, parts: Sequence[Part]) -> bool:
-        """Whether matrices can be one: same type, and biases for all or for none."""
-        return (
-            len({self.type_of(part.weight) for part in parts}) == 1 and len({part.bias is None for part in parts}) == 1
-        )
+    def _attention_inputs(self, prefix: str, layer: Layer, hidden: str, *, apart: bool) -> list[str]:
+        """Queries, keys and values, in one where they may be."""
+        if len(layer.inputs) == 1 or (not apart and self.joinable(layer.inputs)):
+            packed = self.linear(f"{prefix}.attn_qkv", hidden, layer.inputs)
+            if not apart:
+                return [packed, "", ""]
+            size = self.decoder.head_size
+            widths = [layer.heads * size, layer.kv_heads * size, layer.kv_heads * size]
+            names = [f"{prefix}.attn_{letter}" for letter in "qkv"]
+            self.emit("Split", [packed, self.whole_numbers(f"{prefix}.attn_qkv.widths", widths)], names, {"axis": -1})
+        else:
+            names = [
+                self.linear(f"{prefix}.attn_{letter}", hidden, [part])
+                for letter, part in zip("qkv", layer.inputs, strict=True)
+            ]
+        return names
+
+    def _query_norms(self, prefix: str, layer: Layer, inputs: list[str]) -> list[str]:
+        """Queries and keys normalised, where a family does so."""
+        if layer.query_norm is None or layer.key_norm is None:
+            return inputs
+        queries = self._query_norm(f"{prefix}.attn_q_norm", inputs[0], layer.query_norm, layer.heads)
+        return [
+            queries,
+            self._query_norm(f"{prefix}.attn_k_norm", inputs[1], layer.key_norm, layer.kv_heads),
+            inputs[2],
+        ]
+
+    def _query_norm(self, name: str, rows: str, norm: Part, heads: int) -> str:
+        if self.structure.query_norm == "all":
+            return self._norm(name, rows, norm)
+        size = self.decoder.head_size
+        by_head = self.node("Reshape", [rows, self.whole_numbers("heads.apart", [0, 0, -1, size])], f"{name}.heads")
+        normed = self._norm(name, by_head, norm)
+        together = self.whole_numbers(f"heads.together.{heads}", [0, 0, heads * size])
+        return self.node("Reshape", [normed, together], f"{name}.rows")
+
+    def _rotated(self, name: str, layer: Layer, rows: str, heads: int) -> str:
+        attributes = {
+            "num_heads": heads,
+            "interleaved": int(self.decoder.adjacent),
+            "rotary_embedding_dim": self.decoder.rotary_size
+            if self.decoder.rotary_size < self.decoder.head_size
+            else 0,
+        }
+        inputs = [rows, f"{layer.rotation}.cos", f"{layer.rotation}.sin", "position_ids"]
+        return self.node("RotaryEmbedding", inputs, name, attributes)
+
+    # --- the rest
 
     def _feed_forward(self, prefix: str, layer: Layer, hidden: str) -> str:
-        gate = self._linear(f"{prefix}.ffn_gate", hidden, [layer.gate])
-        up = self._linear(f"{prefix}.ffn_up", hidden, [layer.up])
-        # x * sigmoid(x): QuickGelu with alpha 1 is SiLU in one pass.
-        gate = self._node("QuickGelu", [gate], f"{prefix}.ffn_act", {"alpha": 1.0})
-        return self._linear(f"{prefix}.ffn_down", self._node("Mul", [gate, up], f"{prefix}.ffn_mul"), [layer.down])
+        if layer.joined_gate:
+            both = self.linear(f"{prefix}.ffn_up", hidden, [layer.up])
+            names = [f"{prefix}.ffn_gate", f"{prefix}.ffn_up.rows"]
+            self.emit("Split", [both], names, {"axis": -1, "num_outputs": 2})
+            gate, up = names
+        else:
+            gate = "" if layer.gate is None else self.linear(f"{prefix}.ffn_gate", hidden, [layer.gate])
+            up = self.linear(f"{prefix}.ffn_up", hidden, [layer.up])
+        if not gate:
+            return self.linear(f"{prefix}.ffn_down", self._activation(f"{prefix}.ffn_act", up), [layer.down])
+        product = self.node("Mul", [self._activation(f"{prefix}.ffn_act", gate), up], f"{prefix}.ffn_mul")
+        return self.linear(f"{prefix}.ffn_down", product, [layer.down])
+
+    def _activation(self, name: str, hidden: str) -> str:
+        if self.structure.activation == "silu":
+            # x * sigmoid(x): QuickGelu with alpha 1 is SiLU in one pass.
+            return self.node("QuickGelu", [hidden], name, {"alpha": 1.0})
+        approximate = "tanh" if self.structure.activation == "gelu_tanh" else "none"
+        return self.node("Gelu", [hidden], name, {"approximate": approximate})
 
     def _wanted_rows(self, name: str, hidden: str, width: int) -> str:
-        flat = self._node("Reshape", [hidden, self._constant(f"{name}.shape", [-1, width])], f"{name}.flat")
-        return self._node("Gather", [flat, "logit_rows"], name, {"axis": 0})
+        flat = self.node("Reshape", [hidden, self.whole_numbers(f"{name}.shape", [-1, width])], f"{name}.flat")
+        return self.node("Gather", [flat, "logit_rows"], name, {"axis": 0})
 
     def _head(self, hidden: str) -> None:
         table = self.decoder.output_matrix
         kind = self.type_of(table)
         name = "token_embd" if self.decoder.head is None else "output"
+        cap = self.structure.logit_softcap
+        output = "logits.uncapped" if cap else "logits"
         if kind.is_quantized:
-            self._quantized_linear(self._quantized(name, [table], kind), hidden, None, "logits")
+            self.quantized_linear(self.quantized(name, [table], kind), hidden, None, output)
         else:
-            weight = self._floats(f"{name}.weight", [table])
-            self._node("Gemm", [hidden, weight], "logits", {"transB": 1})
-
-    def _linear(self, name: str, hidden: str, parts: Sequence[Part]) -> str:
-        weights = [part.weight for part in parts]
-        biases = [part.bias for part in parts if part.bias is not None]
-        bias = self._floats(f"{name}.bias", biases) if biases else None
-        kind = self.type_of(weights[0])
-        if kind.is_quantized:
-            return self._quantized_linear(self._quantized(name, weights, kind), hidden, bias, name)
-        weight = self._floats(f"{name}.weight", weights, transposed=True)
-        if bias is None:
-            return self._node("MatMul", [hidden, weight], name)
-        product = self._node("MatMul", [hidden, weight], f"{name}.product")
-        return self._node("Add", [product, bias], name)
-
-    def _quantized_linear(self, matrix: QuantizedMatrix, hidden: str, bias: str | None, output: str) -> str:
-        inputs = [
-            hidden,
-            self._external(matrix.data),
-            matrix.scales.name,
-            matrix.zeros.name if matrix.zeros else "",
-            "",
-            bias or "",
-        ]
-        while not inputs[-1]:
-            inputs.pop()
-        attributes = {
-            "K": matrix.parts[0].shape[1],
-            "N": matrix.data.shape[0],
-            "bits": matrix.kind.bits,
-            "block_size": matrix.kind.block,
-            "accuracy_level": ACCURACY_LEVEL,
-        }
-        return self._node("MatMulNBits", inputs, output, attributes)
-
-    def _quantized(self, name: str, weights: Sequence[TensorDescription], kind: WeightType) -> QuantizedMatrix:
-        if name not in self._matrices:
-            matrix = self.storage.add_quantized(f"{name}.weight", weights, kind)
-            self._external(matrix.scales)
-            if matrix.zeros is not None:
-                self._external(matrix.zeros)
-            self._matrices[name] = matrix
-        return self._matrices[name]
-
-    def _floats(self, name: str, parts: Sequence[TensorDescription], *, transposed: bool = False) -> str:
-        if name not in self._known:
-            self._external(self.storage.add_float(name, parts, transposed=transposed).place)
-        return name
-
-    def _external(self, place: Place) -> str:
-        tensor = TensorProto(name=place.name, data_type=_DTYPES[place.dtype], dims=place.shape)
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", DATA_NAME), ("offset", place.offset), ("length", place.size_bytes)):
-            entry = tensor.external_data.add()
-            entry.key, entry.value = key, str(value)
-        self.initializers.append(tensor)
-        self._known.add(place.name)
-        return place.name
-
-    def _constant(self, name: str, values: Sequence[int]) -> str:
-        if name not in self._known:
-            self._known.add(name)
-            self.initializers.append(helper.make_tensor(name, TensorProto.INT64, [len(values)], values))
-        return name
-
-    def _node(self, operator: str, inputs: Sequence[str], output: str, attributes: Attributes = _NONE) -> str:
-        return self._emit(operator, inputs, [output], attributes)
-
-    def _emit(
-        self, operator: str, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes = _NONE
-    ) -> str:
-        """Append a node named as its first output. Operators that ONNX does not define are Microsoft's."""
-        domain = MICROSOFT if operator in _MICROSOFT_OPERATORS else ""
-        node = helper.make_node(operator, inputs, outputs, name=outputs[0], domain=domain)
-        node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
-        self.nodes.append(node)
-        return outputs[0]
+            self.node("Gemm", [hidden, self.floats(f"{name}.weight", [table])], output, {"transB": 1})
+        if cap:
+            shares = self.node("Mul", [output, self.scalar("logits.inverse_cap", 1 / cap)], "logits.shares")
+            bounded = self.node("Tanh", [shares], "logits.bounded")
+            self.node("Mul", [bounded, self.scalar("logits.cap", float(cap))], "logits")

@@ -14,15 +14,15 @@ from types import MappingProxyType
 from edgelm.bundle import TensorPlan
 from edgelm.errors import UsageError
 from exporter.architectures.base import ModelDescription, TensorDescription
+from exporter.onnx_layout import check_expressible, position_limit, table_elements
+from exporter.onnx_rotary import FACTORS
 from exporter.onnx_types import FP32, WeightType, parse_type
 
-ROTARY_LIMIT = 2**15
-"""Positions in the rotary table unless the planned context is longer: 32768 cost 8 MiB for heads of 64."""
-_ROTARY_FACTORS = "rope_freqs.weight"  # becomes part of the rotary table
 _GRAPH_BYTES = 2**14
 _NODE_BYTES = 320  # per stored tensor: its entry, its share of nodes, and alignment of its data
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
-_VALUE_OR_DOWN = re.compile(r"blk\.([0-9]+)\.(?:attn_v|ffn_down)\.weight")
+_POSITIONS = "position_embd.weight"  # added to rows of the embedding: small, and read one row a token
+_VALUE_OR_DOWN = re.compile(r"blk\.([0-9]+)\.(?:attn_v|attn_qkv|ffn_down)\.weight")
 _ATTENTION_OR_DOWN = re.compile(r"blk\.[0-9]+\.(?:attn_[a-z]+|ffn_down)\.weight")
 
 
@@ -93,11 +93,14 @@ def tensor_plans(
     """Type and size of every stored tensor, in the description's order.
 
     ``overrides`` are (regular expression on tensor names, type); the first that matches a matrix decides. Raises
-    ``UsageError`` for an override that matches none.
+    ``UsageError`` for an override that matches none, ``CheckpointError`` for models that no graph can express.
     """
-    tensors = [item for item in description.tensors if item.name != _ROTARY_FACTORS]
+    check_expressible(description)
+    tensors = [item for item in description.tensors if item.name not in FACTORS]
     for pattern, kind in overrides:
-        if not any(len(item.shape) == 2 and re.search(pattern, item.name) for item in tensors):
+        if not any(
+            len(item.shape) == 2 and item.name != _POSITIONS and re.search(pattern, item.name) for item in tensors
+        ):
             raise UsageError(
                 f"--type '{pattern}={kind}' fits no matrix",
                 hint="names are GGUF's, as blk.0.ffn_down.weight; edgelm export --dry-run --json lists them",
@@ -108,22 +111,15 @@ def tensor_plans(
 
 def artifact_bytes(description: ModelDescription, plans: Sequence[TensorPlan], context: int) -> int:
     """Expected size of ``model.onnx`` and its data file together."""
-    size = description.dimensions
-    positions = rotary_positions(size.context_trained, context)
-    stored = sum(plan.size_bytes for plan in plans)
-    return stored + 4 * positions * size.head_size + _GRAPH_BYTES + _NODE_BYTES * len(plans)
-
-
-def rotary_positions(context_trained: int, context: int) -> int:
-    """Length of the rotary table: the longest context that the artefact can compute."""
-    return max(context, min(context_trained, ROTARY_LIMIT))
+    tables = 4 * position_limit(description, context) * table_elements(description)
+    return sum(plan.size_bytes for plan in plans) + tables + _GRAPH_BYTES + _NODE_BYTES * len(plans)
 
 
 def _decide(
     tensor: TensorDescription, recipe: Recipe, overrides: Sequence[tuple[str, str]], layers: int
 ) -> tuple[WeightType, str]:
-    if len(tensor.shape) != 2:
-        return FP32, "vectors stay as they are"
+    if len(tensor.shape) != 2 or tensor.name == _POSITIONS:
+        return FP32, "vectors and learned positions stay as they are"
     for pattern, kind in overrides:
         if re.search(pattern, tensor.name):
             return parse_type(kind), f"asked for by --type '{pattern}={kind}'"

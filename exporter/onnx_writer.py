@@ -7,6 +7,7 @@ Knows nothing of why a matrix has its type.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,15 +23,15 @@ import onnx
 
 from edgelm.bundle import TensorPlan
 from edgelm.errors import BundleError, CheckpointError
-from edgelm.progress import SILENT, Progress
+from edgelm.progress import SILENT, Progress, Stage
 from exporter import ggml
-from exporter.architectures.base import ModelDescription, TensorDescription
+from exporter.architectures.base import ModelDescription, TensorDescription, interleave_rows, split_rows
 from exporter.checkpoint import Checkpoint, TensorReader, weight_type
+from exporter.gguf import usable_cpus
 from exporter.onnx_gptq import compensated_rows, inverse_factor
 from exporter.onnx_graph import build_graph
 from exporter.onnx_layout import decoder_layout
-from exporter.onnx_moments import Moments, module_of
-from exporter.onnx_plan import rotary_positions
+from exporter.onnx_moments import MomentSource, group_of
 from exporter.onnx_quantize import quantize_rows
 from exporter.onnx_storage import DATA_NAME, Computed, Content, FloatArray, Place, QuantizedMatrix, Storage
 from exporter.onnx_types import WeightType, parse_type
@@ -39,15 +40,14 @@ MODEL_NAME = "model.onnx"
 SLAB_ELEMENTS = 2**17
 COMPENSATED_SLAB_ELEMENTS = 2**19  # column by column: longer columns, less overhead
 _COMPENSATED_BITS = 4  # rounding to 8 bits loses less than the kernels' own 8-bit activations
-_FACTORS_KEPT = 4
 
 
 @dataclass(frozen=True, slots=True)
 class WeightSource:
-    """Where weights come from, and the moments of their inputs for rounding with error compensation (4-bit only)."""
+    """Where weights come from, and moments of their inputs, for rounding with error compensation (4-bit only)."""
 
     checkpoint: Checkpoint
-    moments: Moments | None = None
+    moments: MomentSource | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +78,20 @@ def write_onnx(
 ) -> tuple[Path, Path]:
     """Write ``model.onnx`` and ``model.onnx.data`` with the planned tensors, flushed to disk; returns both paths.
 
-    ``context`` is the planned one: it can be computed, and so can the trained one up to ``onnx_plan.ROTARY_LIMIT``.
+    ``context`` is the planned one: it can be computed, and so can what ``onnx_layout.position_limit`` tells.
     ``notes`` are more metadata of the model. ``threads`` of 0 means all usable CPUs. Raises ``CheckpointError`` for
     sources that cannot be read or hold NaN or infinity, ``BundleError`` when a file cannot be written.
     """
-    decoder = decoder_layout(description, source.checkpoint)
+    decoder = decoder_layout(description, source.checkpoint, context)
     types = {plan.name: parse_type(plan.type) for plan in plans}
-    positions = rotary_positions(decoder.context_trained, context)
     model, storage = build_graph(
         decoder,
         lambda tensor: types[tensor.name],
-        rotary_positions=positions,
-        metadata={**_metadata(source.checkpoint, description, positions), **notes},
+        metadata={**_metadata(source.checkpoint, description, decoder.positions), **notes},
     )
     path, data_path = directory / MODEL_NAME, directory / DATA_NAME
     with _write_errors(directory):
-        _write_data(data_path, source, storage, threads, progress)
+        _write_data(data_path, source, storage, _Work(threads or usable_cpus(), progress, decoder.output_matrix.name))
         with path.open("wb") as stream:
             stream.write(model.SerializeToString(deterministic=True))
             stream.flush()
@@ -134,24 +132,67 @@ def _write_errors(directory: Path) -> Iterator[None]:
         raise BundleError(f"cannot write to {directory}: {error.strerror or error}") from error
 
 
-def _write_data(path: Path, source: WeightSource, storage: Storage, threads: int, progress: Progress) -> None:
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """How to write: ``head`` is the name of the output matrix, which is the embedding's where both are one."""
+
+    threads: int
+    progress: Progress
+    head: str
+
+
+def _write_data(path: Path, source: WeightSource, storage: Storage, work: _Work) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o644)
     try:
         os.ftruncate(descriptor, storage.size_bytes)
-        elements = SLAB_ELEMENTS if source.moments is None else COMPENSATED_SLAB_ELEMENTS
-        tasks = [task for content in storage.contents for task in _tasks(content, elements)]
-        with TensorReader() as reader, progress.stage("quantising", sum(task.elements for task in tasks)) as stage:
+        with TensorReader() as reader:
             for file in sorted({header.file for header in source.checkpoint.tensors.values()}):
                 reader.open(file)
             worker = _Worker(source, reader, descriptor)
             for content in storage.contents:
                 if isinstance(content, Computed):
                     worker.put(content.place, 0, content.values)
-            for task in _run(worker, tasks, threads):
-                stage.advance(task.elements)
+            later = [] if source.moments is None else [item for item in storage.contents if _compensated(item, work)]
+            plain = [item for item in storage.contents if item not in later]
+            with work.progress.stage("quantising", sum(map(_elements, plain)), unit="weights") as stage:
+                _run(worker, [task for item in plain for task in _tasks(item, SLAB_ELEMENTS)], work.threads, stage)
+            if source.moments is not None:
+                _write_compensated(worker, source.moments, later, work)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _compensated(content: Content, work: _Work) -> bool:
+    """Whether a matrix is rounded with error compensation; an embedding that is no head multiplies nothing."""
+    if not isinstance(content, QuantizedMatrix) or content.kind.bits != _COMPENSATED_BITS:
+        return False
+    return content.parts[0].name.startswith("blk.") or content.parts[0].name == work.head
+
+
+def _write_compensated(worker: _Worker, moments: MomentSource, contents: Sequence[Content], work: _Work) -> None:
+    """Round and write layer by layer, as their moments become known."""
+    by_group: dict[int, list[Content]] = {}
+    for content in contents:
+        by_group.setdefault(group_of(content.parts[0]), []).append(content)  # type: ignore[union-attr]
+    wanted = [part for content in contents for part in content.parts]  # type: ignore[union-attr]
+    if not wanted:
+        return
+    for group, found in moments.by_group(wanted):
+        # Matrices that read the same input share one array of moments, and one factor.
+        unique = {id(values): values for values in found.values()}
+        factors = {key: inverse_factor(values) for key, values in unique.items()}
+        worker.factors = {name: factors[id(values)] for name, values in found.items()}
+        _run(
+            worker,
+            [task for item in by_group[group] for task in _tasks(item, COMPENSATED_SLAB_ELEMENTS)],
+            work.threads,
+        )
+    worker.factors = {}
+
+
+def _elements(content: Content) -> int:
+    return 0 if isinstance(content, Computed) else sum(math.prod(part.shape) for part in content.parts)
 
 
 def _tasks(content: Content, elements: int) -> Iterator[_Task]:
@@ -161,7 +202,7 @@ def _tasks(content: Content, elements: int) -> Iterator[_Task]:
     for part in content.parts:
         rows = part.shape[0]
         columns = part.shape[1] if len(part.shape) > 1 else 1
-        whole = isinstance(content, FloatArray) and content.transposed
+        whole = (isinstance(content, FloatArray) and content.transposed) or _reordered(part)
         step = rows if whole else max(1, elements // columns)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
@@ -169,18 +210,41 @@ def _tasks(content: Content, elements: int) -> Iterator[_Task]:
         row += rows
 
 
-def _run(worker: _Worker, tasks: Sequence[_Task], threads: int) -> Iterator[_Task]:
-    """All tasks over a pool of threads, as they end. The first failure, or Ctrl-C, stops every worker."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pool = ThreadPoolExecutor(max_workers=threads or usable, thread_name_prefix="quantise")
+def _run(worker: _Worker, tasks: Sequence[_Task], threads: int, stage: Stage | None = None) -> None:
+    """All tasks over a pool of threads. The first failure, or Ctrl-C, stops every worker."""
+    pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="quantise")
+    ended = False
     try:
         futures: Mapping[Future[None], _Task] = {pool.submit(worker.do, task): task for task in tasks}
         for future in as_completed(futures):
             future.result()
-            yield futures[future]
+            if stage is not None:
+                stage.advance(futures[future].elements)
+        ended = True
     finally:
-        worker.cancelled.set()
+        if not ended:
+            worker.cancelled.set()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _arranged(
+    values: npt.NDArray[np.float32], part: TensorDescription, rows: int, columns: int
+) -> npt.NDArray[np.float32]:
+    """The numbers that the artefact wants, in its order, from those that the source has. Vectors stay vectors."""
+    if part.scale != 1.0 or part.offset != 0.0:
+        values = values * np.float32(part.scale) + np.float32(part.offset)
+    if part.transposed and len(part.shape) == 2:
+        values = np.ascontiguousarray(values.reshape(columns, rows).T)
+    elif len(part.shape) == 2:
+        values = values.reshape(rows, columns)
+    if part.interleave:
+        values = interleave_rows(values, part.interleave)
+    return split_rows(values, part.split) if part.split else values
+
+
+def _reordered(part: TensorDescription) -> bool:
+    """Whether a matrix can only be read as a whole."""
+    return bool(part.split or part.interleave or part.transposed)
 
 
 class _Worker:
@@ -188,8 +252,7 @@ class _Worker:
 
     def __init__(self, source: WeightSource, reader: TensorReader, descriptor: int) -> None:
         self._source, self._reader, self._descriptor = source, reader, descriptor
-        self._factors: dict[str, npt.NDArray[np.float32]] = {}
-        self._factor_lock = threading.Lock()
+        self.factors: Mapping[str, npt.NDArray[np.float32]] = {}
         self.cancelled = threading.Event()
 
     def do(self, task: _Task) -> None:
@@ -220,38 +283,27 @@ class _Worker:
         header = self._source.checkpoint.tensors[part.source_name]
         columns = part.shape[1] if len(part.shape) > 1 else 1
         kind = weight_type(header)
-        whole = len(part.shape) == 1  # too small to be cut, and perhaps smaller than a block
-        row_bytes = header.size_bytes // part.shape[0]
+        # A vector is too small to be cut, and perhaps smaller than a block.
+        whole = len(part.shape) == 1 or _reordered(part)
         start, stop = (0, part.shape[0]) if whole else (task.start, task.stop)
-        raw = self._reader.read(header, start * row_bytes, header.size_bytes if whole else (stop - start) * row_bytes)
+        transposed = part.transposed and len(part.shape) == 2
+        row_bytes = header.size_bytes // (part.shape[0] if transposed else header.shape[0])
+        raw = self._reader.read(header, (start + part.skipped) * row_bytes, (stop - start) * row_bytes)
         values = ggml.dequantize(raw, kind, (stop - start) * columns)
         if not np.isfinite(values).all():
             raise CheckpointError(f"tensor {part.source_name} holds NaN or infinity", hint="the checkpoint is broken")
-        if whole:
-            return values[task.start : task.stop]
-        return values.reshape(-1, columns)
+        rows = _arranged(values, part, stop - start, columns)
+        return rows[task.start : task.stop] if whole else rows
 
     def _put_quantized(self, task: _Task, kind: WeightType, rows: npt.NDArray[np.float32]) -> None:
         matrix = task.content
         assert isinstance(matrix, QuantizedMatrix)
-        factor = self._factor(task.part.name) if kind.bits == _COMPENSATED_BITS else None
+        factor = self.factors.get(task.part.name)
         packed = quantize_rows(rows, kind) if factor is None else compensated_rows(rows, kind, factor)
         self.put(matrix.data, task.row, packed.data)
         self.put(matrix.scales, task.row, packed.scales)
         if matrix.zeros is not None and packed.zeros is not None:
             self.put(matrix.zeros, task.row, packed.zeros)
-
-    def _factor(self, name: str) -> npt.NDArray[np.float32] | None:
-        """The compensation of a matrix's input, None without calibration. Computed once: matrices share inputs."""
-        if self._source.moments is None:
-            return None
-        module = module_of(name)
-        with self._factor_lock:
-            if module not in self._factors:
-                while len(self._factors) >= _FACTORS_KEPT:
-                    self._factors.pop(next(iter(self._factors)))
-                self._factors[module] = inverse_factor(self._source.moments.by_module[module])
-            return self._factors[module]
 
     def _put_transposed(self, task: _Task, rows: npt.NDArray[np.float32]) -> None:
         """A part of a float matrix becomes columns ``row`` .. of it: written row by row when it is not all of it."""

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from edgelm.errors import UsageError
 from exporter import ggml
+from exporter.onnx_plan import recipe_named
 from exporter.onnx_types import parse_type
 
 FormatChoice = Literal["auto", "gguf", "onnx"]
@@ -65,6 +66,10 @@ def parse_type_override(text: str, format_name: FormatChoice = "auto") -> tuple[
     return pattern, kind.name
 
 
+def _reads_calibration(options: ExportOptions) -> bool:
+    return options.quant.lower() != "auto" and recipe_named(options.quant).calibrated
+
+
 def check_options(options: ExportOptions) -> None:
     """Refuse contradictions before any work is done. Raises ``UsageError``."""
     if options.max_kl is not None and not options.verify:
@@ -73,8 +78,11 @@ def check_options(options: ExportOptions) -> None:
         raise UsageError("--eval has no use with --no-verify")
     if options.evaluation is not None and not options.evaluation.is_file():
         raise UsageError(f"--eval: {options.evaluation} is no file")
-    if options.calibration is not None and options.format == "onnx":
-        raise UsageError("--calibration is for GGUF: ONNX forms are not measured with it", hint="leave it out")
+    if options.calibration is not None and options.format == "onnx" and not _reads_calibration(options):
+        raise UsageError(
+            "--calibration with --format onnx is for recipes that end in -gptq; others measure nothing",
+            hint="leave it out",
+        )
     if options.calibration is not None and str(options.calibration) != "self" and not options.calibration.is_file():
         raise UsageError(f"--calibration: {options.calibration} is no file", hint="name a text or JSONL file, or: self")
     limits = (

@@ -45,7 +45,7 @@ from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
 from exporter.gguf import RowQuantizer, check_room, write_errors, write_head, write_tensors
 from exporter.importance import importance
 from exporter.options import ExportOptions, check_options
-from exporter.plan import COPY, Candidate, candidates, choose, file_type, resolve, unchanged
+from exporter.plan import COPY, Candidate, candidates, choose, file_type, form_of, resolve, unchanged
 from exporter.preflight import check_checkpoint
 from exporter.reference import torch_obstacle
 from exporter.resume import Writer, key_of_artifact, write_in_parts
@@ -106,11 +106,28 @@ def choices(
             points = measure_types(options, checkpoint, progress).points(options, profile)
             found = [Candidate(point.plan, point.eligible, point.reason) for point in points]
             best = automatic.choose(points, options, profile)
-            return profile, found, Candidate(best.plan, best.eligible, best.reason), None
-        found = candidates(options, checkpoint, profile)
-        return profile, found, choose(found, profile), None
+            chosen = Candidate(best.plan, best.eligible, best.reason)
+        else:
+            found = candidates(options, checkpoint, profile)
+            chosen = choose(found, profile)
     except DoesNotFitError as error:
-        return profile, found, None, error
+        return profile, [*found, *_other_format(options, checkpoint, profile)], None, error
+    return profile, [*found, *_other_format(options, checkpoint, profile)], chosen, None
+
+
+def _other_format(options: ExportOptions, checkpoint: Checkpoint, profile: TargetProfile) -> list[Candidate]:
+    """What ONNX could become beside the GGUF candidates of ``--format auto``, to compare; none where it cannot.
+
+    They are not chosen from: what a recipe loses is not predicted, and bits per weight do not compare across formats.
+    """
+    if options.format != "auto" or options.quant.lower() != "auto" or options.type_overrides:
+        return []
+    if describe(checkpoint).encoder is not None:
+        return []
+    try:
+        return candidates(replace(options, format="onnx"), checkpoint, profile)
+    except CheckpointError:  # a graph that cannot be drawn
+        return []
 
 
 def measuring_obstacle(options: ExportOptions, checkpoint: Checkpoint) -> str | None:
@@ -152,6 +169,7 @@ class Prepared:
     checkpoint: Checkpoint
     plan: ExportPlan
     measured: Measured | None = None
+    calibration: Path | None = None
     importance: Mapping[str, TensorStatistics] | None = None
 
 
@@ -179,12 +197,12 @@ def prepare(options: ExportOptions, progress: Progress = SILENT, *, headers_only
     profile = load_profile(options.target)
     headers_only = headers_only and options.quant.lower() != "auto"
     checkpoint = open_checkpoint(open_source(options.source, progress, headers_only=headers_only))
-    check_checkpoint(checkpoint)
+    check_checkpoint(checkpoint, form_of(options))
     if options.quant.lower() != "auto":
         plan = resolve(options, checkpoint, profile)
-        return (
-            Prepared(checkpoint, plan) if options.calibration is None else _weighed(options, checkpoint, plan, progress)
-        )
+        if options.calibration is None or plan.format == "onnx":
+            return Prepared(checkpoint, plan, calibration=options.calibration)
+        return _weighed(options, checkpoint, plan, progress)
     kept = unchanged(options, checkpoint, profile) if options.calibration is None else None
     if kept is not None:
         return Prepared(checkpoint, kept)
@@ -238,7 +256,7 @@ def export(
     bundles.check_destination(destination, force=force)
     prepared = prepare(options, progress)
     checkpoint, plan = prepared.checkpoint, prepared.plan
-    description = describe(checkpoint)
+    description = describe(checkpoint, plan.format)
     if resume and plan.format != "gguf":
         raise UsageError(f"--resume is for GGUF; {plan.format} is written as a whole", hint="leave it out")
     check_room(destination.parent, plan.artifact_bytes - (bundles.kept_bytes(destination) if resume else 0))
@@ -386,7 +404,7 @@ def _write_artifact(
     if plan.format == "onnx":
         from exporter.onnx_bundle import write_artifact  # needs the onnx package, which the GGUF way does without
 
-        return write_artifact(staging, checkpoint, description, plan, words, progress)
+        return write_artifact(staging, checkpoint, description, plan, words, prepared.calibration, progress)
     artifact = staging / ARTIFACTS[plan.format]
     metadata = _metadata(plan, description, words)
 

@@ -47,7 +47,7 @@ def resolve(options: ExportOptions, checkpoint: Checkpoint, profile: TargetProfi
     Raises ``UsageError`` for options that make no sense here, ``CheckpointError`` for checkpoints that cannot be
     exported and ``DoesNotFitError`` (with numbers, and with what would fit) when a limit would be missed.
     """
-    description = describe(checkpoint)
+    description = describe(checkpoint, form_of(options))
     if options.quant.lower() == "auto":
         return choose(candidates(options, checkpoint, profile), profile).plan
     plan = _plan(options, options.quant, checkpoint, description, profile)
@@ -63,7 +63,7 @@ def candidates(options: ExportOptions, checkpoint: Checkpoint, profile: TargetPr
 
     A source that is quantised already is offered as it stands (``COPY``), and nothing with more bits than it has.
     """
-    description = describe(checkpoint)
+    description = describe(checkpoint, form_of(options))
     names = _candidate_names(options)
     limit_bits = math.inf
     if options.format != "onnx" and options.quant.lower() == "auto" and is_quantized(checkpoint, description):
@@ -78,6 +78,11 @@ def candidates(options: ExportOptions, checkpoint: Checkpoint, profile: TargetPr
     return sorted(found, key=lambda item: -item.plan.bits_per_weight)
 
 
+def form_of(options: ExportOptions) -> Format:
+    """The format that options ask for; ``auto`` starts from GGUF."""
+    return "onnx" if options.format == "onnx" else "gguf"
+
+
 def _candidate_names(options: ExportOptions) -> list[str]:
     if options.quant.lower() != "auto":
         return [options.quant]
@@ -89,7 +94,7 @@ def unchanged(options: ExportOptions, checkpoint: Checkpoint, profile: TargetPro
 
     Nothing that starts from quantised weights can lose less, so ``auto`` need not look further.
     """
-    if options.format == "onnx" or not is_quantized(checkpoint, describe(checkpoint)):
+    if options.format == "onnx" or not is_quantized(checkpoint, describe(checkpoint, form_of(options))):
         return None
     kept = [item for item in candidates(options, checkpoint, profile) if item.plan.quant == COPY and item.eligible]
     return choose(kept, profile).plan if kept and kept[0].plan.predicted.fits == "fits" else None

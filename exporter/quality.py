@@ -26,6 +26,7 @@ from exporter.token_identity import open_tokenizer
 from exporter.tokenizer import read_tokenizer
 from runtime.engine import EngineOptions, Logits
 from runtime.engines import load_engine
+from runtime.engines.onnx import context_limit
 
 MIN_TOKENS = 2000
 """Fewer predictions make a p99 of fewer than 20 values."""
@@ -76,7 +77,7 @@ def measure(
     too short, ``EngineError`` when a model cannot be run and ``ProofError`` when the artefact computes no numbers.
     """
     text = evaluation_text(evaluation)
-    windows = _windows(text, checkpoint, tokens)
+    windows = _windows(text, checkpoint, _context_limit(artifact_path, checkpoint), tokens)
     length = max(len(window.tokens) for window in windows)
     with open_reference(checkpoint, length, reference, progress) as original:
         engine = load_engine(artifact_path, EngineOptions(context=length, batch=BATCH, all_logits=True))
@@ -178,12 +179,19 @@ def log_softmax(logits: Logits) -> Doubles:
     return shifted
 
 
-def _windows(text: Text, checkpoint: Checkpoint, tokens: int) -> list[Window]:
+def _context_limit(artifact_path: Path, checkpoint: Checkpoint) -> int:
+    """The longest context of an artefact, which for an ONNX file may be less than the model was trained for."""
+    if artifact_path.suffix != ".onnx":
+        return describe(checkpoint).dimensions.context_trained
+    return context_limit(artifact_path)
+
+
+def _windows(text: Text, checkpoint: Checkpoint, context: int, tokens: int) -> list[Window]:
     source = read_tokenizer(checkpoint)
     ids = open_tokenizer(source.tokenizer_json, "tokenizer.json").encode(text.content, add_special_tokens=False).ids
     bos = source.gguf_metadata.get("tokenizer.ggml.bos_token_id")
     prefix = (bos,) if source.gguf_metadata.get("tokenizer.ggml.add_bos_token") and bos is not None else ()
-    length = min(WINDOW, describe(checkpoint).dimensions.context_trained)
+    length = min(WINDOW, context)
     return cut_windows(ids, tokens, length=length, prefix=prefix, name=text.name)
 
 

@@ -112,7 +112,7 @@ def open_reference(
     ``auto`` takes transformers when it is installed, knows the model and its float32 weights fit into memory. Raises
     ``CheckpointError`` when an explicit choice is impossible, ``DoesNotFitError`` when memory or disk is too small.
     """
-    description = describe(checkpoint)
+    description = describe(checkpoint, "onnx")  # what the model is, not what llama.cpp can hold
     if choice != "engine":
         obstacle = _transformers_obstacle(checkpoint, description)
         if obstacle is None:
@@ -121,7 +121,7 @@ def open_reference(
             return
         if choice == "transformers":
             raise CheckpointError(f"transformers cannot be the reference: {obstacle}")
-    with _open_engine(checkpoint, description, context, progress) as model:
+    with _open_engine(checkpoint, describe(checkpoint), context, progress) as model:
         yield model
 
 
@@ -134,7 +134,7 @@ def open_transformers(checkpoint: Checkpoint, progress: Progress) -> Iterator[An
 
     Raises ``MissingDependencyError`` or ``CheckpointError`` when transformers cannot compute it here.
     """
-    description = describe(checkpoint)
+    description = describe(checkpoint, "onnx")
     if any(importlib.util.find_spec(package) is None for package in ("torch", "transformers")):
         raise MissingDependencyError("torch and transformers are not installed", hint='pip install "edgelm[export]"')
     obstacle = _transformers_obstacle(checkpoint, description)
@@ -163,7 +163,7 @@ def open_transformers_encoder(checkpoint: Checkpoint, progress: Progress) -> Ite
 
 def transformers_obstacle(checkpoint: Checkpoint) -> str | None:
     """Why transformers cannot compute a checkpoint here, None when it can."""
-    return _transformers_obstacle(checkpoint, describe(checkpoint))
+    return _transformers_obstacle(checkpoint, describe(checkpoint, "onnx"))
 
 
 def _transformers_obstacle(checkpoint: Checkpoint, description: ModelDescription) -> str | None:
@@ -429,4 +429,4 @@ def open_torch_model(checkpoint: Checkpoint, progress: Progress) -> Iterator[Any
     if obstacle is not None:
         raise CheckpointError(f"transformers cannot compute this model: {obstacle}")
     with _quiet_transformers():
-        yield _open_transformers(checkpoint, describe(checkpoint), progress).model
+        yield _open_transformers(checkpoint, describe(checkpoint, "onnx"), progress).model

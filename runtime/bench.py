@@ -27,6 +27,7 @@ from runtime.generate import GenerationRequest, Session, TokenEvent, generate
 from runtime.gguf_header import read_gguf_header, workload_from_gguf
 from runtime.memory import MemorySnapshot, reset_peak, snapshot, swapped_in_pages
 from runtime.model import LoadedModel, open_model
+from runtime.onnx_header import ELEMENT_NAMES, read_onnx_model
 from runtime.tokenizer import TextTokenizer
 from targets.host import detect_host, host_record
 from targets.predict import RunSettings, predict
@@ -239,7 +240,7 @@ def _model_record(model: LoadedModel) -> ModelRecord:
     records = {record.name: record for record in manifest.files} if manifest else {}
     return ModelRecord(
         name=model.name,
-        format=manifest.format if manifest else "gguf",
+        format=manifest.format if manifest else "onnx" if model.artifact.suffix == ".onnx" else "gguf",
         quant=manifest.plan.quant if manifest else _quant_of(model.artifact),
         architecture=info.architecture,
         parameters=info.parameters,
@@ -250,10 +251,21 @@ def _model_record(model: LoadedModel) -> ModelRecord:
 
 def _quant_of(path: Path) -> str:
     """The type that holds most parameters of a bare file: what its name says may be something else."""
+    if path.suffix == ".onnx":
+        return _stored_as(path)
     counts: dict[str, int] = {}
     for weights in workload_from_gguf(read_gguf_header(path)).weights:
         counts[weights.type] = counts.get(weights.type, 0) + weights.parameters
     return max(counts, key=lambda name: counts[name])
+
+
+def _stored_as(path: Path) -> str:
+    """The element type that holds most bytes of an ONNX file."""
+    held: dict[str, int] = {}
+    for tensor in read_onnx_model(path).initializers:
+        name = ELEMENT_NAMES.get(tensor.type, f"type {tensor.type}")
+        held[name] = held.get(name, 0) + tensor.size_bytes
+    return max(held, key=lambda name: held[name], default="unknown")
 
 
 def _workload(model: LoadedModel) -> Workload | None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SOURCE_LIMIT_CHARS = 32 * 2**10  # of a schema as JSON, or of a grammar
 REGEX_LIMIT_CHARS = 4 * 2**10
 _SCHEMA_WORK_LIMIT = 20_000  # places of a schema looked at in search of a finite value
+_SCHEMA_DEPTH_LIMIT = 150  # levels of it, references followed; each takes four frames of Python's stack
 _KEPT_MATCHERS = 16  # compiled grammars kept per vocabulary: clients repeat their schemas
 # Small models that may write any white space write it for ever: one blank, or a line break and five levels by four.
 _JSON_OPTIONS = {"whitespace_pattern": r"( |\n {0,20})?"}
@@ -102,14 +103,21 @@ class _FiniteValues:
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root = root
         self._work = 0
+        self._depth = 0
 
     def exist(self, schema: Any, open_references: frozenset[str]) -> bool:
         """Whether there is one, without going through ``open_references`` again."""
         self._work += 1
-        if self._work > _SCHEMA_WORK_LIMIT:
-            raise UsageError("the schema refers to itself in too many ways")
+        if self._work > _SCHEMA_WORK_LIMIT or self._depth == _SCHEMA_DEPTH_LIMIT:
+            raise UsageError("the schema is nested too deeply or refers to itself in too many ways")
         if not isinstance(schema, Mapping):
             return True
+        self._depth += 1
+        found = self._exists(schema, open_references)
+        self._depth -= 1
+        return found
+
+    def _exists(self, schema: Mapping[str, Any], open_references: frozenset[str]) -> bool:
         reference = schema.get("$ref")
         if isinstance(reference, str) and reference.startswith("#"):
             if reference in open_references:

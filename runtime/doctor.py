@@ -17,7 +17,7 @@ from typing import Literal
 from edgelm.bundle import open_bundle
 from edgelm.errors import EdgelmError
 from edgelm.units import format_bytes
-from runtime.probe import ProbeResult, probe
+from runtime.probe import ProbeResult, probe, probe_import
 from targets.facts import host_notes
 from targets.host import available_memory, default_threads, host_record
 
@@ -141,6 +141,11 @@ def _versions() -> Iterator[Finding]:
     for package, purpose in _ENGINE_PACKAGES.items():
         if versions[package] is None:
             yield Finding("packages", "note", f"no {package}: {purpose} cannot be run here", f"pip install {package}")
+            continue
+        try:
+            probe_import(package)
+        except EdgelmError as error:  # not broken as a whole: GGUF bundles run all the same
+            yield Finding("packages", "warning", f"{error.message}: {purpose} cannot be run here", error.hint)
 
 
 def _version(package: str) -> str | None:

@@ -12,13 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgelm.bundle import MANIFEST_NAME, Bundle, Manifest, open_bundle
+from edgelm.bundle import MANIFEST_NAME, Bundle, Choice, Manifest, open_bundle
 from edgelm.errors import BundleError, DoesNotFitError, UsageError
 from edgelm.units import format_bytes
 from runtime.chat import ChatTemplate, Message
 from runtime.engine import Engine, EngineInfo, EngineOptions
 from runtime.engines.llamacpp import LlamaVocabulary, kv_bytes_per_token, load_engine
+from runtime.engines.onnx_foreign import foreign_context
+from runtime.foreign import foreign_model, foreign_texts
 from runtime.gguf_header import GGUFHeader, read_gguf_header, workload_from_gguf
+from runtime.memory import snapshot
 from runtime.tokenizer import GgufTokenizer, JsonTokenizer, TextTokenizer
 from targets.host import available_memory
 
@@ -79,11 +82,15 @@ class LoadedModel(PromptingModel):
 
 
 def artifact_of(path: Path, *, check_hashes: bool = True) -> tuple[Path, Bundle | None]:
-    """The model file behind a bundle directory or a bare ``.gguf``, and the bundle if it is one.
+    """The model file behind a bundle directory, a bare ``.gguf`` or a folder with an ONNX decoder of others, and the
+    bundle if it is one.
 
     Raises ``BundleError`` when it is neither, or when the bundle is damaged.
     """
     if path.is_dir():
+        foreign = foreign_model(path)
+        if foreign is not None:
+            return foreign, None
         bundle = open_bundle(path, check_hashes=check_hashes)
         return bundle.artifact_path, bundle
     if not path.exists():
@@ -129,7 +136,7 @@ def open_model(path: Path, options: EngineOptions) -> LoadedModel:
         return _open_onnx(artifact, bundle, options)
     header = read_gguf_header(artifact)
     if options.context == 0:
-        options = replace(options, context=_default_context(header, bundle))
+        options = replace(options, context=planned_context(header, bundle)[0])
     check_memory(artifact, header, options)
     template = _chat_template(header, bundle)
     tokenizer_path = bundle.file(TOKENIZER_NAME) if bundle else None
@@ -148,16 +155,37 @@ def open_model(path: Path, options: EngineOptions) -> LoadedModel:
     )
 
 
+def _open_foreign(artifact: Path, options: EngineOptions) -> LoadedModel:
+    """An ONNX decoder that others exported: what is known of tokens stands in files beside it."""
+    from runtime.engines.onnx import load_any_engine
+
+    texts = foreign_texts(artifact)
+    tokenizer = JsonTokenizer(texts.tokenizer)
+    start = tokenizer.encode(texts.special_tokens.get("bos_token", "")) if texts.adds_bos else []
+    return LoadedModel(
+        name=artifact.parent.resolve().name,
+        artifact=artifact,
+        engine=load_any_engine(artifact, replace(options, context=options.context or foreign_context(artifact.parent))),
+        tokenizer=tokenizer,
+        chat_template=ChatTemplate(texts.template, texts.special_tokens) if texts.template else None,
+        stop_tokens=texts.stop_tokens,
+        bos=start[0] if len(start) == 1 else None,
+        manifest=None,
+    )
+
+
 def _open_onnx(artifact: Path, bundle: Bundle | None, options: EngineOptions) -> LoadedModel:
     """An ONNX model: its tokenizer stands beside it in the bundle, its metadata tell what else there is of tokens."""
-    tokenizer_path = bundle.file(TOKENIZER_NAME) if bundle else None
-    if bundle is None or tokenizer_path is None:
-        raise BundleError(f"{artifact} has no tokenizer with it", hint="give the bundle directory that it belongs to")
+    if bundle is None:
+        return _open_foreign(artifact, options)
+    tokenizer_path = bundle.file(TOKENIZER_NAME)
+    if tokenizer_path is None:
+        raise BundleError(f"{artifact} has no tokenizer with it", hint="export the bundle again")
     from runtime.engines.onnx import load_engine as load_onnx_engine
     from runtime.engines.onnx import read_token_notes
 
     if options.context == 0:
-        options = replace(options, context=int(bundle.manifest.plan.context.value))
+        options = replace(options, context=planned_context(None, bundle)[0])
     notes = read_token_notes(artifact)
     template_path, generation_path = bundle.file(TEMPLATE_NAME), bundle.file(GENERATION_NAME)
     source = _small_text(template_path) if template_path else ""
@@ -174,6 +202,12 @@ def _open_onnx(artifact: Path, bundle: Bundle | None, options: EngineOptions) ->
     )
 
 
+def memory_for_model() -> Choice:
+    """Bytes that this process can hold in all, with the reason: what is free, and what it holds already."""
+    free = available_memory()
+    return Choice(value=int(free.value) + snapshot().anonymous_bytes, reason=free.reason)
+
+
 def check_memory(artifact: Path, header: GGUFHeader, options: EngineOptions) -> None:
     """Refuse a model whose weights and caches exceed the memory that is free now.
 
@@ -184,7 +218,7 @@ def check_memory(artifact: Path, header: GGUFHeader, options: EngineOptions) -> 
     per_token = kv_bytes_per_token(workload.kv_elements_per_token, options.kv_type) * options.sequences
     fixed = workload.file_bytes + _PROCESS_BYTES
     needed = fixed + per_token * options.context
-    free = available_memory()
+    free = memory_for_model()
     if needed <= int(free.value):
         return
     fits = max(int((int(free.value) - fixed) / per_token) // 256 * 256, 0) if per_token else 0
@@ -196,11 +230,15 @@ def check_memory(artifact: Path, header: GGUFHeader, options: EngineOptions) -> 
     )
 
 
-def _default_context(header: GGUFHeader, bundle: Bundle | None) -> int:
+def planned_context(header: GGUFHeader | None, bundle: Bundle | None) -> tuple[int, str]:
+    """Tokens kept when nobody asks for a number, with the reason: a bundle's plan, or a bare file's own header."""
     if bundle is not None:
-        return int(bundle.manifest.plan.context.value)
-    trained = header.metadata.get(f"{header.metadata.get('general.architecture')}.context_length")
-    return min(trained, DEFAULT_CONTEXT) if isinstance(trained, int) and trained > 0 else DEFAULT_CONTEXT
+        return int(bundle.manifest.plan.context.value), "the bundle's plan"
+    metadata = header.metadata if header is not None else {}
+    trained = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    if isinstance(trained, int) and 0 < trained < DEFAULT_CONTEXT:
+        return trained, "what the model was trained for"
+    return DEFAULT_CONTEXT, "the usual context of a bare file"
 
 
 def _chat_template(header: GGUFHeader, bundle: Bundle | None) -> ChatTemplate | None:

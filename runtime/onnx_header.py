@@ -40,6 +40,10 @@ _ELEMENT_BITS = {
     17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2,
 }  # fmt: skip
 _STRING_TYPE = 8
+ELEMENT_NAMES: Mapping[int, str] = MappingProxyType(
+    {1: "fp32", 2: "uint8", 3: "int8", 10: "fp16", 11: "fp64", 16: "bf16", 21: "uint4", 22: "int4"}
+)
+"""Element types that weights are stored in."""
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 FLOAT, INT32, INT64 = 1, 6, 7
 

@@ -87,6 +87,23 @@ def probe(model: Path | None = None, *, timeout_s: float = TIMEOUT_S) -> ProbeRe
     return ProbeResult(**document)
 
 
+def probe_import(module: str, *, timeout_s: float = TIMEOUT_S) -> None:
+    """Import a compiled package in a child process. Raises ``ProbeError`` when the child dies or refuses."""
+    command = [sys.executable, "-c", f"import {module}"]
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise ProbeError(f"{module} was not imported within {timeout_s:g} s", hint="is the machine busy?") from error
+    if child.returncode < 0:
+        number = signal.Signals(-child.returncode)
+        what = _CRASHES.get(number, (f"died of {number.name}", ""))[0]
+        raise ProbeError(
+            f"{module} {what} ({number.name}) while it was imported", hint=f"pip install --upgrade {module}"
+        )
+    if child.returncode != 0:
+        raise ProbeError(f"{module} cannot be imported{_tail(child.stderr)}", hint=f"pip install --upgrade {module}")
+
+
 def _tail(output: str) -> str:
     lines = [line for line in output.splitlines() if line.strip()]
     return f": {lines[-1].strip()}" if lines else ""

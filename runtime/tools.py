@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import pydantic_core
 
-from runtime.constraint import check_finite, checked_grammar, json_rule
+from runtime.constraint import check_finite, json_rule, lark_grammar
 from runtime.generate import overlap
 from runtime.tokenizer import TextTokenizer
 
@@ -93,7 +93,7 @@ def tool_call_grammar(
     else:
         rules.append("calls: call" + (' ("; " call)*' if several else ""))
     rules.append("start: calls" if answer is None else f"start: calls | answer\nanswer: {json_rule(answer)}")
-    return checked_grammar("\n".join(rules))
+    return lark_grammar("\n".join(rules))
 
 
 class ToolCallReader:

@@ -1,4 +1,4 @@
-"""Build the image for 64-bit ARM boards and run containers from it, with Docker where its engine runs, else Podman.
+"""Build the images for 64-bit ARM boards and run containers from them, with Docker where its engine runs, else Podman.
 
 Without Docker nothing is pulled: the base image that ``Dockerfile.arm64`` names is made by debootstrap from Debian's
 signed packages and stored under that name. Standard library only. It does not know what is done in the containers.
@@ -21,6 +21,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 CACHE = REPOSITORY / ".cache" / "arm64"
 IMAGE = "edgelm:arm64"
+EXPORTER_IMAGE = "edgelm-exporter:arm64"
+IMAGES = {"runtime": IMAGE, "exporter": EXPORTER_IMAGE}  # by stage of Dockerfile.arm64
 BASE = "docker.io/library/debian:bookworm-slim"
 SUITE = "bookworm"
 BINFMT = Path("/proc/sys/fs/binfmt_misc")
@@ -122,8 +124,8 @@ def secrets(directory: Path) -> list[str]:
     return [*options, "--secret", f"id=pip_conf,src={configuration}"]
 
 
-def build(*, target: str = "runtime", output: Path | None = None) -> float:
-    """Build the image (or, with ``output``, the files of a stage) and return the seconds it took."""
+def build(target: str, *, output: Path | None = None) -> float:
+    """Build the image of a stage (or, with ``output``, write its files there) and return the seconds it took."""
     command = engine()
     started = time.perf_counter()
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -131,7 +133,7 @@ def build(*, target: str = "runtime", output: Path | None = None) -> float:
         arguments = ["--file", "Dockerfile.arm64", "--target", target, *secrets(Path(directory))]
         if command[0] == "docker":
             built = ["docker", "buildx", "build", "--platform", "linux/arm64", *arguments]
-            built += ["--load", "--tag", IMAGE] if output is None else ["--output", str(output)]
+            built += ["--load", "--tag", IMAGES[target]] if output is None else ["--output", str(output)]
         else:
             ensure_base(command)
             started = time.perf_counter()
@@ -140,16 +142,16 @@ def build(*, target: str = "runtime", output: Path | None = None) -> float:
             here = "arm64" if is_arm() else "amd64"  # old versions do not know what they run on
             built += ["--build-arg", f"BUILDPLATFORM=linux/{here}", "--build-arg", f"BUILDARCH={here}"]
             built += ["--platform", "linux/arm64", *arguments]
-            built += ["--tag", IMAGE] if output is None else ["--output", str(output)]
+            built += ["--tag", IMAGES[target]] if output is None else ["--output", str(output)]
         code = subprocess.run([*built, "."], cwd=REPOSITORY, stdout=sys.stderr, check=False).returncode
     if code != 0:
         sys.exit("error: the image was not built")
     return time.perf_counter() - started
 
 
-def image_bytes() -> int:
-    """Size of the image's files, unpacked."""
-    return int(run([*engine(), "image", "inspect", "--format", "{{.Size}}", IMAGE]).stdout)
+def image_bytes(image: str = IMAGE) -> int:
+    """Size of an image's files, unpacked."""
+    return int(run([*engine(), "image", "inspect", "--format", "{{.Size}}", image]).stdout)
 
 
 def container_options(*, memory: str, cpu: str | None = None, mounts: Sequence[str] = ()) -> list[str]:
@@ -173,15 +175,18 @@ def container_options(*, memory: str, cpu: str | None = None, mounts: Sequence[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--target", choices=IMAGES, default="runtime", help="which image to build")
     parser.add_argument("--wheel", type=Path, metavar="DIR", help="write the llama-cpp-python wheel alone into DIR")
     arguments = parser.parse_args()
     os.environ.setdefault("BUILDKIT_PROGRESS", "plain")
     if arguments.wheel is not None:
         arguments.wheel.mkdir(parents=True, exist_ok=True)
-        build(target="wheel", output=arguments.wheel.resolve())
+        seconds = build("wheel", output=arguments.wheel.resolve())
+        print(f"{arguments.wheel}: written in {seconds:.0f} s")
         return
-    seconds = build()
-    print(f"{IMAGE}: {image_bytes() / 1e6:.1f} MB, built in {seconds:.0f} s")
+    seconds = build(arguments.target)
+    image = IMAGES[arguments.target]
+    print(f"{image}: {image_bytes(image) / 1e6:.1f} MB, built in {seconds:.0f} s")
 
 
 if __name__ == "__main__":

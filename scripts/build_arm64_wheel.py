@@ -69,6 +69,8 @@ def cross_prefix() -> str:
             f"error: no compiler {prefix}g++ to build llama-cpp-python for aarch64 with\n"
             f"hint: install it, on Debian and Ubuntu with: apt-get install {package}"
         )
+    if prefix and shutil.which("cmake") is None:  # pip would fetch the one for aarch64, which does not run here
+        sys.exit("error: no CMake to build llama-cpp-python with\nhint: apt-get install cmake ninja-build")
     return prefix
 
 
@@ -100,7 +102,8 @@ def run_logged(command: list[str], log: Path, environment: dict[str, str]) -> No
 
 def fetch_source(requirement: str, scratch: Path, log: Path) -> Path:
     """Directory of the unpacked source distribution."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+    # Named, not ":all:": that would compile CMake as well, for half an hour, where the machine has none.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python"]
     run_logged([*command, "-d", str(scratch), requirement], log, dict(os.environ))
     archive = next(scratch.glob("llama_cpp_python-*.tar.gz"))
     with tarfile.open(archive) as tar:

@@ -112,8 +112,9 @@ def build(requirement: str, cache: Path, python: str) -> Path:
         for name in ("CFLAGS", "CXXFLAGS"):
             environment[name] = f"{environment.get(name, '')} {flags}".strip()
         output = Path(scratch) / "wheels"
-        # --no-cache-dir: pip's own cache would return a wheel that was built with other flags.
-        command = [python, "-m", "pip", "wheel", "--no-deps", "--no-cache-dir", "--no-binary", ":all:"]
+        # --no-cache-dir: pip's own cache would return a wheel that was built with other flags. Only this package comes
+        # from its source: with ":all:" pip compiles CMake, too, where the machine has none.
+        command = [python, "-m", "pip", "wheel", "--no-deps", "--no-cache-dir", "--no-binary", "llama-cpp-python"]
         command += ["--quiet", "-w", str(output), requirement]
         log = cache / f"{key}.log"
         with log.open("wb") as sink:

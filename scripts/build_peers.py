@@ -25,7 +25,7 @@ OFF += ("LLAMA_USE_PREBUILT_UI",)
 def fetch_sources(requirement: str, directory: Path) -> Path:
     """Download and unpack the source distribution; returns its llama.cpp directory."""
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python"]
         subprocess.run([*command, "-d", scratch, requirement], check=True)
         archive = next(Path(scratch).glob("*.tar.gz"))
         with tarfile.open(archive) as source:

@@ -1,6 +1,7 @@
 """Write the parts of docs/ that are generated: the command reference from every ``--help``, and the architectures.
 
-``--parity`` measures every architecture anew, which needs torch and transformers. Tests compare the files with what
+``--parity`` and ``--onnx-parity`` measure every architecture anew, as GGUF and as ONNX, which needs torch and
+transformers. Tests compare the files with what
 this prints, so that they cannot drift.
 """
 
@@ -51,6 +52,15 @@ def architectures() -> str:
         return document({row.name: measure(row, Path(directory) / str(index)) for index, row in enumerate(ROWS)})
 
 
+def onnx_architectures() -> str:
+    """The whole of docs/onnx-architectures.md, measured now."""
+    sys.path.insert(0, str(ROOT))
+    from tests.onnx_parity import ONNX_ROWS, document, measure
+
+    with tempfile.TemporaryDirectory() as directory:
+        return document({row.name: measure(row, Path(directory) / str(index)) for index, row in enumerate(ONNX_ROWS)})
+
+
 def encoders() -> str:
     """The whole of docs/encoders.md, measured now."""
     sys.path.insert(0, str(ROOT))
@@ -65,6 +75,8 @@ def main() -> None:
     if "--parity" in sys.argv[1:]:
         (ROOT / "docs" / "architectures.md").write_text(architectures(), encoding="utf-8")
         (ROOT / "docs" / "encoders.md").write_text(encoders(), encoding="utf-8")
+    if "--onnx-parity" in sys.argv[1:]:
+        (ROOT / "docs" / "onnx-architectures.md").write_text(onnx_architectures(), encoding="utf-8")
     (ROOT / "docs" / "cli.md").write_text(cli_reference(), encoding="utf-8")
 
 

@@ -1,9 +1,11 @@
 """Bring a bundle to a device and into service there, so that an interruption at any point leaves a device that serves.
 
-On the device, below one directory: ``bundles/<name>-<hash>`` hold what arrived whole, ``incoming`` what did not yet;
-``current`` and ``previous`` are links, changed by renaming; a systemd user unit serves ``current``. A bundle becomes
-current only after its hashes were checked on the device and the engine there has run it. Knows bundles by their
-manifest only, and the engine as a command on the device.
+On the device, below one directory: ``bundles/<name>-<hash>`` hold what arrived whole, ``incoming`` what did not yet,
+``software/<time>`` virtual environments. A release is a directory of links to a bundle and to the software that serves
+it, with the script that starts both: ``releases/<time>/{bundle,software,start,address}``. ``current`` and ``previous``
+are links to releases, changed by renaming, so that going back takes the software along; a systemd user unit starts
+``current/start``. A bundle is released only after its hashes were checked on the device and the engine there has run
+it. Knows bundles by their manifest only, and the engine as a command on the device.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ READY_PATH = "/health/ready"
 SPARE_BYTES = 64 * 2**20
 BENCH_TIMEOUT_S = 3600.0
 INSTALL_TIMEOUT_S = 1800.0
+BACK_READY_S = 300.0  # what served before gets its time, however impatient the caller is
 
 Say = Callable[[str], None]
 
@@ -39,8 +42,9 @@ Say = Callable[[str], None]
 class DeployOptions:
     """What was asked for. ``directory`` is absolute or below the home directory on the device.
 
-    ``image`` names a container image that the device has; without it EdgeLM runs from ``DIRECTORY/venv``, which is
-    made from the wheels in ``wheels`` when they are given. ``ready_s`` is how long the service may take to be ready.
+    ``image`` names a container image that the device has; without it EdgeLM runs from the software of the current
+    release (else from ``DIRECTORY/venv``), or from a new environment made of the wheels in ``wheels``. ``ready_s`` is
+    how long the service may take to be ready.
     """
 
     directory: str = "edgelm"
@@ -72,8 +76,16 @@ class _Device:
     user: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """What runs EdgeLM on the device: shell words up to its subcommand, and the environment that they belong to."""
+
+    words: str
+    software: str | None
+
+
 def deploy(remote: Remote, path: Path, options: DeployOptions, progress: Progress, say: Say) -> Deployed:
-    """Send, check, measure, switch, start, wait until ready; back to the bundle before when it does not get ready.
+    """Send, check, measure, switch, start, wait until ready; back to what served before when it does not get ready.
 
     Raises ``BundleError`` for a bad bundle and ``DeployError`` for everything that the device refuses.
     """
@@ -81,38 +93,53 @@ def deploy(remote: Remote, path: Path, options: DeployOptions, progress: Progres
     device = _look(remote, options)
     identity = bundle_identity(bundle)
     sent = _send(remote, bundle, f"{device.root}/incoming/{identity}", device, progress)
-    if options.wheels is not None:
-        _install(remote, device, options.wheels, progress, say)
-    command = _command(remote, device, options)
+    software = None if options.wheels is None else _install(remote, device, options.wheels, progress, say)
+    program = _program(remote, device, options, software)
     was_running = _stop(remote)
     try:
-        report = _bench(remote, command, f"{device.root}/incoming/{identity}", say) if options.bench else None
+        report = _bench(remote, program.words, f"{device.root}/incoming/{identity}", say) if options.bench else None
+        release = _release(remote, device.root, identity, program, options)
     except EdgelmError:
         if was_running:
             remote.run(f"systemctl --user start {UNIT}")
         raise
-    previous = _switch(remote, device.root, identity)
+    before = _point(remote, device.root, "current", release)
     say(f"{identity} is current on {remote.destination}")
-    _write_unit(remote, device, command, options)
     try:
-        _start(remote, device, options)
+        _write_unit(remote, device)
+        _start(remote, device, options.ready_s)
     except DeployError as error:
-        if previous is None:
-            raise
-        say(f"{identity} does not get ready; going back to {previous}")
-        _swap(remote, device.root)
-        _start(remote, device, options)
-        raise DeployError(f"{error.message}; {previous} serves again", hint=error.hint) from error
+        raise _taken_back(remote, device, before, options, error, say) from error
+    previous = None
+    if before is not None:
+        _point(remote, device.root, "previous", before)
+        previous = _served(remote, device.root, "previous")
+    _tidy(remote, device.root)
     return Deployed(identity, previous, sent, report)
 
 
+def _taken_back(
+    remote: Remote, device: _Device, before: str | None, options: DeployOptions, error: DeployError, say: Say
+) -> DeployError:
+    """Serve what was served before, or nothing; the error to raise."""
+    if before is None:
+        remote.run(
+            f'systemctl --user stop {UNIT}; systemctl --user disable --quiet {UNIT}; rm -f "$1/current"', device.root
+        )
+        return error
+    _point(remote, device.root, "current", before)
+    served = _served(remote, device.root, "current")
+    say(f"it does not get ready; going back to {served}")
+    _start(remote, device, max(options.ready_s, BACK_READY_S))
+    return DeployError(f"{error.message}; {served} serves again", hint=error.hint)
+
+
 def roll_back(remote: Remote, options: DeployOptions) -> Deployed:
-    """Serve the bundle that was current before; calling it again goes forward. Raises ``DeployError``."""
+    """Serve the release that was current before; calling it again goes forward. Raises ``DeployError``."""
     device = _look(remote, options)
     _swap(remote, device.root)
-    _start(remote, device, options)
-    names = remote.run('cd "$1" && basename "$(readlink current)" && basename "$(readlink previous)"', device.root)
-    current, previous = names.split()
+    _start(remote, device, options.ready_s)
+    current, previous = (_served(remote, device.root, name) for name in ("current", "previous"))
     return Deployed(current, previous, 0, None)
 
 
@@ -192,8 +219,8 @@ sync
         )
 
 
-def _install(remote: Remote, device: _Device, wheels: Path, progress: Progress, say: Say) -> None:
-    """A virtual environment with EdgeLM from wheels; the one before stays until the new one is complete."""
+def _install(remote: Remote, device: _Device, wheels: Path, progress: Progress, say: Say) -> str:
+    """A new virtual environment with EdgeLM from wheels, and its path; what was installed before stays as it is."""
     files = sorted(wheels.glob("*.whl"))
     if not any(path.name.startswith("edgelm-") for path in files):
         raise DeployError(f"there is no edgelm wheel in {wheels}", hint="make one with: pip wheel --no-deps -w DIR .")
@@ -207,37 +234,50 @@ def _install(remote: Remote, device: _Device, wheels: Path, progress: Progress, 
     script = """
 cd "$1"
 python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed" >&2; exit 1; }
-new="venv-$(date +%s)"
-python3 -m venv "$new" || { rm -rf "$new"; exit 1; }
-"$new/bin/python" -m pip install --quiet --find-links wheels wheels/*.whl || { rm -rf "$new"; exit 1; }
-"$new/bin/edgelm" --version > /dev/null || { rm -rf "$new"; exit 1; }
-old=$(readlink venv || true)
-ln -s "$new" .venv-next
-mv -T .venv-next venv
-[ -z "$old" ] || rm -rf "$old"
+mkdir -p software
+new=$(mktemp -d "software/$(date +%Y%m%d-%H%M%S)-XXXXXX")
+fail() { rm -rf "$new"; exit 1; }
+python3 -m venv "$new" || fail
+"$new/bin/python" -m pip install --quiet --find-links wheels wheels/*.whl || fail
+"$new/bin/edgelm" --version > /dev/null || fail
+echo "$1/$new"
 """
-    remote.run(script, device.root, timeout_s=INSTALL_TIMEOUT_S)
+    return remote.run(script, device.root, timeout_s=INSTALL_TIMEOUT_S).splitlines()[-1]
 
 
-def _command(remote: Remote, device: _Device, options: DeployOptions) -> str:
-    """The shell words that run EdgeLM on the device, up to its subcommand; paths are the same inside a container."""
-    if options.image is None:
-        program = f"{device.root}/venv/bin/edgelm"
-        hint = "give --wheels DIR to install EdgeLM there, or --image NAME for a container"
-        if remote.run('[ ! -x "$1" ] || echo yes', program).strip() != "yes":
-            raise DeployError(f"EdgeLM is not installed in {device.root}/venv on {remote.destination}", hint=hint)
-        return shlex.quote(program)
+def _program(remote: Remote, device: _Device, options: DeployOptions, software: str | None) -> _Program:
+    """What will run EdgeLM: a container, a new environment, or the one that serves now."""
+    if options.image is not None:
+        return _Program(_container(remote, device, options.image), None)
+    script = """
+for place in "$2" "$1/current/software" "$1/venv"; do
+  if [ -n "$place" ] && [ -x "$place/bin/edgelm" ]; then cd -P "$place"; pwd; exit; fi
+done
+"""
+    found = remote.run(script, device.root, software or "").strip()
+    if not found:
+        raise DeployError(
+            f"EdgeLM is not installed in {device.root} on {remote.destination}",
+            hint="give --wheels DIR to install EdgeLM there, or --image NAME for a container",
+        )
+    return _Program(shlex.quote(f"{found}/bin/edgelm"), found)
+
+
+def _container(remote: Remote, device: _Device, image: str) -> str:
+    """The words that run a container; paths are the same inside it."""
     if not device.runner:
         raise DeployError(f"{remote.destination} has neither docker nor podman", hint="leave --image out")
-    script = '"$1" image inspect "$2" > /dev/null 2>&1 && echo yes || true'
-    if remote.run(script, device.runner, options.image).strip() != "yes":
+    # By its id: a name may mean another image tomorrow, and going back has to find this one.
+    script = '"$1" image inspect --format "{{.Id}}" "$2" 2> /dev/null || true'
+    image_id = remote.run(script, device.runner, image).strip()
+    if not image_id:
         raise DeployError(
-            f"{remote.destination} has no image {options.image}",
-            hint=f"docker save {options.image} | ssh {remote.destination} {device.runner} load",
+            f"{remote.destination} has no image {image}",
+            hint=f"docker save {image} | ssh {remote.destination} {device.runner} load",
         )
-    words = [device.runner, "run", "--rm", "--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL"]  # noqa: S108
+    words = [device.runner, "run", "--rm", "--init", "--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL"]  # noqa: S108
     words += ["--security-opt", "no-new-privileges", "--network", "host", "--user", device.user]
-    words += ["--volume", f"{device.root}:{device.root}", options.image]
+    words += ["--volume", f"{device.root}:{device.root}", image_id]
     return " ".join(shlex.quote(word) for word in words)
 
 
@@ -257,34 +297,53 @@ def _bench(remote: Remote, command: str, target: str, say: Say) -> Report:
         raise DeployError(f"{remote.destination} gave no valid report: {error.errors()[0]['msg']}") from error
 
 
-def _switch(remote: Remote, root: str, identity: str) -> str | None:
-    """Make a checked bundle current by renaming a link; keep the one before, remove older ones."""
+def _release(remote: Remote, root: str, identity: str, program: _Program, options: DeployOptions) -> str:
+    """A new release of a checked bundle, not yet current; its path below the root."""
+    serve = ["--target", "auto", "--host", options.listen, "--port", str(options.port)]
+    if not _is_loopback(options.listen):
+        serve += ["--api-key-file", f"{root}/state/api-key"]
+    bundle = f"{root}/bundles/{identity}"
+    start = f"#!/bin/sh\nexec {program.words} serve {' '.join(map(shlex.quote, (bundle, *serve)))}\n"
     script = """
 cd "$1"
 rm -rf .replaced
 [ ! -d "bundles/$2" ] || mv -T "bundles/$2" .replaced
 mv -T "incoming/$2" "bundles/$2"
 rm -rf .replaced
-old=$(readlink current || true)
-if [ -n "$old" ] && [ "$old" != "bundles/$2" ]; then
-  ln -sfn "$old" .previous
-  mv -T .previous previous
-fi
-ln -sfn "bundles/$2" .current
-mv -T .current current
-kept=$(readlink previous || true)
-for directory in bundles/*; do
-  [ "$directory" = "bundles/$2" ] || [ "$directory" = "$kept" ] || rm -rf "$directory"
-done
-basename "$kept"
+mkdir -p releases
+new=$(mktemp -d "releases/$(date +%Y%m%d-%H%M%S)-XXXXXX")
+ln -s "../../bundles/$2" "$new/bundle"
+[ -z "$3" ] || ln -s "$3" "$new/software"
+printf '%s' "$4" > "$new/start"
+printf '%s' "$5" > "$new/address"
+chmod 755 "$new/start"
+echo "$new"
 """
-    return remote.run(script, root, identity).strip() or None
+    address = f"{options.listen} {options.port}\n"
+    return remote.run(script, root, identity, program.software or "", start, address).strip()
+
+
+def _point(remote: Remote, root: str, name: str, release: str) -> str | None:
+    """Let the link ``current`` or ``previous`` name a release, by renaming; the release that it named before."""
+    script = """
+cd "$1"
+old=$(readlink "$2" || true)
+ln -sfn "$3" ".$2"
+mv -T ".$2" "$2"
+[ ! -x "$old/start" ] || echo "$old"
+"""
+    return remote.run(script, root, name, release).strip() or None
+
+
+def _served(remote: Remote, root: str, name: str) -> str:
+    """The identity of the bundle of ``current`` or ``previous``."""
+    return remote.run('basename "$(readlink "$1/$2/bundle")"', root, name).strip()
 
 
 def _swap(remote: Remote, root: str) -> None:
     script = """
 cd "$1"
-[ -L previous ] && [ -d "$(readlink previous)" ] || { echo "there is no earlier bundle to go back to" >&2; exit 1; }
+[ -x previous/start ] || { echo "there is no earlier release to go back to" >&2; exit 1; }
 now=$(readlink current)
 then=$(readlink previous)
 ln -sfn "$then" .current
@@ -295,21 +354,47 @@ mv -T .previous previous
     remote.run(script, root)
 
 
-def _write_unit(remote: Remote, device: _Device, command: str, options: DeployOptions) -> None:
-    """The systemd unit of the device's user; it starts at boot, without anybody logging in."""
-    serve = [f"{device.root}/current", "--host", options.listen, "--port", str(options.port)]
-    if not _is_loopback(options.listen):
-        serve += ["--api-key-file", f"{device.root}/state/api-key"]
-    program = f"/usr/bin/env {command}" if options.image else command
+def _tidy(remote: Remote, root: str) -> None:
+    """Remove releases that are neither current nor previous, and what no release needs any more."""
+    script = """
+cd "$1"
+real() { readlink -f "$1" || true; }
+for release in releases/*; do
+  [ "$(real "$release")" = "$(real current)" ] || [ "$(real "$release")" = "$(real previous)" ] || rm -rf "$release"
+done
+for kind in bundle:bundles software:software; do
+  for directory in "${kind#*:}"/*; do
+    [ -d "$directory" ] || continue
+    kept=no
+    for name in current previous; do
+      [ "$(real "$name/${kind%:*}")" != "$(real "$directory")" ] || kept=yes
+    done
+    [ "$kept" = yes ] || rm -rf "$directory"
+  done
+done
+"""
+    remote.run(script, root)
+
+
+def _write_unit(remote: Remote, device: _Device) -> None:
+    """The systemd unit of the device's user; it starts at boot, without anybody logging in.
+
+    A model that does not fit is refused with exit code 4: starting it again changes nothing. When memory runs out all
+    the same, the service is what the kernel ends, not the way in over ssh, and it never swaps.
+    """
+    program = shlex.quote(f"{device.root}/current/start").replace("%", "%%")
     unit = f"""[Unit]
 Description=EdgeLM
 After=network-online.target
 
 [Service]
-ExecStart={program} serve {" ".join(shlex.quote(word) for word in serve)}
+ExecStart={program}
 Restart=on-failure
 RestartSec=5
+RestartPreventExitStatus=2 4
 TimeoutStopSec=45
+OOMScoreAdjust=500
+MemorySwapMax=0
 
 [Install]
 WantedBy=default.target
@@ -326,19 +411,20 @@ loginctl enable-linger > /dev/null 2>&1 || echo "it will not start at boot: run 
     remote.run(script, unit)
 
 
-def _start(remote: Remote, device: _Device, options: DeployOptions) -> None:
+def _start(remote: Remote, device: _Device, ready_s: float) -> None:
     """Restart the service and wait until it says that it is ready. Raises ``DeployError`` with its last words."""
+    listen, port = remote.run('cat "$1/current/address"', device.root).split()
     remote.run(f"systemctl --user restart {UNIT}")
-    host = options.listen if _is_specific(options.listen) else "127.0.0.1"
-    deadline = time.monotonic() + options.ready_s
+    host = listen if _is_specific(listen) else "127.0.0.1"
+    deadline = time.monotonic() + ready_s
     while time.monotonic() < deadline:
         key = remote.run('cat "$1" 2> /dev/null || true', f"{device.root}/state/api-key").strip() or None
-        if remote.http_get(host, options.port, READY_PATH, key) == 200:
+        if remote.http_get(host, int(port), READY_PATH, key) == 200:
             return
         time.sleep(1.0)
     words = remote.run(f"journalctl --user -u {UNIT} -n 5 -o cat --no-pager 2> /dev/null || true").strip()
     raise DeployError(
-        f"the service on {remote.destination} was not ready within {options.ready_s:g} s"
+        f"the service on {remote.destination} was not ready within {ready_s:g} s"
         + (f": {words.splitlines()[-1]}" if words else ""),
         hint=f"ssh {remote.destination} journalctl --user -u {UNIT}",
     )

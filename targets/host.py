@@ -18,6 +18,7 @@ import psutil
 
 from edgelm.bundle import Choice
 from edgelm.report import HostRecord
+from targets.arm import ARM_MACHINES, arm_features
 from targets.facts import ROOT, cpu_list, host_notes, meminfo, number, text_of
 from targets.profile import GB, Cores, Figure, Memory, TargetProfile, board_profile
 
@@ -309,8 +310,10 @@ def _memory_limit(directory: Path, version: int) -> tuple[int, int, str] | None:
     return int(maximum), max(int(maximum - max(current - inactive, 0)), 0), name
 
 
-def instruction_set(root: Path = ROOT) -> tuple[str, ...]:
-    """Instruction set extensions that matter here, by the names that profiles use."""
+def instruction_set(root: Path = ROOT, machine: str | None = None) -> tuple[str, ...]:
+    """Instruction set extensions that matter here, by the names that profiles use. ``machine`` as in ``uname -m``."""
+    if (machine or platform.machine()).lower() in ARM_MACHINES and (features := arm_features(root)):
+        return features
     match = re.search(r"^(?:flags|Features|isa)\s*:\s*(.+)$", text_of(root / "proc/cpuinfo"), re.MULTILINE)
     if match is None:
         return ("neon", "dotprod", "fp16") if platform.machine().lower() == "arm64" else ()
@@ -333,10 +336,13 @@ def kernel_family(isa: tuple[str, ...]) -> str:
     return "generic"
 
 
-def cpu_name(root: Path = ROOT) -> str:
-    """The processor's name for people."""
+def cpu_name(root: Path = ROOT, machine: str | None = None) -> str:
+    """The processor's name for people. ``machine`` as in ``uname -m``."""
     text = text_of(root / "proc/cpuinfo")
+    machine = (machine or platform.machine()).lower()
     match = re.search(r"^(?:model name|Hardware)\s*:\s*(.+)$", text, re.MULTILINE)
+    if match and machine in ARM_MACHINES and re.search(r"^flags\s*:", text, re.MULTILINE):
+        return f"{machine}, emulated on {match.group(1).strip()}"  # the file is the emulating machine's
     if match:
         return match.group(1).strip()
     parts = re.findall(r"^CPU part\s*:\s*(\S+)$", text, re.MULTILINE)

@@ -37,8 +37,8 @@ COMPUTE_BASE_BYTES = 5 * 2**20
 LIVE_ACTIVATIONS = 20
 SLOW_CORE_SHARE = 0.45
 # Work of loading, in cycles of one core: reading one entry of the vocabulary, filling a byte of fresh memory (a copy of
-# weights, the zeroed cache), mapping a byte of the file. Fitted on CPU time, 2.8 GHz x86-64, 20 loads of SmolLM2 and a
-# distilled one, 58 to 271 MB, contexts of 512 and 8192, with and without mmap: median error 8 %, worst 22 %.
+# weights, the zeroed cache), mapping a byte of the file. Fitted on CPU time, 2.8 GHz x86-64, 24 loads of SmolLM2 and a
+# distilled one, 58 to 271 MB, contexts of 512 and 8192, with and without mmap: median error 7 %, worst 26 %.
 LOAD_ENTRY_CYCLES, LOAD_FILLED_CYCLES, LOAD_MAPPED_CYCLES = 9500.0, 2.0, 0.25
 GPU_HOST_GHZ = 3.5  # the machine around a graphics card, of which its profile says nothing
 # Share of the rated read rate that generation from storage reaches: faults are small, cyclic access defeats caches.

@@ -56,7 +56,10 @@ class Remote:
         return result.stdout.decode("utf-8", "replace")
 
     def append(self, source: Path, target: str, offset: int, stage: Stage) -> None:
-        """Append the bytes of ``source`` from ``offset`` on to the file ``target`` on the device."""
+        """Append the bytes of ``source`` from ``offset`` on to the file ``target`` on the device.
+
+        Raises ``DeployError``; what arrived until then stays there.
+        """
         line = f"cat >> {shlex.quote(target)}"
         child = subprocess.Popen(
             [*self.command, "--", self.destination, line], stdin=subprocess.PIPE, stderr=subprocess.PIPE
@@ -73,6 +76,11 @@ class Remote:
                 pass  # the exit status below says why
             errors = child.stderr.read() if child.stderr else b""
             code = child.wait()
+        if code == _SSH_FAILED:
+            raise DeployError(
+                f"the connection to {self.destination} was lost while {source.name} was sent",
+                hint="do the same again: it goes on where it stopped",
+            )
         if code != 0:
             raise self._failure(code, errors)
 

@@ -247,8 +247,11 @@ ROWS = (
 )
 
 
-def make_checkpoint(row: Row, directory: Path, seed: int = 0) -> Any:
-    """Write the row's checkpoint; the transformers model in float32, ready to run."""
+def make_checkpoint(row: Row, directory: Path, seed: int = 0, gain: float = 1.3) -> Any:
+    """Write the row's checkpoint; the transformers model in float32, ready to run.
+
+    Matrices deviate by ``gain`` over the root of their width: above 1, layers enlarge whatever goes wrong before them.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import torch
@@ -264,7 +267,7 @@ def make_checkpoint(row: Row, directory: Path, seed: int = 0) -> Any:
                 values.add_(0.15 * noise)
             else:
                 wide = "embed" in name or "wte" in name or "lm_head" in name
-                values.copy_(noise * (2.5 if wide else 1.3) / values.shape[-1] ** 0.5)
+                values.copy_(noise * (2.5 if wide else gain) / values.shape[-1] ** 0.5)
         if row.change is not None:
             row.change(model)
     model.save_pretrained(directory)

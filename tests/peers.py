@@ -147,6 +147,8 @@ def _keys(file: Any) -> dict[str, Any]:
 
 
 def _same(one: Any, other: Any) -> bool:
+    if isinstance(other, list) and not isinstance(one, list):  # once for every layer
+        return set(other) == {one}
     if isinstance(one, float) and isinstance(other, float):
         return bool(np.float32(one) == np.float32(other))
     return bool(one == other)

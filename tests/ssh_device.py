@@ -59,6 +59,35 @@ if verb in ("start", "restart"):
     pid_file.write_text(str(child.pid))
 """
 JOURNALCTL = '#!/bin/sh\ntail -n 5 "$HOME/service.log"\n'
+# Stands in for the container engine: knows one image by name and by id, and runs its command on the device itself.
+DOCKER = """#!/bin/sh
+echo "$*" >> "$HOME/docker.log"
+if [ "$1 $2" = "image inspect" ]; then
+  for last; do :; done
+  [ "$last" = edgelm:test ] && echo sha256:0123abcd && exit
+  echo "no such image" >&2
+  exit 1
+fi
+[ "$1" = run ] || exit 2
+while [ "$1" != sha256:0123abcd ]; do shift || exit 125; done
+shift
+exec "$HOME/edgelm/venv/bin/edgelm" "$@"
+"""
+# Relays a connection and drops it after a number of bytes sent: a cable that is pulled.
+CUTTER = f"""#!{sys.executable}
+import os, socket, sys, threading
+line = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+left = int(sys.argv[2])
+def down():
+    while data := line.recv(65536):
+        os.write(1, data)
+    os._exit(1)
+threading.Thread(target=down, daemon=True).start()
+while (data := os.read(0, 65536)) and left > 0:
+    line.sendall(data[:left])
+    left -= len(data)
+os._exit(1)
+"""
 EDGELM = f'#!/bin/sh\nPYTHONPATH={REPOSITORY} exec {sys.executable} -m edgelm "$@"\n'
 
 
@@ -75,8 +104,22 @@ class Device:
     def root(self) -> Path:
         return self.home / "edgelm"
 
+    def with_docker(self) -> None:
+        """Give the device a container engine that knows the image ``edgelm:test``."""
+        _program(self.home / "bin/docker", DOCKER)
+
+    def cut_after(self, sent_bytes: int) -> Path:
+        """An ssh configuration whose connections break after so many bytes towards the device."""
+        directory = self.config.parent
+        text = self.config.read_text(encoding="utf-8")
+        port = next(line.split()[1] for line in text.splitlines() if line.split()[:1] == ["Port"])
+        _program(directory / "cutter", CUTTER)
+        cut = directory / "ssh_config_cut"
+        cut.write_text(f"{text}  ProxyCommand {directory}/cutter {port} {sent_bytes}\n", encoding="utf-8")
+        return cut
+
     def current(self) -> str:
-        return (self.root / "current").readlink().name
+        return (self.root / "current/bundle").readlink().name
 
 
 def free_port() -> int:
@@ -102,6 +145,7 @@ def _write_configuration(directory: Path, home: Path, ssh_port: int) -> None:
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(directory / name)]
         subprocess.run(command, check=True)
     environment = f"HOME={home} XDG_CONFIG_HOME={home}/.config PATH={home}/bin:{os.environ['PATH']}"
+    environment += " PIP_NO_INDEX=1 PIP_NO_DEPS=1 PIP_DISABLE_PIP_VERSION_CHECK=1"  # the device has no network
     server = f"""\
         ListenAddress 127.0.0.1
         Port {ssh_port}

@@ -11,7 +11,7 @@ from edgelm.cli.console import print_json, stderr_progress
 
 @click.command(short_help="Put a bundle into service on a board, over ssh.")
 @click.argument("words", nargs=-1, required=True, metavar="[BUNDLE] [USER@]HOST")
-@click.option("--rollback", is_flag=True, help="Go back to the bundle that was served before; give no BUNDLE.")
+@click.option("--rollback", is_flag=True, help="Go back to the bundle and software that served before; give no BUNDLE.")
 @click.option("--directory", default="edgelm", show_default=True, help="Where on the device, below its home directory.")
 @click.option(
     "--wheels", type=click.Path(path_type=Path, file_okay=False, exists=True), help="Install from these first."
@@ -42,8 +42,8 @@ def command(
 ) -> None:
     """Send BUNDLE to a device, check it there, measure it, serve it as a systemd unit and wait until it is ready.
 
-    What was cut off goes on where it stopped. The bundle that was served before is kept for --rollback, and comes back
-    by itself when the new one does not get ready.
+    What was cut off goes on where it stopped. The bundle that was served before is kept for --rollback, with the
+    software that served it, and both come back by themselves when the new ones do not get ready.
 
     \b
     Example:
@@ -56,6 +56,8 @@ def command(
 
     if len(words) != (1 if rollback else 2):
         raise click.UsageError("give [USER@]HOST alone with --rollback" if rollback else "give BUNDLE and [USER@]HOST")
+    if wheels is not None and image is not None:
+        raise click.UsageError("--wheels and --image exclude each other: EdgeLM runs in an environment or a container")
     if output is not None and (rollback or no_bench):
         raise click.UsageError("--output has no use without a measurement")
     options = DeployOptions(directory, listen, port, image, wheels, not no_bench, ready_timeout)

@@ -100,7 +100,7 @@ def _picture(path: Path, source: str, profile: TargetProfile, found: list[Candid
 
 
 def _same(one: ExportPlan, other: ExportPlan) -> bool:
-    return (one.quant, one.tensors) == (other.quant, other.tensors)
+    return (one.format, one.quant, one.tensors) == (other.format, other.quant, other.tensors)
 
 
 def _document(target: str, found: list[Candidate], chosen: Candidate | None) -> dict[str, Any]:
@@ -126,6 +126,7 @@ def _show(target: str, found: list[Candidate], chosen: Candidate | None) -> None
     table = Table(title=target, title_justify="left")
     for column in (
         "",
+        "format",
         "quant",
         "bits/weight",
         "size",
@@ -147,7 +148,7 @@ def _show(target: str, found: list[Candidate], chosen: Candidate | None) -> None
         loads = (predicted.load_warm_s, predicted.load_cold_s)
         rates.append("/".join("-" if seconds is None else f"{seconds:.2g}" for seconds in loads))
         fits = predicted.fits if item.eligible else "no"
-        table.add_row(mark, plan.quant, *sizes, *rates, fits, "" if fits == "fits" else item.reason)
+        table.add_row(mark, plan.format, plan.quant, *sizes, *rates, fits, "" if fits == "fits" else item.reason)
     print_table(table)
     if chosen is not None:
         click.echo(chosen.reason)

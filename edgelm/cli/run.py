@@ -51,6 +51,11 @@ class _Settings:
 @click.option("--threads", type=click.IntRange(1, 512), help="Threads for decode [default: asks the machine].")
 @click.option("--threads-prefill", type=click.IntRange(1, 512), help="Threads for prefill [default: asks the machine].")
 @click.option("--context", type=click.IntRange(min=1), help="Tokens kept [default: the bundle's plan].")
+@click.option(
+    "--target",
+    metavar="auto|ID|FILE",
+    help="Settle threads, context and memory for this machine (auto) or a profile, and tell why.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of streamed text.")
 def command(
     bundle: Path,
@@ -69,6 +74,7 @@ def command(
     threads: int | None,
     threads_prefill: int | None,
     context: int | None,
+    target: str | None,
     as_json: bool,
 ) -> None:
     """Answer PROMPT with the model in BUNDLE (a bundle or a .gguf file), or chat when no PROMPT is given.
@@ -84,6 +90,7 @@ def command(
     from runtime.engine import EngineOptions
     from runtime.model import holds_encoder, open_model
     from runtime.sampling import SamplingOptions, check_sampling
+    from runtime.settings import Asked, choose_settings
 
     if holds_encoder(bundle):
         _print_vector(bundle, prompt, threads or 0, context or 0, as_json=as_json)
@@ -107,6 +114,13 @@ def command(
     options = EngineOptions(
         context=context or 0, threads_decode=threads or 0, threads_prefill=threads_prefill or threads or 0
     )
+    if target is not None:
+        settled = choose_settings(
+            bundle, target, Asked(context or 0, 1, options.threads_decode, options.threads_prefill)
+        )
+        for name, line in settled.lines().items():
+            click.echo(f"{name} {line}", err=True)
+        options = settled.options
     model = open_model(bundle, options)
     try:
         settings = _Settings(max_tokens, sampling, stop, system, grammar)

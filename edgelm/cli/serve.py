@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from runtime.engine import EngineOptions
 
 
 @click.command(short_help="Serve a bundle over an OpenAI-compatible API.")
@@ -22,6 +27,11 @@ import click
 )
 @click.option(
     "--context", type=click.IntRange(min=16), help="Tokens per answer, prompt included [default: the plan's]."
+)
+@click.option(
+    "--target",
+    metavar="auto|ID|FILE",
+    help="Settle threads, context and memory for this machine (auto) or a profile, and tell why.",
 )
 @click.option(
     "--api-key-file",
@@ -42,6 +52,7 @@ def command(
     port: int,
     parallel: int,
     context: int | None,
+    target: str | None,
     api_key_file: Path | None,
     allowed_hosts: tuple[str, ...],
     in_process: bool,
@@ -69,4 +80,22 @@ def command(
     with bind(host, port) as listener:
         metrics = Metrics()
         engine = EngineOptions(context=context or 0, sequences=parallel)
+        if target is not None:
+            engine, in_process = _settled(bundle, target, engine, in_process)
         serve(make_backend(bundle, engine, metrics, in_process=in_process), metrics, listener, access)
+
+
+def _settled(bundle: Path, target: str, options: EngineOptions, in_process: bool) -> tuple[EngineOptions, bool]:
+    """What ``--target`` decides beside what was asked for, told in the log."""
+    from runtime.model import holds_encoder
+    from runtime.server.logs import log_event
+    from runtime.settings import Asked, choose_encoder_threads, choose_settings
+
+    if holds_encoder(bundle):
+        threads = choose_encoder_threads(target)
+        log_event("settings", {"threads": f"{threads.value}: {threads.reason}"})
+        return replace(options, threads_prefill=int(threads.value)), in_process
+    asked = Asked(options.context, options.sequences, process="own" if in_process else "any")
+    settings = choose_settings(bundle, target, asked)
+    log_event("settings", settings.lines())
+    return settings.options, settings.in_process

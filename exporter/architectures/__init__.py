@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
+from edgelm.bundle import Format
 from edgelm.errors import CheckpointError
 from exporter.architectures.base import ModelDescription
 from exporter.architectures.shared.checkpoints import describe_checkpoint
@@ -38,8 +39,10 @@ def gguf_architectures() -> tuple[str, ...]:
     return tuple(sorted({target.name for name in available() for target in family(name).targets}))
 
 
-def describe(checkpoint: Checkpoint) -> ModelDescription:
-    """The checkpoint in terms of the artefact.
+def describe(checkpoint: Checkpoint, form: Format = "gguf") -> ModelDescription:
+    """The checkpoint in terms of the artefact: what llama.cpp's graphs can hold, or what a graph of our own can.
+
+    Tensor names are GGUF's in both.
 
     Raises ``CheckpointError`` for families that are not known, else with every reason that stands in the way.
     """
@@ -50,7 +53,11 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
             f"{checkpoint.source.location} is of the architecture '{checkpoint.architecture}', which is not supported",
             hint=f"there are: {', '.join(known)}",
         )
-    return describe_gguf(checkpoint) if is_gguf else describe_checkpoint(checkpoint, family(checkpoint.architecture))
+    return (
+        describe_gguf(checkpoint)
+        if is_gguf
+        else describe_checkpoint(checkpoint, family(checkpoint.architecture), own_graph=form == "onnx")
+    )
 
 
 def embedding_names(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from edgelm.errors import UsageError
 from edgelm.progress import Progress
 from exporter.calibration import read_conversations
-from exporter.tokenizer import SourceTokenizer, open_tokenizer
+from exporter.token_identity import open_tokenizer
+from exporter.tokenizer import SourceTokenizer
 
 Ids = npt.NDArray[np.int32]
 Indices = npt.NDArray[np.int64]

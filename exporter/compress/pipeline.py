@@ -32,6 +32,7 @@ from exporter.options import ExportOptions
 from exporter.quality import Window, compare_models, cut_windows
 from exporter.reference import TransformersModel, open_torch_model
 from exporter.texts import evaluation_text
+from exporter.token_identity import open_tokenizer
 from exporter.tokenizer import SourceTokenizer
 from targets.profile import load_profile
 
@@ -371,7 +372,7 @@ def _save_plain(run: _Run, student: Any, directory: Path) -> None:
 def _compare(run: _Run, stage: str, teacher: Any, student: Any, held_out: Corpus | None) -> None:
     """Add a row for each evaluation text."""
     text = evaluation_text()
-    ids = tokenizer.open_tokenizer(run.words.tokenizer_json, "tokenizer.json").encode(
+    ids = open_tokenizer(run.words.tokenizer_json, "tokenizer.json").encode(
         text.content, add_special_tokens=False
     ).ids  # fmt: skip
     length = min(512, describe(run.checkpoint).dimensions.context_trained)

@@ -16,7 +16,7 @@ def load_engine(path: Path, options: EngineOptions) -> Engine:
     if path.suffix == ".onnx":
         from runtime.engines import onnx
 
-        return onnx.load_engine(path, options)
+        return onnx.load_any_engine(path, options)
     from runtime.engines import llamacpp
 
     return llamacpp.load_engine(path, options)

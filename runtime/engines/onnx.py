@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgelm.errors import BundleError, EngineError, UsageError
-from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits, check_chunks
+from runtime.engine import Chunk, Engine, EngineInfo, EngineInterruptedError, EngineOptions, Logits, check_chunks
+from runtime.engines.onnx_foreign import ForeignOnnxEngine, check_foreign_options, understand
 from runtime.onnx_header import FLOAT, OnnxModel, read_onnx_model
 from targets.host import default_threads, read_limits
 
@@ -61,6 +62,43 @@ class _Threads:
     count: int
     spinning: bool
     reason: str
+
+
+def load_any_engine(path: Path, options: EngineOptions) -> Engine:
+    """Load a ``model.onnx``, whoever exported it. Raises what ``load_engine`` raises."""
+    model = read_onnx_model(path)
+    return load_engine(path, options) if "edgelm.graph" in model.metadata else _load_foreign(path, model, options)
+
+
+def _load_foreign(path: Path, model: OnnxModel, options: EngineOptions) -> ForeignOnnxEngine:
+    _check_options(options)
+    graph = understand(path, model)
+    check_foreign_options(options, graph, path)
+    threads = _choose_threads(options)
+    started = time.perf_counter()
+    runtime = _load_library()
+    session = _open_session(runtime, path, threads)
+    info = EngineInfo(
+        engine="onnxruntime",
+        versions={"onnxruntime": runtime.__version__},
+        model_name=path.parent.name,
+        architecture="unknown",
+        vocabulary=graph.vocabulary,
+        context=options.context,
+        context_trained=graph.context_trained or options.context,
+        sequences=options.sequences,
+        threads_decode=threads.count,
+        threads_prefill=threads.count,
+        weights_bytes=graph.weights_bytes,
+        kv_bytes=8 * sum(graph.heads) * graph.head_size * options.context * options.sequences,
+        parameters=graph.parameters,
+        load_s=time.perf_counter() - started,
+        system=f"CPUExecutionProvider, {threads.reason}, caches that grow (a graph that EdgeLM did not export)",
+    )
+    run_options = runtime.RunOptions()
+    run_options.log_severity_level = 4
+    errors = _runtime_errors(runtime)
+    return ForeignOnnxEngine(session, run_options, errors, info, graph, all_logits=options.all_logits)
 
 
 def load_engine(path: Path, options: EngineOptions) -> OnnxEngine:
@@ -204,6 +242,11 @@ def _read_shape(path: Path, model: OnnxModel) -> _Shape:
         parameters=_count(path, model, "edgelm.parameters"),
         weights_bytes=sum(places.values()),
     )
+
+
+def context_limit(path: Path) -> int:
+    """Tokens that a model can compute. Raises ``BundleError`` when it is none that EdgeLM exported."""
+    return _count(path, read_onnx_model(path), "edgelm.context_limit")
 
 
 def _count(path: Path, model: OnnxModel, key: str) -> int:

@@ -163,7 +163,9 @@ def make_backend(path: Path, options: EngineOptions, metrics: Metrics, *, in_pro
     if holds_encoder(path):
         if options.sequences > 1:
             raise UsageError("--parallel is for models that generate", hint="an encoder shares its steps by itself")
-        return EmbeddingWorker(open_encoder(path, EncoderOptions(context=options.context)), metrics)
+        return EmbeddingWorker(
+            open_encoder(path, EncoderOptions(options.context, threads=options.threads_prefill)), metrics
+        )
     if in_process:
         return Worker(open_model(path, options), metrics)
     artifact_of(path, check_hashes=False)

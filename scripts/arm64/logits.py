@@ -1,11 +1,13 @@
 """Compute one text's logits with the engine and store them: run on the reference machine and in the ARM image.
 
-usage: logits.py TOKENS.json OUTPUT_DIRECTORY MODEL.gguf...     prints one JSON object per model
+usage: logits.py TOKENS.json OUTPUT_DIRECTORY BUNDLE...     prints one JSON object per bundle
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,23 +15,26 @@ from pathlib import Path
 import numpy as np
 
 from runtime.engine import Chunk, EngineOptions
-from runtime.engines.llamacpp import load_engine
+from runtime.engines import load_engine
+from runtime.model import artifact_of
 
 
 def main() -> None:
-    tokens_file, output, *models = (Path(argument) for argument in sys.argv[1:])
+    if os.getpid() == 1:  # qemu cannot end the first process of a container by a signal: a crash would hang
+        sys.exit(subprocess.run([sys.executable, *sys.argv], check=False).returncode and 1)
+    tokens_file, output, *bundles = (Path(argument) for argument in sys.argv[1:])
     by_family = json.loads(tokens_file.read_text(encoding="ascii"))
-    for model in models:
-        tokens = by_family[model.stem.split("-")[0]]
+    for bundle in bundles:
+        tokens = by_family[bundle.name.split("-")[0]]
         options = EngineOptions(context=256, threads_decode=2, threads_prefill=2, batch=64, all_logits=True)
-        engine = load_engine(model, options)
+        engine = load_engine(artifact_of(bundle, check_hashes=False)[0], options)
         started = time.perf_counter()
         logits = engine.forward([Chunk(0, tokens, "all")])
         seconds = time.perf_counter() - started
-        np.save(output / f"{model.stem}.npy", logits.astype(np.float32))
+        np.save(output / f"{bundle.name}.npy", logits.astype(np.float32))
         info = engine.info
-        facts = {"model": model.stem, "seconds": round(seconds, 2), "versions": info.versions, "system": info.system}
-        print(json.dumps(facts), flush=True)
+        facts = {"model": bundle.name, "seconds": round(seconds, 2), "versions": info.versions, "system": info.system}
+        print(json.dumps({**facts, "page_bytes": os.sysconf("SC_PAGESIZE")}), flush=True)
         engine.close()
 
 

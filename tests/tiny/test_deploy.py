@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
+import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import click
 import pytest
 from ssh_device import SSHD, Device, free_port, ssh_device
 from tiny_models import make_tiny_llama
@@ -40,10 +44,31 @@ def device(tmp_path: Path) -> Iterator[Device]:
         yield made
 
 
-def deploy(device: Device, *words: str) -> int:
-    return run_cli(
-        ["deploy", *words, device.destination, "--ssh-config", str(device.config), "--port", str(device.port)]
-    )
+def deploy(device: Device, *words: str, config: Path | None = None) -> int:
+    ssh = str(config or device.config)
+    return run_cli(["deploy", *words, device.destination, "--ssh-config", ssh, "--port", str(device.port)])
+
+
+@contextmanager
+def never_without_a_release(device: Device) -> Iterator[None]:
+    """Reads what is current all the time; fails when it is ever missing or incomplete."""
+    done, problems = threading.Event(), []
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            try:
+                json.loads((device.root / "current/bundle/manifest.json").read_bytes())
+            except (OSError, ValueError) as error:  # noqa: PERF203
+                problems.append(error)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+    assert not problems
 
 
 def identity(bundle: Path) -> str:
@@ -62,17 +87,19 @@ def test_a_bundle_goes_out_and_its_report_comes_home(
     assert document["previous"] is None
     assert document["sent_bytes"] == sum(path.stat().st_size for path in first.iterdir())
     for path in first.iterdir():
-        assert (device.root / "current" / path.name).read_bytes() == path.read_bytes()
+        assert (device.root / "current/bundle" / path.name).read_bytes() == path.read_bytes()
     measured = read_report(report)
     assert measured.decode_tps is not None
     assert measured.settings.prompt_tokens == 128
     assert run_cli(["compare", str(report), "--json"]) == 0
     capfd.readouterr()
 
-    assert deploy(device, str(second), "--no-bench", "--json") == 0
+    with never_without_a_release(device):
+        assert deploy(device, str(second), "--no-bench", "--json") == 0
     assert json.loads(capfd.readouterr().out)["previous"] == identity(first)
     assert device.current() == identity(second)
-    assert deploy(device, "--rollback", "--json") == 0
+    with never_without_a_release(device):
+        assert deploy(device, "--rollback", "--json") == 0
     back = json.loads(capfd.readouterr().out)
     assert (back["bundle"], back["previous"]) == (identity(first), identity(second))
     assert device.current() == identity(first)
@@ -89,9 +116,80 @@ def test_what_is_there_already_is_not_sent_again(
     assert deploy(device, str(bundle), "--no-bench", "--json") == 0
     total = sum(path.stat().st_size for path in bundle.iterdir())
     assert json.loads(capfd.readouterr().out)["sent_bytes"] == total - len(model) // 2
-    assert (device.root / "current/model.gguf").read_bytes() == model
+    assert (device.root / "current/bundle/model.gguf").read_bytes() == model
     assert deploy(device, str(bundle), "--no-bench", "--json") == 0
     assert json.loads(capfd.readouterr().out)["sent_bytes"] == 0
+
+
+def test_a_transfer_that_was_cut_off_goes_on(
+    device: Device, bundles: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    bundle = bundles[1]
+    total = sum(path.stat().st_size for path in bundle.iterdir())
+    assert deploy(device, str(bundle), "--no-bench", config=device.cut_after(total // 2)) == 1
+    errors = capfd.readouterr().err
+    assert "error: the connection to board was lost while model.gguf was sent" in errors
+    assert "hint: do the same again" in errors
+    assert not (device.root / "current").exists()
+    arrived = (device.root / "incoming" / identity(bundle) / "model.gguf").stat().st_size
+    assert arrived > 0
+    assert deploy(device, str(bundle), "--no-bench", "--json") == 0
+    assert json.loads(capfd.readouterr().out)["sent_bytes"] <= total - arrived
+    assert (device.root / "current/bundle/model.gguf").read_bytes() == (bundle / "model.gguf").read_bytes()
+
+
+def write_wheel(directory: Path, *, version: str) -> None:
+    """EdgeLM as a wheel whose dependencies are those of this environment, found by a path file."""
+    repository, information = Path(__file__).resolve().parents[2], f"edgelm-{version}.dist-info"
+    directory.mkdir()
+    files: dict[str, bytes] = {}
+    for package in ("edgelm", "runtime", "targets"):
+        for path in (repository / package).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                files[path.relative_to(repository).as_posix()] = path.read_bytes()
+    files["dependencies.pth"] = f"{Path(click.__file__).parents[1]}\n".encode()
+    files[f"{information}/METADATA"] = f"Metadata-Version: 2.1\nName: edgelm\nVersion: {version}\n".encode()
+    files[f"{information}/WHEEL"] = b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files[f"{information}/entry_points.txt"] = b"[console_scripts]\nedgelm = edgelm.cli.app:main\n"
+    files[f"{information}/RECORD"] = "".join(f"{name},,\n" for name in (*files, f"{information}/RECORD")).encode()
+    with zipfile.ZipFile(directory / f"edgelm-{version}-py3-none-any.whl", "w") as wheel:
+        for name, content in files.items():
+            wheel.writestr(name, content)
+
+
+def test_going_back_takes_the_software_along(
+    device: Device, bundles: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A bundle with wheels, the next one in a container, and back to the first with the software that served it."""
+    write_wheel(tmp_path / "wheels", version="0.0.1")
+    assert deploy(device, str(bundles[0]), "--wheels", str(tmp_path / "wheels"), "--no-bench") == 0
+    software = (device.root / "current/software").resolve()
+    assert software.parent == (device.root / "software").resolve()
+    start = device.root / "current/start"
+    assert f"{software}/bin/edgelm serve" in start.read_text()
+    assert "--target auto" in start.read_text()
+
+    assert deploy(device, str(bundles[1]), "--image", "edgelm:test") == 1
+    assert "has neither docker nor podman" in capfd.readouterr().err or shutil.which("docker") or shutil.which("podman")
+    device.with_docker()
+    assert deploy(device, str(bundles[1]), "--image", "other:test") == 1
+    assert "board has no image other:test" in capfd.readouterr().err
+    report = tmp_path / "report.json"
+    assert deploy(device, str(bundles[1]), "--image", "edgelm:test", "-o", str(report)) == 0
+    assert read_report(report).decode_tps is not None
+    run = [line for line in (device.home / "docker.log").read_text().splitlines() if line.startswith("run ")]
+    assert [line.split(" sha256:0123abcd ")[1].split()[0] for line in run] == ["bench", "serve"]
+    for wanted in ("--read-only", "--cap-drop ALL", "--security-opt no-new-privileges", "--user"):
+        assert all(wanted in line for line in run)
+    assert not (device.root / "current/software").exists()
+
+    assert deploy(device, "--rollback") == 0
+    assert device.current() == identity(bundles[0])
+    assert (device.root / "current/software").resolve() == software
+    assert (software / "bin/edgelm").exists()
+    unit = (device.home / ".config/systemd/user/edgelm.service").read_text()
+    assert "RestartPreventExitStatus=2 4" in unit
+    assert deploy(device, str(bundles[0]), "--image", "edgelm:test", "--wheels", str(tmp_path)) == 2
 
 
 def test_a_damaged_file_is_named_and_never_becomes_current(
@@ -109,7 +207,7 @@ def test_a_damaged_file_is_named_and_never_becomes_current(
     assert deploy(device, str(bundle), "--no-bench") == 0
     assert device.current() == identity(bundle)
 
-    served = device.root / "current/model.gguf"  # a worn SD card: what is served went bad after it arrived
+    served = device.root / "current/bundle/model.gguf"  # a worn SD card: what is served went bad after it arrived
     served.unlink()
     served.write_bytes(bytes(size))
     assert deploy(device, str(bundle), "--no-bench") == 1
@@ -150,7 +248,7 @@ def test_wrong_ways_are_named(device: Device, bundles: tuple[Path, Path], capfd:
     assert deploy(device, bundle) == 1
     assert "EdgeLM is not installed" in capfd.readouterr().err
     assert deploy(device, "--rollback") == 1
-    assert "there is no earlier bundle" in capfd.readouterr().err
+    assert "there is no earlier release" in capfd.readouterr().err
     device.config.write_text(f"Host board\n  HostName 127.0.0.1\n  Port {free_port()}\n  BatchMode yes\n")
     assert deploy(device, bundle) == 1
     assert "board cannot be reached" in capfd.readouterr().err

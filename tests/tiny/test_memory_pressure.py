@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_models import make_tiny_llama
@@ -14,8 +18,10 @@ from tiny_models import make_tiny_llama
 from edgelm.bundle import Choice
 from edgelm.cli.app import run_cli
 from edgelm.errors import DoesNotFitError
+from edgelm.units import parse_size
 from runtime.engine import EngineOptions
 from runtime.model import open_model
+from runtime.settings import Asked, choose_settings
 
 pytestmark = pytest.mark.tiny
 
@@ -85,11 +91,92 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(group: Path, b
     assert "hint: use a smaller model or quantisation" in result.stderr
 
 
+@pytest.fixture(scope="module")
+def thirsty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with a large cache: 64 sequences of 1,024 tokens take 1 GiB at f16, 544 MiB at q8_0."""
+    directory = tmp_path_factory.mktemp("thirsty")
+    source = str(make_tiny_llama(directory / "checkpoint", hidden=256, layers=16, heads=4, kv_heads=4))
+    path = directory / "bundle"
+    words = ["--quant", "Q8_0", "--context", "1024", "--no-verify"]
+    assert run_cli(["export", source, *words, "-o", str(path)]) == 0
+    return path
+
+
+def test_a_server_takes_the_memory_that_is_there(group: Path, thirsty: Path) -> None:
+    arguments = ["serve", str(thirsty), "--target", "auto", "--parallel", "64", "--port", "0"]
+    command = ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh", sys.executable, "-m", "edgelm"]
+    server = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert server.stderr is not None
+    try:
+        events, told = {}, []
+        for line in server.stderr:
+            told.append(line)
+            if line.startswith("{"):
+                event = json.loads(line)
+                events[event["event"]] = event
+            if "listening" in events:
+                break
+        assert "listening" in events, told
+        settled = events["settings"]
+        answer = _chat(events["listening"]["url"])
+        assert answer["usage"]["completion_tokens"] >= 1
+        status = Path(f"/proc/{server.pid}/status").read_text(encoding="ascii")
+    finally:
+        server.terminate()
+        code = server.wait(timeout=60)
+        server.stderr.close()
+    assert code == 0
+    limit = int(_limit_file(group).read_text())
+    assert settled["kv_type"].startswith("q8_0: memory is short")
+    assert _limit_file(group).name in settled["kv_type"]
+    context, reason = settled["context"].split(": ", 1)
+    if limit == 2**30:
+        assert (context, reason) == ("1024", "the bundle's plan")
+    else:
+        assert 512 <= int(context) < 1024
+        assert reason.startswith("1024 would need")
+    swapped = re.search(r"VmSwap:\s+(\d+) kB", status)
+    assert swapped
+    assert int(swapped[1]) == 0
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert peak
+    assert int(peak[1]) * 1024 < limit
+
+
+def _chat(url: str) -> dict[str, Any]:
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        document: dict[str, Any] = json.load(response)
+    return document
+
+
+def test_an_onnx_model_gets_settings_that_its_engine_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = str(make_tiny_llama(tmp_path / "checkpoint", hidden=256, layers=4, heads=4, kv_heads=4))
+    path = tmp_path / "bundle"
+    words = ["--format", "onnx", "--quant", "int8", "--context", "1024", "--no-verify"]
+    assert run_cli(["export", source, *words, "-o", str(path)]) == 0
+    roomy = choose_settings(path, "auto", Asked(sequences=8))
+    assert roomy.options.context == 1024
+    assert roomy.lines()["kv_type"].startswith("f32: ")
+    assert roomy.options.threads_decode == roomy.options.threads_prefill
+    free = int(parse_size(str(roomy.reasons["memory"].value).replace(" ", "")) - 2**23)
+    told = Choice(value=free, reason="a test says so")
+    monkeypatch.setattr("runtime.settings.memory_for_model", lambda: told)
+    tight = choose_settings(path, "auto", Asked(sequences=8))
+    assert 512 <= tight.options.context < 1024
+    model = open_model(path, tight.options)
+    assert model.engine.info.context == tight.options.context
+    model.close()
+
+
 def test_a_context_that_fits_is_offered(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = (bundle / "model.gguf").stat().st_size
     per_token = 2 * 2 * 16 * 2 * 2  # layers x KV heads x head size x keys and values x bytes of f16
     free = weights + 64 * 2**20 + 600 * per_token
-    monkeypatch.setattr("runtime.model.available_memory", lambda: Choice(value=free, reason="a test says so"))
+    monkeypatch.setattr("runtime.model.memory_for_model", lambda: Choice(value=free, reason="a test says so"))
     with pytest.raises(DoesNotFitError, match="a test says so") as caught:
         open_model(bundle, EngineOptions(context=1024))
     assert caught.value.hint == "use --context 512"

@@ -115,6 +115,11 @@ def test_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     found = json.loads(capsys.readouterr().out)
     assert [item["quant"] for item in found["candidates"]] == ["int8", "int4-mixed", "int4"]
     assert {item["format"] for item in found["candidates"]} == {"onnx"}
+    assert run_cli(["plan", str(source), "--json"]) == 0
+    both = json.loads(capsys.readouterr().out)
+    shown = {(item["format"], item["quant"]) for item in both["candidates"]}
+    assert {("gguf", "Q4_K_M"), ("onnx", "int8"), ("onnx", "int4")} <= shown
+    assert all(item["predicted"]["decode_tps"] > 0 for item in both["candidates"])
 
 
 def test_limits_hold_and_leave_nothing(source: Path, tmp_path: Path) -> None:

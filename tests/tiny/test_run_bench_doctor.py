@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -236,6 +237,20 @@ def test_a_hanging_engine_is_given_up(gguf: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sys, "executable", str(hanging))
     with pytest.raises(ProbeError, match=r"did not finish .* in 0\.2 s"):
         probe(gguf, timeout_s=0.2)
+
+
+def test_an_engine_that_crashes_while_it_is_imported_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    package = tmp_path / "onnxruntime"
+    package.mkdir()
+    (package / "__init__.py").write_text("import os\nos.kill(os.getpid(), 11)\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    code, out, _ = edgelm("doctor", "--json", capfd=capfd)
+    told = [item for item in json.loads(out)["findings"] if "ONNX bundles cannot be run here" in item["detail"]]
+    assert code == 0
+    assert [item["status"] for item in told] == ["warning"]
+    assert "segmentation fault (SIGSEGV) while it was imported" in told[0]["detail"]
 
 
 def test_cpu_features_that_lie_idle_are_told() -> None:

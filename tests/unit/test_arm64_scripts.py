@@ -7,11 +7,19 @@ import csv
 import hashlib
 import importlib
 import io
+import re
+import struct
+import sys
 import zipfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 VARIANTS = """\
@@ -114,3 +122,65 @@ def test_containers_are_locked_down(image_script: ModuleType, monkeypatch: pytes
     words = " ".join(image_script.container_options(memory="1g", cpu="cortex-a72", mounts=["/a:/b:ro"]))
     for wanted in ("--read-only", "--cap-drop ALL", "--network none", "--memory-swap 1g", "QEMU_CPU=cortex-a72"):
         assert wanted in words
+
+
+def test_every_imitated_processor_shows_its_own_cpuinfo(
+    scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proof = importlib.import_module("arm64_proof")
+    monkeypatch.setattr(proof, "CACHE", tmp_path)
+    monkeypatch.setattr(proof, "is_arm", lambda: False)
+    monkeypatch.setattr("arm64_image.engine", lambda: ["podman"])
+    assert set(proof.CPUINFO) == set(proof.PROCESSORS)
+    for processor, (kernels, _) in proof.PROCESSORS.items():
+        text = proof.processor_file(processor).read_text()
+        assert ("asimddp" in text) == (kernels != "armv8.0_1")
+        assert ("i8mm" in text) == kernels.startswith("armv8.6")
+        assert f"{proof.processor_file(processor)}:/proc/cpuinfo:ro" in proof.options_on(processor, "1g", [])
+
+
+def test_the_proof_names_what_misses_its_limit(scripts: None) -> None:
+    proof = importlib.import_module("arm64_proof")
+    row = {"processor": "cortex-a76", "model": "tiny-gguf-f32", "kernels": "armv8.2_2", "kl_mean": 9e-5}
+    onnx = {**row, "model": "tiny-onnx-int8", "kernels": None, "kl_mean": 9e-3}
+    assert proof.failures({"logits": [row, onnx]}) == []
+    missed = proof.failures({"logits": [{**row, "kl_mean": 2e-4}, {**onnx, "kl_mean": float("nan")}]})
+    assert [sentence.split(":")[0] for sentence in missed] == [
+        "tiny-gguf-f32 on cortex-a76",
+        "tiny-onnx-int8 on cortex-a76",
+    ]
+    pages = {"files": 1, "segments": 4, "alignment_min_bytes": 4096, "tiny": {"page_bytes": 4096, "kl_mean": 0.0}}
+    assert len(proof.failures({"large_pages": pages})) == 2
+    warned = {"processor": "cortex-a72", "healthy": True, "broken": [], "features": {"status": "warning"}}
+    assert len(proof.failures({"doctor": [warned]})) == 1
+
+
+def test_segments_of_an_elf_file_are_read(scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS / "arm64"))
+    segments = importlib.import_module("segments")
+    header = b"\x7fELF\x02\x01".ljust(32, b"\0") + struct.pack("<QQIHHHHHH", 64, 0, 0, 64, 56, 3, 0, 0, 0)
+    entries = [struct.pack("<II5QQ", kind, 0, 0, 0, 0, 0, 0, align) for kind, align in ((1, 65536), (6, 8), (1, 4096))]
+    (tmp_path / "library.so").write_bytes(header + b"".join(entries))
+    (tmp_path / "text").write_text("#!/bin/sh\n")
+    assert segments.load_alignments(tmp_path / "library.so") == [65536, 4096]
+    assert segments.load_alignments(tmp_path / "text") == []
+
+
+def test_the_image_holds_what_edgelm_needs_at_run_time() -> None:
+    """pip resolves nothing in the image, so a dependency that is added has to be named there as well."""
+    root = SCRIPTS.parent
+    needed = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    names = {re.split(r"[<>=;~ \[]", line)[0] for line in needed if "python_version" not in line}
+    listed = (root / "docker/requirements-arm64.txt").read_text(encoding="ascii").splitlines()
+    held = {line for line in listed if line and not line.startswith("#")}
+    assert {plain(name) for name in names} <= {plain(name) for name in held}
+    pinned = {
+        plain(line.split("==")[0]) for line in (root / "constraints.txt").read_text().splitlines() if "==" in line
+    }
+    added = (root / "docker/requirements-exporter-arm64.txt").read_text(encoding="ascii").splitlines()
+    wanted = held | {line for line in added if line and not line.startswith("#")}
+    assert {plain(name) for name in wanted} <= pinned
+
+
+def plain(name: str) -> str:
+    return name.lower().replace("_", "-")

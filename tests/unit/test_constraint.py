@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_engine import EOS, VOCABULARY, FakeEngine, FakeTokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edgelm.errors import UsageError
 from runtime.constraint import (
@@ -34,6 +36,24 @@ TREE = {
     "$defs": {"node": {"type": "object", "properties": {"child": {"$ref": "#/$defs/node"}}}},
     "$ref": "#/$defs/node",
 }
+
+
+_WORDS = (
+    "type",
+    "properties",
+    "required",
+    "items",
+    "minItems",
+    "anyOf",
+    "allOf",
+    "oneOf",
+    "$ref",
+    "$defs",
+    "enum",
+    "a",
+)
+_RARER = ("const", "pattern", "minimum", "maxLength", "additionalProperties", "prefixItems", "x-guidance", "format")
+_KEYWORDS = st.sampled_from((*_WORDS, *_RARER))
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +114,10 @@ def wide(count: int) -> dict[str, Any]:
 
 
 DOUBLING = "\n".join(f"A{index + 1}: A{index} A{index}" for index in range(30))
+CHAIN = {
+    "$defs": {f"a{index}": {"$ref": f"#/$defs/a{index + 1}"} for index in range(700)},
+    "$ref": "#/$defs/a0",
+}
 ALL_OF = {"allOf": [{"oneOf": [{"properties": {f"{x}{i}": {"type": "string"}}} for x in "ab"]} for i in range(20)]}
 
 
@@ -112,6 +136,7 @@ ALL_OF = {"allOf": [{"oneOf": [{"properties": {f"{x}{i}": {"type": "string"}}} f
         lambda: json_schema_grammar({"type": "array", "uniqueItems": True}),
         lambda: json_schema_grammar({"type": "string", "pattern": "(?=x)a"}),
         lambda: json_schema_grammar(ALL_OF),
+        lambda: json_schema_grammar(CHAIN),
         lambda: regex_grammar("(" * 60_000 + "a" + ")" * 60_000),
         lambda: regex_grammar("(" * 1000 + "a" + ")" * 1000),
         lambda: regex_grammar("(a"),
@@ -199,3 +224,25 @@ def test_compiled_grammars_are_kept_apart(vocabulary: ConstraintVocabulary) -> N
 def test_a_model_without_an_end_cannot_be_constrained() -> None:
     with pytest.raises(ConstraintError, match="ends an answer"):
         ConstraintVocabulary(FakeTokenizer(), VOCABULARY, frozenset({INTEGER_LIMIT}))
+
+
+_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 10**20)
+    | st.text(max_size=4)
+    | st.sampled_from(["object", "#", "#/$defs/a"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYWORDS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(schema=st.dictionaries(_KEYWORDS, _VALUES, max_size=5))
+def test_any_document_is_a_grammar_or_a_sentence(schema: dict[str, Any]) -> None:
+    try:
+        grammar = json_schema_grammar(schema)
+    except UsageError as error:
+        assert error.message  # noqa: PT017 (either outcome is right, anything else is not)
+    else:
+        assert grammar.startswith("start: ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from targets.bandwidth import ForeignLoad, ReadBandwidth, measure_read_bandwidth
 from targets.host import (
     available_memory,
     cpu_layout,
+    cpu_name,
     default_threads,
     detect_host,
     host_record,
@@ -163,11 +165,33 @@ def test_the_instruction_set_names_the_kernels(machine: Machine, flags: str, fam
     assert kernel_family(instruction_set(machine.root)) == family
 
 
+@pytest.mark.parametrize(
+    ("hwcap", "hwcap2", "features"),
+    [
+        (0x8FF, 0, ("neon",)),  # Cortex-A72
+        (0x119FFF, 0, ("neon", "dotprod", "fp16")),  # Cortex-A76
+        (0x119FFF | 1 << 22, 1 << 1 | 1 << 13 | 1 << 14, ("neon", "dotprod", "fp16", "i8mm", "bf16", "sve", "sve2")),
+    ],
+)
+def test_an_arm_processor_is_known_by_what_the_kernel_grants(
+    machine: Machine, hwcap: int, hwcap2: int, features: tuple[str, ...]
+) -> None:
+    # Under emulation /proc/cpuinfo is the file of the machine beneath, as this one of an x86 processor.
+    vector = struct.pack("<8Q", 16, hwcap, 6, 4096, 26, hwcap2, 0, 0)
+    machine.put("proc/self/auxv", "")
+    (machine.root / "proc/self/auxv").write_bytes(vector)
+    assert instruction_set(machine.root, "aarch64") == features
+    assert cpu_name(machine.root, "aarch64") == "aarch64, emulated on Test CPU @ 2.00GHz"
+    assert instruction_set(machine.root, "x86_64") == ("avx", "avx2", "fma", "f16c")
+    assert cpu_name(machine.root, "x86_64") == "Test CPU @ 2.00GHz"
+
+
 def test_garbage_in_kernel_files_is_survived(machine: Machine) -> None:
     for name in (
         "proc/self/cgroup",
         "proc/self/status",
         "proc/cpuinfo",
+        "proc/self/auxv",
         "sys/devices/system/cpu/online",
         "sys/devices/system/cpu/cpu0/cpu_capacity",
         "sys/fs/cgroup/memory.max",

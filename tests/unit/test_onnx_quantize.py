@@ -90,7 +90,8 @@ def description(layers: int = 8) -> ModelDescription:
         TensorDescription("output_norm.weight", "n", (64,)),
     ]
     tensors += [TensorDescription(name, name, (64, 64)) for name in matrices]
-    return ModelDescription("llama", Dimensions(layers, 64, 4, 4, 16, 64, 100, 128, True), {}, tuple(tensors))
+    metadata = {"llama.attention.layer_norm_rms_epsilon": 1e-5}
+    return ModelDescription("llama", Dimensions(layers, 64, 4, 4, 16, 64, 100, 128, True), metadata, tuple(tensors))
 
 
 def test_recipes_spend_bits_where_they_say() -> None:

@@ -108,7 +108,7 @@ def test_rows_without_a_token_are_filled(tmp_path: Path) -> None:
 
 
 WRONG: list[tuple[Callable[[dict[str, Any]], object], str]] = [
-    (lambda document: document["model"].update(type="Unigram"), "of type Unigram"),
+    (lambda document: document["model"].update(type="WordLevel"), "of type WordLevel"),
     (
         lambda document: document.update(pre_tokenizer={"type": "Whitespace"}),
         "neither a BPE of bytes nor one that falls back to them",
@@ -117,7 +117,7 @@ WRONG: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda document: document["model"].update(dropout=0.1), "drops merges at random"),
     (lambda document: document["model"].update(merges=[]), "has no merges"),
     (lambda document: document.update(added_tokens=[{"id": "x"}]), "holds no valid tokenizer"),
-    (lambda document: document.pop("model"), "only BPE is supported"),
+    (lambda document: document.pop("model"), "only BPE, WordPiece and Unigram are supported"),
 ]
 
 

@@ -23,7 +23,7 @@ from exporter.architectures.base import (
     config_number,
 )
 from exporter.architectures.shared.encoders import describe_encoder, encoder_metadata
-from exporter.architectures.shared.family import Family, Rule, Target
+from exporter.architectures.shared.family import OWN_GRAPH, Family, Rule, Target
 from exporter.architectures.shared.problems import Problems
 from exporter.architectures.shared.rope import RopeDescription, describe_rope
 from exporter.architectures.shared.windows import attention_windows
@@ -76,8 +76,14 @@ class _Source:
         return f"{self.family.head}.weight"
 
 
-def describe_checkpoint(checkpoint: Checkpoint, family: Family) -> ModelDescription:
-    """Describe a checkpoint of a family. Raises ``CheckpointError`` with every setting and tensor in the way."""
+def describe_checkpoint(checkpoint: Checkpoint, family: Family, *, own_graph: bool = False) -> ModelDescription:
+    """Describe a checkpoint of a family. ``own_graph``: for a graph drawn for it, which llama.cpp's limits do not bind.
+
+    Raises ``CheckpointError`` with every setting and tensor in the way.
+    """
+    if own_graph and not family.encoder:
+        target = replace(OWN_GRAPH, name=family.targets[0].name, adjacent=family.adjacent)
+        family = replace(family, targets=(target,), check=None)
     problems = Problems(checkpoint.source.location)
     checkpoint = _text_part(checkpoint, family)
     source = _Source(checkpoint, family)

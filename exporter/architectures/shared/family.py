@@ -61,6 +61,8 @@ class Target:
 LLAMA = Target("llama", adjacent=True, factors=("llama3",))
 DECI = Target("deci", adjacent=True, uneven=True, factors=("llama3",))
 """Llama with widths of its own in every layer (made for Nemotron); it takes the tensors of a llama."""
+OWN_GRAPH = Target("", uneven=True, windows=True, factors=("llama3", "longrope"))
+"""A graph that is drawn for the checkpoint instead of being llama.cpp's; takes the name of a family's first target."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,282 @@
+"""Our ONNX engine and exporter against their peers, in turn, at equal threads; peers that are missing are named.
+
+Speed and peak RSS of whole processes: ours; onnxruntime-genai's generator on the same graph and weights (only its
+inputs are put into genai's form, and it computes logits of all positions, as genai wants them); ORTModelForCausalLM on
+an optimum export (float32, and optimum's dynamic int8); our GGUF engine on bundles whose KL is printed beside. Export:
+time and peak RSS against ``optimum-cli export onnx`` and genai's model builder.
+
+    python -m venv /tmp/genai && /tmp/genai/bin/pip install onnxruntime-genai
+    python benchmarks/onnx_side_by_side.py DIRECTORY --genai /tmp/genai/bin/python --rounds 7
+
+Genai's builder needs torch, transformers and onnx_ir beside it; without them only its generator is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from measure import Run, edgelm, run, save
+
+WORKERS = Path(__file__).with_name("onnx_workers.py")
+ONNX_QUANTS, GGUF_QUANTS = ("fp32", "int8", "int4"), ("Q8_0", "Q4_K_M")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One contestant: a command whose output is JSON, and how to read rates from it."""
+
+    name: str
+    case: str
+    command: list[str]
+    rates: Callable[[dict[str, Any]], dict[str, float]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("source", type=Path, help="a Hugging Face directory")
+    parser.add_argument("--genai", type=Path, help="a Python interpreter that has onnxruntime-genai")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--export-rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("-p", "--prompt", type=int, default=512)
+    parser.add_argument("-n", "--generated", type=int, default=128)
+    arguments = parser.parse_args()
+    missing: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="onnx-bench-") as directory:
+        work = Path(directory)
+        rows = exports(arguments, work, missing)
+        rows += speeds(arguments, sides(arguments, work, missing))
+    rows += [{"missing": text} for text in missing]
+    name = f"onnx_side_by_side-{arguments.source.resolve().name}"
+    path = save(name, rows)
+    summarise(rows)
+    for text in missing:
+        print(f"missing: {text}")
+    print(f"raw rows: {path}")
+
+
+# --- exports
+
+
+def exports(arguments: argparse.Namespace, work: Path, missing: list[str]) -> list[dict[str, Any]]:
+    """Rows of export time and RSS, unverified as the peers' are. The optimum export stays for the speed rows."""
+    source = str(arguments.source)
+    commands = {
+        "edgelm fp32": edgelm("export", source, "--format", "onnx", "--quant", "fp32", "--no-verify", "-o"),
+        "edgelm int4": edgelm("export", source, "--format", "onnx", "--quant", "int4", "--no-verify", "-o"),
+    }
+    if can_import(sys.executable, "optimum.exporters.onnx"):
+        optimum = ["-m", "optimum.exporters.onnx", "--model", source, "--task", "text-generation-with-past"]
+        commands["optimum fp32"] = [sys.executable, *optimum]
+    else:
+        missing.append("optimum-onnx (pip install 'edgelm[export]')")
+    if arguments.genai is None or not can_import(arguments.genai, "onnxruntime_genai"):
+        missing.append("onnxruntime-genai: name an interpreter that has it with --genai")
+    elif not can_import(arguments.genai, "onnxruntime_genai.models.builder"):
+        missing.append(f"genai's model builder: {arguments.genai} lacks torch, transformers or onnx_ir")
+    else:
+        builder = ["-m", "onnxruntime_genai.models.builder", "-i", source, "-p", "int4", "-e", "cpu"]
+        commands["genai int4"] = [str(arguments.genai), *builder, "-c", str(work / "cache"), "-o"]
+    rows = []
+    for number in range(arguments.export_rounds):
+        order = list(commands) if number % 2 else list(commands)[::-1]
+        for name in order:
+            finished = run([*commands[name], str(work / f"{name.replace(' ', '-')}-{number}")])
+            rows.append({"kind": "export", "round": number, "side": name, **accounted(finished)})
+    return rows
+
+
+def can_import(python: Path | str, module: str) -> bool:
+    """Whether an interpreter can import a module."""
+    return subprocess.run([str(python), "-c", f"import {module}"], capture_output=True, check=False).returncode == 0
+
+
+def accounted(finished: Run) -> dict[str, Any]:
+    return {"wall_s": finished.wall_s, "cpu_s": finished.cpu_s, "peak_rss_bytes": finished.peak_rss_bytes}
+
+
+# --- speed
+
+
+def sides(arguments: argparse.Namespace, work: Path, missing: list[str]) -> list[Side]:
+    """Everybody who can take part, with bundles and folders made."""
+    found: list[Side] = []
+    counts = ["-p", str(arguments.prompt), "-n", str(arguments.generated)]
+    threads = ["--threads", str(arguments.threads), "--threads-prefill", str(arguments.threads)]
+    for form, quants in (("onnx", ONNX_QUANTS), ("gguf", GGUF_QUANTS)):
+        for quant in quants:
+            bundle = work / f"bundle-{form}-{quant}"
+            run(edgelm("export", str(arguments.source), "--format", form, "--quant", quant, "-o", str(bundle)))
+            quality = json.loads((bundle / "manifest.json").read_text())["quality"]
+            print(f"{form} {quant}: mean KL {quality['kl_mean']:.4f}")
+            command = edgelm("bench", str(bundle), *counts, "-r", "1", *threads, "--json")
+            found.append(Side(f"edgelm {form}", quant, command, _own_rates))
+            if form == "onnx" and arguments.genai is not None and can_import(arguments.genai, "onnxruntime_genai"):
+                folder = work / f"genai-{quant}"
+                genai_folder(bundle, folder, arguments.threads, arguments.prompt + arguments.generated + 8)
+                found.append(_worker("genai", quant, folder, arguments, str(arguments.genai)))
+    exported = work / "optimum-fp32-0"
+    if (exported / "model.onnx").is_file():
+        found.append(_worker("optimum", "fp32", exported, arguments, sys.executable))
+        int8 = work / "optimum-int8"
+        dynamic_int8(exported, int8)
+        found.append(_worker("optimum", "int8", int8, arguments, sys.executable))
+    return found
+
+
+def _own_rates(report: dict[str, Any]) -> dict[str, float]:
+    return {name: report[name]["median"] for name in ("prefill_tps", "decode_tps")}
+
+
+def _worker(side: str, case: str, folder: Path, arguments: argparse.Namespace, python: str) -> Side:
+    counts = ["-p", str(arguments.prompt), "-n", str(arguments.generated), "--threads", str(arguments.threads)]
+    return Side(side, case, [python, str(WORKERS), side, str(folder), *counts], dict)
+
+
+def speeds(arguments: argparse.Namespace, contestants: Sequence[Side]) -> list[dict[str, Any]]:
+    """Rows of rates and peak RSS; who goes first alternates, so that a drifting machine favours nobody."""
+    rows = []
+    for number in range(arguments.rounds):
+        for side in contestants if number % 2 else contestants[::-1]:
+            finished = run(side.command)
+            rates = side.rates(json.loads(finished.stdout[finished.stdout.index("{") :]))
+            rows.append(
+                {"kind": "speed", "round": number, "side": side.name, "case": side.case, "threads": arguments.threads}
+                | rates
+                | accounted(finished)
+            )
+    return rows
+
+
+def dynamic_int8(exported: Path, destination: Path) -> None:
+    """The optimum export in onnxruntime's dynamic int8, per channel."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    shutil.copytree(exported, destination, ignore=shutil.ignore_patterns("*.onnx", "*.onnx_data"))
+    quantize_dynamic(exported / "model.onnx", destination / "model.onnx", per_channel=True, weight_type=QuantType.QInt8)
+
+
+def genai_folder(bundle: Path, folder: Path, threads: int, context: int) -> None:
+    """Our graph behind genai's inputs: attention_mask tells lengths, logits are of all positions."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    folder.mkdir()
+    for name in ("model.onnx.data", "tokenizer.json"):
+        shutil.copyfile(bundle / name, folder / name)  # a link would make the bundle one that is refused
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    graph = model.graph
+    replaced = ("seqlens_k", "total_sequence_length", "logit_rows")
+    inputs = [item for item in graph.input if item.name not in replaced]
+    inputs.insert(1, helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"]))
+    constants = {"g.zero": (0, []), "g.one": (1, []), "g.axis": (1, [1]), "g.flat": (-1, [1])}
+    for name, (value, shape) in constants.items():
+        graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, shape, [value]))
+    vocabulary = next(item for item in graph.output if item.name == "logits").type.tensor_type.shape.dim[1].dim_value
+    graph.initializer.append(helper.make_tensor("g.words", TensorProto.INT64, [1], [vocabulary]))
+    before = [
+        helper.make_node("ReduceSum", ["attention_mask", "g.axis"], ["g.lengths"], keepdims=0),
+        helper.make_node("Sub", ["g.lengths", "g.one"], ["g.last"]),
+        helper.make_node("Cast", ["g.last"], ["seqlens_k"], to=TensorProto.INT32),
+        helper.make_node("Shape", ["attention_mask"], ["g.total1"], start=1, end=2),
+        helper.make_node("Squeeze", ["g.total1"], ["g.total"]),
+        helper.make_node("Cast", ["g.total"], ["total_sequence_length"], to=TensorProto.INT32),
+        helper.make_node("Size", ["input_ids"], ["g.count"]),
+        helper.make_node("Range", ["g.zero", "g.count", "g.one"], ["logit_rows"]),
+    ]
+    for node in graph.node:
+        node.output[:] = ["g.rows" if name == "logits" else name for name in node.output]
+    after = [
+        helper.make_node("Shape", ["input_ids"], ["g.shape"]),
+        helper.make_node("Concat", ["g.shape", "g.words"], ["g.logits_shape"], axis=0),
+        helper.make_node("Reshape", ["g.rows", "g.logits_shape"], ["logits"]),
+    ]
+    outputs = [item for item in graph.output if item.name != "logits"]
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", vocabulary])
+    built = helper.make_graph(
+        [*before, *graph.node, *after], "decoder", inputs, [logits, *outputs], initializer=list(graph.initializer)
+    )
+    wrapped = helper.make_model(built, opset_imports=model.opset_import, ir_version=model.ir_version)
+    (folder / "model.onnx").write_bytes(wrapped.SerializeToString())
+    (folder / "genai_config.json").write_text(json.dumps(genai_config(graph, vocabulary, threads, context)))
+
+
+def genai_config(graph: Any, vocabulary: int, threads: int, context: int) -> dict[str, Any]:
+    """What genai wants to know of a graph."""
+    caches = [item for item in graph.input if item.name.endswith(".key")]
+    shape = [dimension.dim_value for dimension in caches[0].type.tensor_type.shape.dim]
+    heads = next(
+        attribute.i
+        for node in graph.node
+        if node.op_type == "GroupQueryAttention"
+        for attribute in node.attribute
+        if attribute.name == "num_heads"
+    )
+    decoder = {
+        "session_options": {"intra_op_num_threads": threads, "log_id": "bench", "provider_options": []},
+        "filename": "model.onnx",
+        "head_size": shape[3],
+        "hidden_size": heads * shape[3],
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+        "num_attention_heads": heads,
+        "num_hidden_layers": len(caches),
+        "num_key_value_heads": shape[1],
+    }
+    model = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "context_length": context, "type": "llama"}
+    search = {"max_length": context, "past_present_share_buffer": True, "do_sample": False}
+    return {"model": {**model, "vocab_size": vocabulary, "decoder": decoder}, "search": search}
+
+
+# --- summary
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> None:
+    """Medians, and the ratio of medians to ours in the same class."""
+
+    def median(kind: str, side: str, case: str | None, field: str) -> float:
+        return statistics.median(
+            row[field]
+            for row in rows
+            if row.get("kind") == kind and row["side"] == side and case in (None, row.get("case"))
+        )
+
+    for side in dict.fromkeys(row["side"] for row in rows if row.get("kind") == "export"):
+        wall, peak = (median("export", side, None, field) for field in ("wall_s", "peak_rss_bytes"))
+        print(f"export {side}: {wall:.1f} s, {peak / 2**20:.0f} MiB")
+    seen = dict.fromkeys((row["side"], row["case"]) for row in rows if row.get("kind") == "speed")
+    for side, case in seen:
+        fields = [median("speed", side, case, name) for name in ("prefill_tps", "decode_tps", "peak_rss_bytes")]
+        told = (
+            f"{side} {case}: prompt {fields[0]:.0f}, decode {fields[1]:.1f} tokens/s, peak {fields[2] / 2**20:.0f} MiB"
+        )
+        if side in ("genai", "optimum") and ("edgelm onnx", case) in seen:
+            own = [median("speed", "edgelm onnx", case, name) for name in ("prefill_tps", "decode_tps")]
+            peak = median("speed", "edgelm onnx", case, "peak_rss_bytes")
+            told += f"; ours / theirs: prompt {own[0] / fields[0]:.2f}, decode {own[1] / fields[1]:.2f}"
+            told += f", peak {peak / fields[2]:.2f}"
+        print(told)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Every family as ONNX against transformers, and what graphs cannot express."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+
+from edgelm.errors import CheckpointError
+from exporter.architectures import available, describe, family
+from exporter.checkpoint import open_checkpoint, open_source
+from exporter.onnx_layout import structure_of
+from exporter.options import ExportOptions
+from exporter.pipeline import export
+from runtime.engine import Chunk, EngineOptions
+from runtime.engines.onnx import load_engine
+from tests.onnx_parity import ONNX_ROWS, REFUSED, measure, write_model
+from tests.parity import ROWS, VOCABULARY, Row, make_checkpoint
+
+pytestmark = [pytest.mark.tiny, pytest.mark.reference]
+DOCUMENT = Path(__file__).parents[2] / "docs" / "onnx-architectures.md"
+
+
+def row_named(name: str) -> Row:
+    return next(row for row in (*ONNX_ROWS, *ROWS) if row.name == name)
+
+
+@pytest.mark.parametrize("row", ONNX_ROWS, ids=lambda row: row.name)
+@pytest.mark.filterwarnings("ignore")
+def test_logits_are_those_of_transformers(row: Row, tmp_path: Path) -> None:
+    found = measure(row, tmp_path)
+    assert found.prefill < 1e-8
+    assert found.decode < 1e-8
+    assert found.logit_error_max < 1e-3
+    # Norms behind attention and network bring every rounding back to full size.
+    assert found.int8 < (3e-3 if row.model_type in ("olmo2", "exaone4") else 2e-3)
+    assert found.spread > 0.5
+    model = onnx.load(tmp_path / "int8" / "model.onnx", load_external_data=False)
+    assert {item.domain: item.version for item in model.opset_import} == {"": 23, "com.microsoft": 1}
+    assert model.ir_version == 11
+
+
+def test_every_family_has_a_row() -> None:
+    decoders = {name for name in available() if not family(name).encoder}
+    assert {row.model_type for row in ONNX_ROWS} == decoders
+
+
+def test_document_has_every_row_and_no_other() -> None:
+    rows = re.findall(r"^\| ([^|]+?) \| ([^|]+?) \| ", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [row for row in rows if row[0] != "model"] == [(row.name, row.model_type) for row in ONNX_ROWS]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_heads_that_attention_cannot_compute_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    make_checkpoint(row_named(REFUSED), tmp_path / "model")
+    with pytest.raises(CheckpointError, match="multiple of 8, these have 20"):
+        export(ExportOptions(str(tmp_path / "model"), format="onnx", quant="int8"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gguf_files_of_other_architectures_are_refused(tmp_path: Path) -> None:
+    make_checkpoint(row_named("qwen2"), tmp_path / "model")
+    checkpoint = open_checkpoint(open_source(str(tmp_path / "model")))
+    nameless = replace(describe(checkpoint), structure=None)
+    with pytest.raises(CheckpointError, match="'qwen2' does not say how its parts are joined"):
+        structure_of(nameless)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["gemma3_text", "smollm3", "gpt2"])
+def test_sequences_and_truncation(name: str, tmp_path: Path) -> None:
+    """Windows, layers without rotation and learned positions, with several sequences of other lengths side by side."""
+    make_checkpoint(row_named(name), tmp_path / "model")
+    path = write_model(open_checkpoint(open_source(str(tmp_path / "model"))), tmp_path / "out", "fp32", 256)
+    options = EngineOptions(context=256, sequences=3, threads_decode=2, threads_prefill=2)
+    engine = load_engine(path, options)
+    prompts = [[(7 * step + 11 * length) % VOCABULARY for step in range(length)] for length in (150, 3, 70)]
+    engine.forward([Chunk(sequence, prompt, "none") for sequence, prompt in enumerate(prompts)])
+    together = engine.forward([Chunk(sequence, [5 + sequence]) for sequence in range(3)]).copy()
+    for sequence, prompt in enumerate(prompts):
+        engine.truncate(0, sequence)
+        alone = engine.forward([Chunk(sequence, [*prompt, 5 + sequence])])
+        assert abs(alone[0] - together[sequence]).max() < 1e-4
+    engine.truncate(100, 0)
+    again = engine.forward([Chunk(0, [*prompts[0][100:], 5])])
+    assert abs(again[0] - together[0]).max() < 1e-4
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi3, long rotation, part of a head"])
+@pytest.mark.filterwarnings("ignore")
+def test_whole_export_of_a_family(name: str, tmp_path: Path) -> None:
+    make_checkpoint(row_named(name), tmp_path / "model")
+    options = ExportOptions(str(tmp_path / "model"), format="onnx", quant="fp32", context=256)
+    quality = export(options, tmp_path / "bundle").manifest.quality
+    assert quality is not None
+    assert quality.reference.startswith("transformers")
+    assert quality.kl_mean < 1e-5

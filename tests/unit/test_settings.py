@@ -1,0 +1,119 @@
+"""Settings chosen for a machine: what gives way when memory is short, in which order, and when a model is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from edgelm.bundle import Choice
+from edgelm.errors import DoesNotFitError, UsageError
+from edgelm.units import parse_size
+from runtime.probe import write_tiny_gguf
+from runtime.settings import LEAST_CONTEXT, Asked, choose_settings
+
+MIB = 2**20
+SEQUENCES = 64  # a cache of 256 MiB at 4096 tokens: 2 layers x 2 heads x 64 numbers x keys and values x 2 bytes
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("settings") / "model.gguf"
+    write_tiny_gguf(path, context=8192)
+    return path
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    return Memory(monkeypatch)
+
+
+class Memory:
+    """Sets what the machine says is free. What the test process itself holds does not count."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+
+    def is_free(self, free_bytes: int) -> None:
+        told = Choice(value=free_bytes, reason="a test says so")
+        self._monkeypatch.setattr("runtime.settings.memory_for_model", lambda: told)
+
+
+def test_with_room_nothing_is_given_up(model: Path, memory: Memory) -> None:
+    memory.is_free(4096 * MIB)
+    settings = choose_settings(model, "auto", Asked(sequences=SEQUENCES))
+    options = settings.options
+    assert (options.context, options.kv_type, options.batch, options.mmap) == (4096, "f16", 512, True)
+    assert options.sequences == SEQUENCES
+    assert settings.lines()["context"] == "4096: the usual context of a bare file"
+    assert "a test says so" in settings.lines()["memory"]
+    assert list(settings.reasons)[:2] == ["memory", "context"]
+
+
+def test_what_gives_way_costs_least_first(model: Path, memory: Memory) -> None:
+    seen = []
+    for free_mib in range(500, 60, -4):
+        memory.is_free(free_mib * MIB)
+        try:
+            settings = choose_settings(model, "auto", Asked(sequences=SEQUENCES))
+        except DoesNotFitError:
+            break
+        options = settings.options
+        assert parse_size(str(settings.reasons["memory"].value).replace(" ", "")) <= free_mib * MIB
+        assert options.context >= LEAST_CONTEXT
+        seen.append((-options.context, options.kv_type == "q8_0", options.batch == 128))
+    assert seen == sorted(seen)  # nothing comes back as memory shrinks
+    assert (-4096, False, True) in seen
+    assert (-4096, True, True) in seen
+    assert seen[-1][0] > -1024
+    assert all(quantised and small for context, quantised, small in seen if context != -4096)
+
+
+def test_the_engine_moves_into_the_server_before_anything_that_shows(model: Path, memory: Memory) -> None:
+    seen = []
+    for free_mib in range(560, 300, -4):
+        memory.is_free(free_mib * MIB)
+        settings = choose_settings(model, "auto", Asked(sequences=SEQUENCES, process="any"))
+        assert settings.lines()["engine"].startswith("in the server's process: memory is short") == settings.in_process
+        seen.append((settings.in_process, settings.options.kv_type == "q8_0"))
+    assert seen == sorted(seen)
+    assert {(False, False), (True, False), (True, True)} == set(seen)
+    assert choose_settings(model, "auto", Asked()).in_process
+
+
+def test_a_shortened_context_says_why(model: Path, memory: Memory) -> None:
+    memory.is_free(150 * MIB)
+    settings = choose_settings(model, "auto", Asked(sequences=SEQUENCES))
+    assert LEAST_CONTEXT <= settings.options.context < 4096
+    assert re.search(r"4096 would need .* and memory is short \(a test says so\)", settings.lines()["context"])
+
+
+def test_what_was_asked_for_is_kept_or_refused(model: Path, memory: Memory) -> None:
+    memory.is_free(150 * MIB)
+    with pytest.raises(DoesNotFitError, match=r"needs .* for a context of 4096 tokens x 64.*a test says so") as caught:
+        choose_settings(model, "auto", Asked(context=4096, sequences=SEQUENCES))
+    offered = re.fullmatch(r"use --context (\d+)", caught.value.hint or "")
+    assert offered
+    settings = choose_settings(model, "auto", Asked(context=int(offered[1]), sequences=SEQUENCES))
+    assert settings.lines()["context"].endswith("asked for")
+
+
+def test_too_little_for_the_model_is_refused(model: Path, memory: Memory) -> None:
+    memory.is_free(40 * MIB)
+    with pytest.raises(DoesNotFitError, match=r"model.gguf needs .* for a context of 512 tokens, ") as caught:
+        choose_settings(model, "auto", Asked())
+    assert caught.value.exit_code == 4
+    assert caught.value.hint == "use a smaller model or quantisation, or free memory"
+
+
+def test_a_profile_counts_where_it_is_tighter(model: Path, memory: Memory) -> None:
+    memory.is_free(64 * 1024 * MIB)
+    settings = choose_settings(model, "raspberry-pi-5-1gb", Asked())
+    assert settings.options.threads_decode <= 2
+    assert "1 GiB less" in settings.lines()["memory"]
+    asked = choose_settings(model, "raspberry-pi-5-1gb", Asked(threads_decode=3, threads_prefill=7))
+    assert (asked.options.threads_decode, asked.options.threads_prefill) == (3, 7)
+    assert asked.lines()["threads_decode"] == "3: asked for"
+    with pytest.raises(UsageError, match="is a GPU"):
+        choose_settings(model, "rtx-3060-12gb", Asked())
