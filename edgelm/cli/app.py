@@ -25,6 +25,7 @@ COMMANDS = {
     "service": ("edgelm.cli.service", "Write the systemd unit that keeps a server alive."),
     "bench": ("edgelm.cli.bench", "Measure speed and memory of a bundle on this machine."),
     "compare": ("edgelm.cli.compare", "Put bundles, reports and targets side by side."),
+    "compress": ("edgelm.cli.compress", "Prune and distil a model until it fits its device."),
     "targets": ("edgelm.cli.targets", "List, show, detect and check device profiles."),
     "deploy": ("edgelm.cli.deploy", "Put a bundle into service on a board, over ssh."),
     "doctor": ("edgelm.cli.doctor", "Tell what this machine can do and what is wrong."),
