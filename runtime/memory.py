@@ -20,7 +20,7 @@ class MemorySnapshot:
     ``anonymous_bytes`` has no file behind it (heap, KV cache, repacked weights) and can only go to swap; ``file_bytes``
     is mapped from files (weights by mmap, libraries) and can be dropped and read again. ``peak_bytes`` is the highest
     resident size since the start or the last ``reset_peak``; ``major_faults`` counts pages that had to be read from
-    disk since the start.
+    disk since the start. ``pss_bytes`` shares pages out among the processes that map them, None where nobody tells.
     """
 
     rss_bytes: int
@@ -29,6 +29,7 @@ class MemorySnapshot:
     file_bytes: int
     swap_bytes: int
     major_faults: int
+    pss_bytes: int | None = None
 
 
 def snapshot(proc: Path = PROC_SELF) -> MemorySnapshot:
@@ -47,6 +48,7 @@ def snapshot(proc: Path = PROC_SELF) -> MemorySnapshot:
         file_bytes=max(rss - anonymous, 0),
         swap_bytes=rollup.get("Swap", status.get("VmSwap", 0)),
         major_faults=resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
+        pss_bytes=rollup.get("Pss"),
     )
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -26,6 +27,7 @@ from runtime.model import PromptingModel
 from runtime.server.answering import Generation, GenerationResponse, unavailable
 from runtime.server.errors import ApiError
 from runtime.server.exposition import CONTENT_TYPE
+from runtime.server.figures import Figures
 from runtime.server.limits import Access, Guard, parse_json
 from runtime.server.logs import log_event
 from runtime.server.metrics import Metrics
@@ -44,8 +46,9 @@ _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "R
 class Service:
     """What the routes share: the backend, the counters and one thread for templates, tokens and grammars."""
 
-    def __init__(self, backend: Backend, metrics: Metrics) -> None:
+    def __init__(self, backend: Backend, metrics: Metrics, figures: Figures) -> None:
         self._backend = backend
+        self._figures = figures
         self._metrics = metrics
         self.created = int(time.time())
         # Encoding a long prompt must not hold up the event loop, and one core is enough for it.
@@ -89,7 +92,10 @@ class Service:
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
     async def metrics(self, _: Request) -> Response:
-        return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+        return Response(await run_in_threadpool(self._metrics.text), headers={"Content-Type": CONTENT_TYPE})
+
+    async def status(self, _: Request) -> Response:
+        return JSONResponse(await run_in_threadpool(self._figures.document))
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model_document()]})
@@ -228,13 +234,14 @@ class Observer:
 
 def create_app(backend: Backend, metrics: Metrics, access: Access) -> ASGIApp:
     """The ASGI application for one model. The caller starts and stops the backend."""
-    service = Service(backend, metrics)
+    service = Service(backend, metrics, Figures(backend, metrics))
     tokens, ollama = TokenRoutes(service), OllamaRoutes(service)
     routes = [
         Route("/", service.page, methods=["GET"]),
         Route("/health/live", service.live, methods=["GET"]),
         Route("/health/ready", service.ready, methods=["GET"]),
         Route("/metrics", service.metrics, methods=["GET"]),
+        Route("/status", service.status, methods=["GET"]),
         Route("/v1/models", service.models, methods=["GET"]),
         Route("/v1/models/{name:path}", service.one_model, methods=["GET"]),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
@@ -253,11 +260,16 @@ def create_app(backend: Backend, metrics: Metrics, access: Access) -> ASGIApp:
 
 def guarded(routes: list[Route], metrics: Metrics, access: Access) -> ASGIApp:
     """Routes behind everything that protects and observes them."""
+
+    def refused(error: ApiError, path: str) -> JSONResponse:
+        metrics.refusals.labels(error.code or "other").inc()
+        return refusal(error, path)
+
     return Starlette(
         routes=routes,
         middleware=[
             Middleware(Observer, metrics, frozenset(route.path for route in routes)),
-            Middleware(Guard, access, refusal),
+            Middleware(Guard, access, refused),
         ],
         exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error, Exception: _on_fault},
     )

@@ -37,7 +37,7 @@ from runtime.server.limits import (
 from runtime.server.logs import log_event
 from runtime.server.metrics import Metrics
 from runtime.server.supervised import SupervisedWorker
-from runtime.server.worker import QUEUED_PER_SEQUENCE, Backend, Worker, show_backend
+from runtime.server.worker import QUEUED_PER_SEQUENCE, Backend, Worker
 
 DRAIN_S = 30.0
 KEEP_ALIVE_S = 5
@@ -159,7 +159,6 @@ def make_server(backend: Served, metrics: Metrics, access: Access, *, drain_s: f
     if isinstance(backend, EmbeddingWorker):
         app = create_embedding_app(backend.model, backend, metrics, access)
     else:
-        show_backend(backend, metrics)
         app = create_app(backend, metrics, access)
     config = uvicorn.Config(
         app,

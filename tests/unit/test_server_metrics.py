@@ -59,7 +59,33 @@ def test_metrics_count_what_happened(server: LiveServer) -> None:
     assert found["edgelm_requests_running", ()] == 0
     assert found["edgelm_requests_queued", ()] == 0
     assert found["edgelm_engine_ready", ()] == 1
-    assert found["edgelm_process_resident_memory_bytes", ()] > 10**6
+    assert found["edgelm_prefill_tokens_per_second_count", ()] == 2
+    assert found["edgelm_decode_tokens_per_second_count", ()] == 2
+    assert found["edgelm_batch_requests_sum", ()] == found["edgelm_batch_requests_count", ()] > 0
+    assert found["edgelm_refusals_total", (("reason", "host_not_allowed"),)] == 1
+    server_rss = found["edgelm_memory_bytes", (("kind", "rss"), ("process", "server"))]
+    assert server_rss > 10**6
+    assert not any(("process", "engine") in labels for _, labels in found)  # it works in the server's process
+    assert found["edgelm_kv_capacity_tokens", ()] == 2 * 512
+    assert 0 < found["edgelm_kv_tokens", ()] <= 2 * 512
+    assert found["edgelm_available_memory_bytes", ()] > 10**6
+    assert found["edgelm_major_faults", ()] >= 0
+
+
+def test_the_status_document_tells_what_the_metrics_tell(server: LiveServer) -> None:
+    server.post("/v1/completions", {"prompt": "0123456789", "max_tokens": 3})
+    status, headers, body = server.request("GET", "/status")
+    found, told = samples(server), json.loads(body)
+    assert (status, headers["content-type"]) == (200, "application/json")
+    assert told["state"] == "ready"
+    assert told["requests"] == {"running": 0, "queued": 0}
+    assert told["tokens"]["decode"] == found["edgelm_decode_tokens_total", ()] == 3
+    assert told["tokens"]["prefill"] == 10
+    assert told["kv"] == {"tokens": found["edgelm_kv_tokens", ()], "capacity_tokens": 1024, "reserved_bytes": 2000}
+    assert told["memory"]["server"]["rss_bytes"] > 10**6
+    assert told["memory"]["engine"] is None
+    assert told["engine_deaths"] == 0
+    assert server.request("GET", "/status", headers={"Host": "evil.example"})[0] == 403
 
 
 def test_two_servers_in_one_process_count_apart(server: LiveServer) -> None:
