@@ -65,7 +65,7 @@ class ModelRecord(Record):
 
 
 class Settings(Record):
-    """How it was measured. ``depth`` is the number of tokens already in the cache."""
+    """How it was measured. ``depth`` is the number of tokens already in the cache, ``kv_type`` the cache's type."""
 
     prompt_tokens: int
     generated_tokens: int
@@ -74,6 +74,7 @@ class Settings(Record):
     context: int
     threads_decode: int
     threads_prefill: int
+    kv_type: Literal["f32", "f16", "q8_0"] = "f16"
 
 
 class Report(Record):

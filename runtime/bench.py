@@ -22,7 +22,7 @@ from edgelm.bundle import Prediction
 from edgelm.errors import UsageError
 from edgelm.progress import SILENT, Progress, Stage
 from edgelm.report import MemoryRecord, ModelRecord, Report, Samples, Settings
-from runtime.engine import Engine, EngineOptions
+from runtime.engine import Engine, EngineOptions, KvType
 from runtime.generate import GenerationRequest, Session, TokenEvent, generate
 from runtime.gguf_header import read_gguf_header, workload_from_gguf
 from runtime.memory import MemorySnapshot, reset_peak, snapshot, swapped_in_pages
@@ -49,6 +49,7 @@ class BenchOptions:
     depth: int = 0
     threads_decode: int = 0
     threads_prefill: int = 0
+    kv_type: KvType = "f16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +186,7 @@ def bench(path: Path, options: BenchOptions, progress: Progress = SILENT) -> Rep
         context=context_needed(options),
         threads_decode=options.threads_decode,
         threads_prefill=options.threads_prefill,
+        kv_type=options.kv_type,
     )
     model = open_model(path, engine_options)
     try:
@@ -213,6 +215,7 @@ def _report(model: LoadedModel, options: BenchOptions, measured: Measured, befor
             context=info.context,
             threads_decode=info.threads_decode,
             threads_prefill=info.threads_prefill,
+            kv_type="f32" if model.artifact.suffix == ".onnx" else options.kv_type,
         ),
         engine={"name": info.engine, "edgelm": __version__, **info.versions, "system": info.system},
         prefill_tps=prefill,
@@ -283,6 +286,7 @@ def _predicted(model: LoadedModel, options: BenchOptions) -> Prediction | None:
         threads_decode=info.threads_decode,
         threads_prefill=info.threads_prefill,
         prompt_tokens=max(options.prompt_tokens, 1),
+        kv_type=options.kv_type,
         source_tokenizer=model.manifest is not None,
     )
     workload = _workload(model)

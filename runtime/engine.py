@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from edgelm.errors import ContextOverflowError, EngineError
 
+KvType = Literal["f32", "f16", "q8_0"]
 Logits = npt.NDArray[np.float32]
 
 
@@ -32,7 +33,7 @@ class EngineOptions:
     threads_decode: int = 0
     threads_prefill: int = 0
     batch: int = 512
-    kv_type: Literal["f32", "f16", "q8_0"] = "f16"
+    kv_type: KvType = "f16"
     mmap: bool = True
     all_logits: bool = False
 
@@ -108,6 +109,18 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the model. Calling it twice is allowed, any other use afterwards is not."""
+        ...
+
+
+@runtime_checkable
+class PrefixCopier(Protocol):
+    """An engine that can give one sequence what another one holds, for less than computing it again."""
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Let ``target`` hold the first ``length`` tokens of ``source`` instead of what it held.
+
+        Raises ``EngineError`` when the model's state cannot be cut there; ``target`` is empty then.
+        """
         ...
 
 

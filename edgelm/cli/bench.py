@@ -13,6 +13,7 @@ from edgelm.units import format_bytes
 
 if TYPE_CHECKING:
     from edgelm.report import Report, Samples
+    from runtime.engine import KvType
 
 
 @click.command(short_help="Measure speed and memory of a bundle on this machine.")
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
 @click.option("--threads", type=click.IntRange(1, 512), help="Threads for decode [default: asks the machine].")
 @click.option("--threads-prefill", type=click.IntRange(1, 512), help="Threads for prefill [default: as --threads].")
 @click.option("--depth", type=click.IntRange(min=0), default=0, show_default=True, help="Tokens already in the cache.")
+@click.option(
+    "--kv-type",
+    type=click.Choice(["f16", "q8_0"]),
+    default="f16",
+    show_default=True,
+    help="Type of the KV cache; q8_0 takes half the memory (llama.cpp only).",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the report (JSON) here.")
 @click.option("--json", "as_json", is_flag=True, help="The report on stdout.")
 @click.option("--markdown", is_flag=True, help="A Markdown table on stdout.")
@@ -34,6 +42,7 @@ def command(
     threads: int | None,
     threads_prefill: int | None,
     depth: int,
+    kv_type: KvType,
     output: Path | None,
     as_json: bool,
     markdown: bool,
@@ -60,6 +69,7 @@ def command(
         depth=depth,
         threads_decode=threads or 0,
         threads_prefill=threads_prefill or threads or 0,
+        kv_type=kv_type,
     )
     report = bench(bundle, options, stderr_progress())
     if output is not None:

@@ -530,6 +530,20 @@ class LlamaCppEngine:
         if length < held:
             self._forget(length, sequence)
 
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """See ``runtime.engine.PrefixCopier``. Sequences have separate caches, of which llama.cpp copies the whole."""
+        held = self.length(source)
+        self.length(target)
+        if self._loaded is None:
+            raise EngineError("the engine is closed")
+        if source == target or not 0 <= length <= held:
+            raise EngineError(f"cannot copy {length} tokens of sequence {source}, which holds {held}, to {target}")
+        library = self._loaded.library
+        library.llama_memory_seq_rm(self._memory, target, -1, -1)
+        library.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        self._lengths[target] = held
+        self._forget(length, target)
+
     def _forget(self, length: int, sequence: int) -> None:
         self._lengths[sequence] = length
         loaded = self._loaded

@@ -181,6 +181,17 @@ def test_bench_writes_a_report(gguf: Path, tmp_path: Path, capfd: pytest.Capture
     assert read_report(path).model_dump(mode="json") == document
 
 
+def test_a_quantised_cache_is_half_as_large(gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    kv_bytes = {}
+    for kv_type in ("f16", "q8_0"):
+        arguments = ["bench", str(gguf), "-p", "8", "-n", "4", "-r", "1", "--threads", "1", "--json"]
+        assert run_cli([*arguments, "--kv-type", kv_type]) == 0
+        report = json.loads(capfd.readouterr().out)
+        assert report["settings"]["kv_type"] == kv_type
+        kv_bytes[kv_type] = report["memory"]["kv_bytes"]
+    assert kv_bytes["q8_0"] == kv_bytes["f16"] * 34 // 64
+
+
 def test_bench_as_markdown_and_as_a_table(gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ("bench", str(gguf), "-p", "8", "-n", "4", "-r", "1", "--threads", "1")
     code, out, _ = edgelm(*arguments, "--markdown", capfd=capfd)
