@@ -60,9 +60,7 @@ class _Settings:
 @click.option(
     "--kv-type",
     type=click.Choice(["f16", "q8_0"]),
-    default="f16",
-    show_default=True,
-    help="Type of the KV cache; q8_0 takes half the memory (llama.cpp only).",
+    help="Type of the KV cache; q8_0 takes half the memory (llama.cpp only).  [default: f16, or as --target decides]",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of streamed text.")
 def command(
@@ -83,7 +81,7 @@ def command(
     threads_prefill: int | None,
     context: int | None,
     target: str | None,
-    kv_type: KvType,
+    kv_type: KvType | None,
     as_json: bool,
 ) -> None:
     """Answer PROMPT with the model in BUNDLE (a bundle or a .gguf file), or chat when no PROMPT is given.
@@ -124,7 +122,7 @@ def command(
         context=context or 0,
         threads_decode=threads or 0,
         threads_prefill=threads_prefill or threads or 0,
-        kv_type=kv_type,
+        kv_type=kv_type or "f16",
     )
     if target is not None:
         settled = choose_settings(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
@@ -49,9 +49,7 @@ if TYPE_CHECKING:
 @click.option(
     "--kv-type",
     type=click.Choice(["f16", "q8_0"]),
-    default="f16",
-    show_default=True,
-    help="Type of the KV cache; q8_0 takes half the memory (llama.cpp only).",
+    help="Type of the KV cache; q8_0 takes half the memory (llama.cpp only).  [default: f16, or as --target decides]",
 )
 @click.option(
     "--in-process",
@@ -68,7 +66,7 @@ def command(
     api_key_file: Path | None,
     allowed_hosts: tuple[str, ...],
     per_client: int | None,
-    kv_type: KvType,
+    kv_type: KvType | None,
     in_process: bool,
 ) -> None:
     """Serve BUNDLE (a bundle or a bare .gguf file) over an OpenAI-compatible API until SIGTERM or Ctrl-C.
@@ -93,14 +91,16 @@ def command(
     access = resolve_access(options)
     with bind(host, port) as listener:
         metrics = Metrics()
-        engine = EngineOptions(context=context or 0, sequences=parallel, kv_type=kv_type)
+        engine = EngineOptions(context=context or 0, sequences=parallel, kv_type=kv_type or "f16")
         if target is not None:
-            engine, in_process = _settled(bundle, target, engine, in_process)
+            engine, in_process = _settled(bundle, target, engine, in_process, fixed_type=kv_type is not None)
         serve(make_backend(bundle, engine, metrics, in_process=in_process), metrics, listener, access)
 
 
-def _settled(bundle: Path, target: str, options: EngineOptions, in_process: bool) -> tuple[EngineOptions, bool]:
-    """What ``--target`` decides beside what was asked for, told in the log."""
+def _settled(
+    bundle: Path, target: str, options: EngineOptions, in_process: bool, *, fixed_type: bool
+) -> tuple[EngineOptions, bool]:
+    """What ``--target`` decides beside what was asked for, told in the log; whether the engine runs in this process."""
     from runtime.model import holds_encoder
     from runtime.server.logs import log_event
     from runtime.settings import Asked, choose_encoder_threads, choose_settings
@@ -109,8 +109,12 @@ def _settled(bundle: Path, target: str, options: EngineOptions, in_process: bool
         threads = choose_encoder_threads(target)
         log_event("settings", {"threads": f"{threads.value}: {threads.reason}"})
         return replace(options, threads_prefill=int(threads.value)), in_process
-    process: Literal["any", "own"] = "own" if in_process else "any"
-    asked = Asked(options.context, options.sequences, kv_type=options.kv_type, process=process)
+    asked = Asked(
+        options.context,
+        options.sequences,
+        kv_type=options.kv_type if fixed_type else None,
+        process="own" if in_process else "any",
+    )
     settings = choose_settings(bundle, target, asked)
     log_event("settings", settings.lines())
     return settings.options, settings.in_process
