@@ -26,6 +26,7 @@ from edgelm.errors import EdgelmError, EngineError
 from runtime.embedding import LoadedEncoder
 from runtime.encoder import Vectors
 from runtime.server.app import guarded
+from runtime.server.card import card
 from runtime.server.embedding_worker import EmbeddingJob, EmbeddingWorker
 from runtime.server.errors import ApiError
 from runtime.server.exposition import CONTENT_TYPE
@@ -120,7 +121,11 @@ class EmbeddingService:
         return Response(await run_in_threadpool(self._metrics.text), headers={"Content-Type": CONTENT_TYPE})
 
     async def status(self, _: Request) -> Response:
-        return JSONResponse(await run_in_threadpool(self._figures.document))
+        return JSONResponse(await run_in_threadpool(self._figures.document) | {"models": self.cards()})
+
+    def cards(self) -> list[dict[str, Any]]:
+        """The encoder's card."""
+        return [card(self._model.name, self._worker.state, self._info, self._model.manifest)]
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._document()]})
