@@ -19,3 +19,18 @@ def load_engine(path: Path, options: EngineOptions) -> Engine:
     from runtime.engines import llamacpp
 
     return llamacpp.load_engine(path, options)
+
+
+def load_library(path: Path) -> None:
+    """Load the library of the engine that a model file needs, and no model: its memory is not the model's.
+
+    Raises ``EngineError``.
+    """
+    if path.suffix == ".onnx":
+        from runtime.engines import onnx
+
+        onnx.load_library()
+        return
+    from runtime.engines import llamacpp
+
+    llamacpp.load_library()
