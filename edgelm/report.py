@@ -364,10 +364,42 @@ def _from_version_1(document: dict[str, Any]) -> dict[str, Any]:
             "system": engine.get("system", ""),
             "versions": versions,
         }
+    document["measurements"] = _measurements_of_version_1(document)
     warnings = document.get("warnings")
     if isinstance(warnings, list) and document.get("valid") is False:
         document["labels"] = [{"kind": "unclassified", "reason": reason} for reason in warnings]
     return document
+
+
+def _measurements_of_version_1(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Its two figures as points; when they were taken was not kept."""
+    settings = document.get("settings")
+    if not isinstance(settings, dict):
+        return []
+    found = []
+    for kind, tokens in (("prefill", "prompt_tokens"), ("decode", "generated_tokens")):
+        samples = document.get(f"{kind}_tps")
+        if samples is None:
+            continue
+        found.append(
+            {
+                "kind": kind,
+                "tokens": settings.get(tokens),
+                "depth": settings.get("depth"),
+                "sequences": 1,
+                "threads": settings.get(f"threads_{kind}"),
+                "tps": samples,
+                "ttft_s": document.get("ttft_s") if kind == "prefill" else None,
+                "started_s": 0.0,
+                "seconds": 0.0,
+                "labels": [
+                    {"kind": "unclassified", "reason": reason}
+                    for reason in document.get("warnings") or []
+                    if document.get("valid") is False
+                ],
+            }
+        )
+    return found
 
 
 def report_schema() -> dict[str, Any]:

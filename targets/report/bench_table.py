@@ -1,4 +1,4 @@
-"""A report as rows with llama-bench's columns, so that tables of both can be put side by side: Markdown, CSV, JSON lines.
+"""A report as rows with llama-bench's columns, so that tables of both stand side by side: Markdown, CSV, JSON lines.
 
 Values that llama-bench does not have (labels, intervals) stand in columns of their own behind. Knows the report only.
 """
@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import statistics
+from itertools import pairwise
 from typing import Any
 
 from edgelm.report import Measurement, Report
@@ -111,10 +112,8 @@ def curve(values: list[float], width: int = 60) -> str:
     """A line of block characters: the height of each is the mean of its stretch, from zero to the highest value."""
     if not values or max(values) <= 0:
         return ""
-    step = max(len(values) / width, 1.0)
     count = min(len(values), width)
-    means = [
-        statistics.fmean(values[int(at * step) : max(int((at + 1) * step), int(at * step) + 1)]) for at in range(count)
-    ]
+    edges = [at * len(values) // count for at in range(count + 1)]
+    means = [statistics.fmean(values[start:end]) for start, end in pairwise(edges)]
     top = max(means)
     return "".join(_BARS[min(int(mean / top * len(_BARS)), len(_BARS) - 1)] for mean in means)

@@ -11,7 +11,7 @@ from targets.profile import profile_toml, read_profile
 
 
 def keep_threads(path: Path, decode: int, prefill: int, model: str) -> None:
-    """Write ``path`` with these thread counts: the profile that it holds, else this machine's. Raises ``ProfileError``."""
+    """Write ``path`` with these counts into the profile that it holds, else this machine's. Raises ``ProfileError``."""
     profile = read_profile(path) if path.exists() else detect_host()
     reason = f"measured with {model}: the fewest threads that are as fast as the fastest"
     changed = profile.model_copy(
