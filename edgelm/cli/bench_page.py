@@ -105,10 +105,8 @@ def _sustained(report: Report) -> list[str]:
     if record is None:
         return []
     speeds = curve([point.decode_tps for point in record.points])
-    lines = [
-        f"sustained {record.seconds:.0f} s: {record.first_tps:.1f} to {record.last_tps:.1f} tok/s, {record.change:+.0%}",
-        f"  {speeds}",
-    ]
+    fall = f"{record.first_tps:.1f} to {record.last_tps:.1f} tok/s ({record.change:+.0%})"
+    lines = [f"sustained {record.seconds:.0f} s: {fall}", f"  {speeds}"]
     heat = [point.temperature_c for point in record.points if point.temperature_c is not None]
     throttled = sum(1 for point in record.points if point.throttled)
     if heat:
