@@ -86,9 +86,9 @@ def _heat(sensors: Sensors, before: Reading, after: Reading) -> Iterator[Finding
         yield Finding("throttling", "ok", f"the firmware holds nothing back now{since}")
     if after.temperature_c is not None:
         hot = after.temperature_c >= 80
-        hint = "cool it: boards slow down from 80 to 85 C" if hot else None
+        way_out = "cool it: boards slow down from 80 to 85 C" if hot else None
         detail = f"{after.temperature_c:.0f} C ({sensors.zone})"
-        yield Finding("temperature", "warning" if hot else "ok", detail, hint)
+        yield Finding("temperature", "warning" if hot else "ok", detail, way_out)
     if after.clock_mhz is not None and sensors.clock_limit_mhz:
         yield Finding("clock", "ok", f"{after.clock_mhz:.0f} of {sensors.clock_limit_mhz:.0f} MHz now")
     if before.stolen_s is not None and after.stolen_s is not None and after.stolen_s - before.stolen_s > 0.05 * _WAIT_S:
