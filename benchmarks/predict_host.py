@@ -1,12 +1,14 @@
 """Predicted against measured on this machine: speed of any GGUF files on 1 and more threads, and memory.
 
-    edgelm targets detect -o me.toml
     python benchmarks/predict_host.py ram BUNDLE BUNDLE
+    python benchmarks/predict_host.py speed MODEL MODEL --types Q4_0 Q4_K_M Q5_K_M Q6_K Q8_0 F16 --work DIR
     python benchmarks/predict_host.py speed a.gguf b.gguf --profile me.toml --threads 1 2 --rounds 5
 
+With --types the models are sources, exported to DIR in every type first. Without --profile this machine is detected and
+measured before the runs.
+
 Speed wants a quiet machine: files and thread counts take turns in every round, and rows that ``bench`` calls spoilt
-are counted apart. Memory does not: every case is a process of its own, judged by its peak resident size. Give bundles
-for it: a bare GGUF runs without the tokenizer of the source, which prediction counts.
+are counted apart. Memory does not: every case is a process of its own, judged by its peak resident size.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 
 from measure import edgelm, run, save
 
+from edgelm.bundle import MANIFEST_NAME, open_bundle
 from runtime.gguf_header import read_gguf_header, workload_from_gguf
 from runtime.model import artifact_of
 from targets.calibration import calibration
@@ -31,6 +34,7 @@ from targets.profile import load_profile
 PROMPT, GENERATED = 512, 128
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
 RAM_PROMPT = 512
+RAM_NAME, SPEED_NAME = "predict_host_ram", "predict_host_speed"
 RAM_CHILD = """
 import json, sys
 from pathlib import Path
@@ -48,27 +52,46 @@ print(json.dumps({"peak_bytes": snapshot().peak_bytes}))
 """
 
 
+def exported(arguments: argparse.Namespace) -> list[Path]:
+    """Bundles of all models in all types, made where they are missing."""
+    found = []
+    for model, kind in itertools.product(arguments.models, arguments.types):
+        path = arguments.work / f"{model.name}-{kind}"
+        if not path.exists():
+            run(edgelm("export", str(model), "-o", str(path), "--quant", kind, "--no-verify"))
+        found.append(path)
+    return found
+
+
 def speed_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    if arguments.types:
+        arguments.models = exported(arguments)
+    if arguments.profile is None:
+        arguments.profile = str(arguments.work / "host.toml")
+        print(run(edgelm("targets", "detect", "-o", arguments.profile)).stdout, file=sys.stderr)
     profile = load_profile(arguments.profile)
+    print("\n".join(note for note in profile.notes if "other processes" in note), file=sys.stderr)
     rows = []
     cases = list(itertools.product(arguments.models, arguments.threads))
     for number in range(arguments.rounds):
         for model, threads in cases if number % 2 == 0 else reversed(cases):
-            counts = ["-p", str(PROMPT), "-n", str(GENERATED), "-r", "3", "--json"]
+            prompt, generated = arguments.prompt, arguments.generated
+            counts = ["-p", str(prompt), "-n", str(generated), "-r", str(arguments.repetitions), "--json"]
             limits = ["--threads", str(threads), "--threads-prefill", str(threads)]
             report = json.loads(run(edgelm("bench", str(model), *counts, *limits)).stdout)
             settings = RunSettings(
-                context=PROMPT + GENERATED,
-                depth=GENERATED // 2,
-                prompt_tokens=PROMPT,
+                context=prompt + generated,
+                depth=generated // 2,
+                prompt_tokens=prompt,
                 threads_decode=threads,
                 threads_prefill=threads,
             )
             predicted = predict_speed(workload_from_gguf(read_gguf_header(artifact_of(model)[0])), profile, settings)
-            row = {"round": number, "model": model.stem, "threads": threads, "valid": report["valid"]}
+            row = {"round": number, "model": name_of(model), "threads": threads, "valid": report["valid"]}
             for name in ("prefill_tps", "decode_tps"):
                 row |= {name: report[name]["median"], f"predicted_{name}": getattr(predicted, name)}
             rows.append(row)
+        save(SPEED_NAME, rows)
     return rows
 
 
@@ -91,19 +114,28 @@ def show_speed(rows: list[dict[str, Any]]) -> None:
         print(f"NOT QUIET: bench calls {spoilt} of {len(rows)} runs spoilt; these figures say nothing about prediction")
 
 
+def name_of(model: Path) -> str:
+    """The bundle's own name, or that of the file with what it is."""
+    if (model / MANIFEST_NAME).is_file():
+        return open_bundle(model, check_hashes=False).manifest.name
+    return f"{model.stem} (bare GGUF)"
+
+
 def ram_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     profile = load_profile("host")
     family = family_of(profile, calibration())
     rows = []
-    for model, context, kv_type, mmap in itertools.product(arguments.models, CONTEXTS, ("f16", "q8_0"), (True, False)):
+    cases = itertools.product(arguments.models, arguments.contexts, ("f16", "q8_0"), (True, False))
+    for model, context, kv_type, mmap in cases:
         command = [sys.executable, "-c", RAM_CHILD, str(model), str(context), kv_type, str(int(mmap)), str(RAM_PROMPT)]
         child = subprocess.run(command, capture_output=True, text=True, check=True)
-        settings = RunSettings(context=context, kv_type=kv_type, mmap=mmap)
+        settings = RunSettings(context=context, kv_type=kv_type, mmap=mmap, source_tokenizer=model.is_dir())
         parts = ram_parts(workload_from_gguf(read_gguf_header(artifact_of(model)[0])), profile, settings, family)
-        case = {"model": model.stem, "context": context, "kv_type": kv_type, "mmap": mmap}
+        case = {"model": name_of(model), "context": context, "kv_type": kv_type, "mmap": mmap}
         predicted = {"predicted_bytes": sum(parts.model_dump().values()), **parts.model_dump()}
         rows.append({**case, **json.loads(child.stdout), **predicted})
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        save(RAM_NAME, rows)
     return rows
 
 
@@ -125,10 +157,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["speed", "ram"])
     parser.add_argument("models", type=Path, nargs="+")
-    parser.add_argument("--profile", default="host", help="id or file of the profile that predicts speed")
+    parser.add_argument("--profile", help="id or file of the profile that predicts speed; else: detect")
+    parser.add_argument("--types", nargs="*", default=(), help="the models are sources: export them in these first")
+    parser.add_argument("--work", type=Path, default=Path("predict-host"), help="where exports and profile are kept")
+    parser.add_argument("--prompt", type=int, default=PROMPT)
+    parser.add_argument("--generated", type=int, default=GENERATED)
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="for ram")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
     rows = speed_rows(arguments) if arguments.what == "speed" else ram_rows(arguments)
     (show_speed if arguments.what == "speed" else show_ram)(rows)
     print(f"raw rows: {save(f'predict_host_{arguments.what}', rows)}")

@@ -13,14 +13,15 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from edgelm.errors import BundleError
+from edgelm.errors import BundleError, EdgelmError
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -28,6 +29,8 @@ MANIFEST_LIMIT_BYTES = 16 * 2**20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
 Format = Literal["gguf", "onnx"]
+Pooling = Literal["mean", "cls", "last"]
+"""How the vectors of all tokens become one: their mean, the first token's or the last one's."""
 
 
 class Record(BaseModel):
@@ -84,7 +87,11 @@ class RamParts(Record):
 
 
 class Prediction(Record):
-    """What a target is expected to reach. Rates in tokens per second, ``*_band`` the 80 % interval when known."""
+    """What a target is expected to reach. Rates in tokens per second, ``*_band`` the 80 % interval when known.
+
+    ``load_warm_s`` is loading a file that is in the page cache, ``load_cold_s`` one that comes from storage; None where
+    it is not predicted or the rate of the storage is not known.
+    """
 
     target: str
     ram_bytes: int
@@ -93,6 +100,8 @@ class Prediction(Record):
     decode_tps: float | None
     prefill_tps_band: tuple[float, float] | None = None
     decode_tps_band: tuple[float, float] | None = None
+    load_warm_s: float | None = None
+    load_cold_s: float | None = None
     fits: Literal["fits", "pages", "no"]
     fit_reason: str
 
@@ -170,11 +179,27 @@ class TensorDamage(Record):
     kl: float
 
 
+class ChatProof(Record):
+    """A bundle's prompts beside those of its source, all alike or there is no bundle; and one answer of the artefact.
+
+    ``compared_with`` rendered the conversations for the source. ``answer`` is greedy; ``stopped`` tells whether the
+    model ended it, or the limit on its length did.
+    """
+
+    compared_with: str
+    conversations: int
+    prompt: str
+    answer: str
+    answer_tokens: int
+    stopped: bool
+
+
 class Quality(Record):
     """The artefact against the unquantised model on evaluation text, in lockstep.
 
     ``kl_*`` in nats per token, KL(reference || artefact); perplexities over the same positions. Intervals are the
     95 % ones of the mean over windows of text. ``worst_tensors`` are estimates, worst first, when types were measured.
+    ``chat`` is None for models without a chat template.
     """
 
     reference: str
@@ -191,11 +216,44 @@ class Quality(Record):
     ppl_interval: tuple[float, float] | None = None
     ppl_reference: float
     worst_tensors: tuple[TensorDamage, ...] = ()
+    chat: ChatProof | None = None
+    token_identity: TokenIdentity
+
+
+class EncoderRecord(Record):
+    """What an encoder makes of a text: one vector of ``dimensions`` numbers, scaled to length one if ``normalized``."""
+
+    pooling: Pooling
+    normalized: bool
+    dimensions: int = Field(gt=0)
+
+
+class EmbeddingQuality(Record):
+    """Vectors of an encoder's artefact beside those of the unquantised model, for the same texts and token ids.
+
+    Cosines are between the two vectors of each text. ``error_max`` is the largest difference of any number of a vector,
+    both scaled to length one. ``nearest_agreement`` is the share of texts whose nearest other text is the same one.
+    """
+
+    reference: str
+    text: str
+    text_sha256: str
+    texts: int
+    tokens: int
+    cosine_mean: float
+    cosine_p1: float
+    cosine_min: float
+    error_max: float
+    nearest_agreement: float
     token_identity: TokenIdentity
 
 
 class Manifest(Record):
-    """``manifest.json``. Raises no errors of its own; ``read_manifest`` maps validation failures."""
+    """``manifest.json``. Raises no errors of its own; ``read_manifest`` maps validation failures.
+
+    ``encoder`` is set for models that make vectors of texts. Theirs is ``embedding_quality``, ``quality`` is that of
+    models that predict tokens.
+    """
 
     schema_version: Literal[1] = 1
     name: str
@@ -207,6 +265,13 @@ class Manifest(Record):
     quality: Quality | None
     files: tuple[FileRecord, ...]
     tool_versions: dict[str, str]
+    encoder: EncoderRecord | None = None
+    embedding_quality: EmbeddingQuality | None = None
+
+    @property
+    def proof(self) -> Quality | EmbeddingQuality | None:
+        """What was measured of the artefact, whichever kind of model it is; None when the proof was left out."""
+        return self.embedding_quality or self.quality
 
     @property
     def artifact_bytes(self) -> int:
@@ -232,11 +297,16 @@ class Bundle(Record):
         return self.path / name if any(record.name == name for record in self.manifest.files) else None
 
 
-def file_record(path: Path) -> FileRecord:
-    """Size and SHA-256 of a file, read in pieces of 4 MiB."""
+def file_record(path: Path, *, stopped: Callable[[], bool] = lambda: False) -> FileRecord:
+    """Size and SHA-256 of a file, read in pieces of 4 MiB.
+
+    ``stopped`` is asked before each piece. Raises ``CancelledError`` once it says yes.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while piece := stream.read(4 * 2**20):
+            if stopped():
+                raise CancelledError
             digest.update(piece)
         size_bytes = stream.tell()
     return FileRecord(name=path.name, size_bytes=size_bytes, sha256=digest.hexdigest())
@@ -296,14 +366,37 @@ def open_bundle(directory: Path, *, check_hashes: bool = True) -> Bundle:
 
 
 @contextmanager
-def new_bundle(destination: Path, *, force: bool = False) -> Iterator[Path]:
+def new_bundle(destination: Path, *, force: bool = False, resume: bool = False) -> Iterator[Path]:
     """A temporary directory beside ``destination`` that takes its name when the block ends well.
 
-    On any exception, Ctrl-C included, the temporary directory is removed and ``destination`` stays what it was. An
-    existing ``destination`` is replaced only with ``force`` and only if it is a bundle or empty; it is kept until the
-    new one is complete. Raises ``BundleError``.
+    On any exception, Ctrl-C included, the temporary directory is removed and ``destination`` stays what it was; with
+    ``resume`` an interruption or a failure to write leaves it (and ``journal_path``) to the next call with ``resume``.
+    An existing ``destination`` is replaced only with ``force`` and only if it is a bundle or empty; it is kept until
+    the new one is complete. Raises ``BundleError``.
     """
     check_destination(destination, force=force)
+    with _kept(destination) if resume else _temporary(destination) as staging:
+        yield staging
+        staging.chmod(0o755)
+        _replace(staging, destination)
+
+
+def journal_path(destination: Path) -> Path:
+    """Where an export that can be resumed notes what is done: beside the temporary directory, not inside."""
+    return _kept_path(destination).with_suffix(".journal")
+
+
+def kept_bytes(destination: Path) -> int:
+    """Disk space that an interrupted export of ``destination`` holds already."""
+    return sum(path.stat().st_blocks * 512 for path in _kept_path(destination).glob("*"))
+
+
+def _kept_path(destination: Path) -> Path:
+    return destination.parent / f".{destination.name}.resume"
+
+
+@contextmanager
+def _temporary(destination: Path) -> Iterator[Path]:
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
@@ -311,10 +404,49 @@ def new_bundle(destination: Path, *, force: bool = False) -> Iterator[Path]:
         raise BundleError(f"cannot write to {destination.parent}: {error.strerror}") from error
     try:
         yield staging
-        staging.chmod(0o755)
-        _replace(staging, destination)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _kept(destination: Path) -> Iterator[Path]:
+    """A directory of a fixed name, for one process at a time. Only what another try would meet again removes it."""
+    staging = _kept_path(destination)
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(staging, os.O_RDONLY)
+    except OSError as error:
+        raise BundleError(f"cannot write to {destination.parent}: {error.strerror}") from error
+    keep = False
+    try:
+        if not _locked(descriptor):
+            keep = True
+            raise BundleError(f"another export is writing {destination}", hint="wait for it or choose another output")
+        yield staging
+    except EdgelmError as error:
+        keep = keep or isinstance(error, BundleError)
+        raise
+    except BaseException:
+        keep = True
+        raise
+    finally:
+        os.close(descriptor)
+        if not keep:
+            shutil.rmtree(staging, ignore_errors=True)
+            journal_path(destination).unlink(missing_ok=True)
+
+
+def _locked(descriptor: int) -> bool:
+    """Lock a file for this process; False when another has it. Where there are no such locks nobody has."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def check_destination(destination: Path, *, force: bool) -> None:

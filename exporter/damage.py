@@ -54,7 +54,8 @@ class Quantizer:
 def quantizer(statistics: TensorStatistics) -> Quantizer:
     """The quantiser for a tensor with these statistics."""
     if statistics.moment is None:
-        return Quantizer()
+        squares = statistics.input_squares
+        return Quantizer(None if squares is None else np.ascontiguousarray(squares / statistics.tokens, np.float32))
     moment = statistics.moment
     if statistics.lookup_weights is not None and statistics.lookup_counts is not None:
         # A tied table also feeds the first layer: an error in column j costs its lookups what it costs the head.
@@ -67,9 +68,9 @@ def quantizer(statistics: TensorStatistics) -> Quantizer:
 
 
 def quantizers(statistics: Mapping[str, TensorStatistics]) -> dict[str, Quantizer]:
-    """Quantisers by tensor name. Takes a matrix inversion per tensor."""
-    with ThreadPoolExecutor(usable_cpus()) as pool:
-        return dict(zip(statistics, pool.map(quantizer, statistics.values()), strict=True))
+    """Quantisers by tensor name. Takes a matrix factorisation per tensor, one after the other: numpy uses all cores for
+    each, and several at once would wait for each other, spinning."""
+    return {name: quantizer(item) for name, item in statistics.items()}
 
 
 def table(

@@ -88,17 +88,48 @@ def write_gguf(
     the file is removed. Raises ``BundleError`` when it cannot be written and ``CheckpointError`` when the source cannot
     be read or holds NaN or infinity.
     """
-    by_name = {item.name: item for item in descriptions}
     try:
-        with write_errors(path):
-            header = encode_header(checkpoint.architecture, metadata, plans)
-            path.write_bytes(header)
-            slabs = list(_slabs(plans, by_name, len(header)))
-            with progress.stage("quantising", sum(slab.size_bytes for slab in slabs), unit="bytes") as stage:
-                _write_slabs(path, _Sources(checkpoint, quantizers), slabs, threads or usable_cpus(), stage)
+        data_start = write_head(path, checkpoint.architecture, metadata, plans)
+        write_tensors(
+            path, data_start, checkpoint, descriptions, plans, threads=threads, progress=progress, quantizers=quantizers
+        )
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+
+
+def write_head(path: Path, architecture: str, metadata: Mapping[str, Any], plans: Sequence[TensorPlan]) -> int:
+    """Write everything but the tensors and give the file its final length; the position of the first tensor.
+
+    Readers of the vocabulary can open the file from then on. Raises ``BundleError``.
+    """
+    with write_errors(path):
+        header = encode_header(architecture, metadata, plans)
+        path.write_bytes(header)
+        os.truncate(path, len(header) + sum(padded(plan.size_bytes) for plan in plans))
+        return len(header)
+
+
+def write_tensors(
+    path: Path,
+    position: int,
+    checkpoint: Checkpoint,
+    descriptions: Sequence[TensorDescription],
+    plans: Sequence[TensorPlan],
+    *,
+    threads: int = 0,
+    progress: Progress = SILENT,
+    quantizers: Mapping[str, RowQuantizer] = MappingProxyType({}),
+) -> None:
+    """Fill the file that ``write_head`` made with planned tensors from a position on, and flush it to disk.
+
+    See ``write_gguf``; what is written stays there when it fails.
+    """
+    by_name = {item.name: item for item in descriptions}
+    with write_errors(path):
+        slabs = list(_slabs(plans, by_name, position))
+        with progress.stage("quantising", sum(slab.size_bytes for slab in slabs), unit="bytes") as stage:
+            _write_slabs(path, _Sources(checkpoint, quantizers), slabs, threads or usable_cpus(), stage)
 
 
 @contextmanager
@@ -146,7 +177,6 @@ def _changed(description: TensorDescription) -> bool:
 def _write_slabs(path: Path, sources: _Sources, slabs: Sequence[_Slab], threads: int, stage: Stage) -> None:
     descriptor = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
     try:
-        os.ftruncate(descriptor, max(padded(slab.position + slab.size_bytes) for slab in slabs))
         with TensorReader() as reader:
             for file in {header.file for header in sources.checkpoint.tensors.values()}:
                 reader.open(file)
@@ -195,10 +225,12 @@ class _Worker:
         header = self._checkpoint.tensors[slab.description.source_name]
         source_type = weight_type(header)
         rows = slab.stop - slab.start
-        columns = header.elements // max(1, self._rows(slab))
+        shape = slab.plan.shape
+        columns = 1 if len(shape) == 1 and _reordered(slab.description) else shape[-1]  # as in _slabs
         row_bytes = ggml.TYPES[source_type].row_bytes(columns)
         size_bytes = rows * row_bytes
-        raw = self._reader.read(header, slab.start * row_bytes, size_bytes, self._buffer("raw", size_bytes))
+        first = (slab.start + slab.description.skipped) * row_bytes
+        raw = self._reader.read(header, first, size_bytes, self._buffer("raw", size_bytes))
         if slab.description.interleave:
             raw = interleave_rows(raw.reshape(rows, row_bytes), slab.description.interleave).reshape(-1)
         if slab.description.split:
@@ -215,11 +247,6 @@ class _Worker:
         out = self._buffer("out", slab.size_bytes)
         quantize = self._quantizers.get(slab.plan.name, ggml.quantize)
         return quantize(floats.reshape(rows, columns), slab.plan.type, out)
-
-    @staticmethod
-    def _rows(slab: _Slab) -> int:
-        shape = slab.plan.shape
-        return shape[0] if len(shape) == 1 and _reordered(slab.description) else math.prod(shape[:-1])
 
     def _buffer(self, name: str, size_bytes: int) -> ggml.Bytes:
         held: ggml.Bytes | None = getattr(self._buffers, name, None)

@@ -19,7 +19,8 @@ from exporter import ggml
 
 ALIGNMENT = 32
 _MAGIC, _VERSION = b"GGUF", 3
-_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _INT64 = 4, 5, 6, 7, 8, 9, 11  # value types of the format
+# Value types of the format.
+_UINT8, _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _INT64 = 0, 4, 5, 6, 7, 8, 9, 11
 _SCALARS = {_UINT32: "<I", _INT32: "<i", _FLOAT32: "<f", _BOOL: "<?", _INT64: "<q"}
 _DTYPES = {_INT32: "<i4", _FLOAT32: "<f4", _BOOL: "?", _INT64: "<i8"}
 
@@ -28,8 +29,8 @@ def encode_header(architecture: str, metadata: Mapping[str, Any], plans: Sequenc
     """Bytes up to the first tensor, which starts aligned right after them.
 
     ``metadata`` are all other keys (a ``general.architecture`` among them wins), as plain Python values: a whole number
-    is stored as uint32 (as int32 or int64 when it does not fit), a float as float32, lists hold one kind of value.
-    Raises ``TypeError`` for anything else.
+    is stored as uint32 (as int32 or int64 when it does not fit), a float as float32, lists hold one kind of value,
+    bytes are an array of uint8. Raises ``TypeError`` for anything else.
     """
     entries = {"general.architecture": architecture, **metadata}
     parts = [_MAGIC, struct.pack("<IQQ", _VERSION, len(plans), len(entries))]
@@ -65,7 +66,9 @@ def _value(key: str, value: Any) -> tuple[bytes, ...]:
     if isinstance(value, (bool, int, float)):
         kind = _scalar_kind(value)
         return (struct.pack("<I", kind) + struct.pack(_SCALARS[kind], value),)
-    if isinstance(value, (bytes, Mapping)) or not hasattr(value, "__len__"):
+    if isinstance(value, bytes):
+        return struct.pack("<IIQ", _ARRAY, _UINT8, len(value)), value
+    if isinstance(value, Mapping) or not hasattr(value, "__len__"):
         raise TypeError(f"metadata {key} is of the type {type(value).__name__}")
     items = value.tolist() if isinstance(value, np.ndarray) else list(value)
     kinds = {type(item) for item in items}

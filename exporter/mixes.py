@@ -15,6 +15,7 @@ from types import MappingProxyType
 from edgelm.errors import UsageError
 from exporter import ggml
 
+_ADDED = ("position_embd", "token_types")
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
@@ -116,8 +117,11 @@ def in_quantizer_order(names: Sequence[str]) -> list[str]:
 
 
 def is_quantizable(tensor: WeightShape) -> bool:
-    """Whether a mix touches this tensor at all: matrices of weights, not norms and vectors."""
-    return len(tensor.shape) >= 2 and tensor.name.endswith("weight") and "_norm.weight" not in tensor.name
+    """Whether a mix touches this tensor at all: matrices of weights, not norms and vectors, nor what is added to
+    embeddings (positions and types of tokens)."""
+    if tensor.name.startswith(_ADDED) or "_norm.weight" in tensor.name:
+        return False
+    return len(tensor.shape) >= 2 and tensor.name.endswith("weight")
 
 
 def tensor_types(

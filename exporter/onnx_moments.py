@@ -18,7 +18,8 @@ from edgelm.progress import Progress
 from exporter.checkpoint import Checkpoint
 from exporter.reference import open_transformers
 from exporter.texts import Text
-from exporter.tokenizer import open_tokenizer, read_tokenizer
+from exporter.token_identity import open_tokenizer
+from exporter.tokenizer import read_tokenizer
 
 WINDOW = 512
 WINDOWS = 24

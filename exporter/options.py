@@ -29,7 +29,7 @@ class ExportOptions:
     """The options of ``edgelm export`` and ``edgelm plan``. None means: not asked for.
 
     ``type_overrides`` are (regular expression on GGUF tensor names, type). ``evaluation`` is a text file that replaces
-    the built-in evaluation text; ``calibration`` one for the text that types are measured on, or ``self``.
+    the built-in evaluation text; ``calibration`` one for what types or importance are measured on, or ``self``.
     """
 
     source: str
@@ -73,8 +73,8 @@ def check_options(options: ExportOptions) -> None:
         raise UsageError("--eval has no use with --no-verify")
     if options.evaluation is not None and not options.evaluation.is_file():
         raise UsageError(f"--eval: {options.evaluation} is no file")
-    if options.calibration is not None and options.quant.lower() != "auto":
-        raise UsageError("--calibration is for --quant auto; other mixes are not measured")
+    if options.calibration is not None and options.format == "onnx":
+        raise UsageError("--calibration is for GGUF: ONNX forms are not measured with it", hint="leave it out")
     if options.calibration is not None and str(options.calibration) != "self" and not options.calibration.is_file():
         raise UsageError(f"--calibration: {options.calibration} is no file", hint="name a text or JSONL file, or: self")
     limits = (

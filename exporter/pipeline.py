@@ -9,7 +9,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -17,22 +20,40 @@ from pathlib import Path
 from typing import Any
 
 from edgelm import bundle as bundles
-from edgelm.bundle import Bundle, ExportPlan, FileRecord, Manifest, Quality, SourceRecord, TokenIdentity
-from edgelm.errors import CheckpointError, DoesNotFitError, ProofError, UsageError
+from edgelm.bundle import (
+    Bundle,
+    EmbeddingQuality,
+    EncoderRecord,
+    ExportPlan,
+    FileRecord,
+    Manifest,
+    Quality,
+    SourceRecord,
+    TensorPlan,
+    TokenIdentity,
+)
+from edgelm.errors import CheckpointError, DoesNotFitError, EngineError, ProofError, UsageError
 from edgelm.progress import SILENT, Progress
-from exporter import automatic, cache, damage, quality, tokenizer
+from exporter import automatic, cache, damage, embedding_quality, ggml, quality, tokenizer
 from exporter.analysis import Analysis, analyse
 from exporter.architectures import describe
 from exporter.architectures.base import ModelDescription
 from exporter.automatic import Point
-from exporter.calibration import open_calibration
+from exporter.calibration import Calibration, open_calibration
+from exporter.chat_proof import prove_chat
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
-from exporter.gguf import check_room, write_errors, write_gguf
+from exporter.gguf import RowQuantizer, check_room, write_errors, write_head, write_tensors
+from exporter.importance import importance
 from exporter.options import ExportOptions, check_options
-from exporter.plan import Candidate, candidates, choose, file_type, resolve, unchanged
+from exporter.plan import COPY, Candidate, candidates, choose, file_type, resolve, unchanged
 from exporter.preflight import check_checkpoint
 from exporter.reference import torch_obstacle
+from exporter.resume import Writer, key_of_artifact, write_in_parts
+from exporter.sensitivity import TensorStatistics
+from exporter.texts import evaluation_text
+from exporter.token_identity import compare_files
 from exporter.tokenizer import SourceTokenizer
+from targets.host import cpu_name, instruction_set
 from targets.profile import TargetProfile, load_profile
 
 ARTIFACTS = {"gguf": "model.gguf", "onnx": "model.onnx"}
@@ -41,6 +62,7 @@ _MOVES = 3  # along the front, when the proof misses the limit
 _MEASURED_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 QUANTIZATION_VERSION = 2  # of ggml's block formats
 _TOOLS = ("edgelm", "llama-cpp-python", "gguf", "numpy", "tokenizers")
+_QUALITY = "quality.json"
 _FORMAT_TOOLS: dict[str, tuple[str, ...]] = {"gguf": (), "onnx": ("onnx", "onnxruntime")}
 
 
@@ -50,6 +72,7 @@ class Measured:
 
     checkpoint: Checkpoint
     analysis: Analysis
+    hashes: tuple[FileRecord, ...]
 
     def points(self, options: ExportOptions, profile: TargetProfile) -> list[Point]:
         """The front on a target."""
@@ -75,7 +98,8 @@ def choices(
     """
     check_options(options)
     profile = load_profile(options.target)
-    checkpoint = open_checkpoint(open_source(options.source))
+    checkpoint = open_checkpoint(open_source(options.source, progress, headers_only=not measure))
+    check_checkpoint(checkpoint)
     found: list[Candidate] = []
     try:
         if measure and options.quant.lower() == "auto" and measuring_obstacle(options, checkpoint) is None:
@@ -105,13 +129,20 @@ def measure_types(options: ExportOptions, checkpoint: Checkpoint, progress: Prog
 
     Raises ``UsageError`` for an unusable calibration text, ``CheckpointError`` and ``EngineError``.
     """
-    description = describe(checkpoint)
     words = tokenizer.load_tokenizer(checkpoint, progress)
+    text, hashes = _calibration(options, checkpoint, progress)
+    key = tuple(record.sha256 for record in hashes)
+    return Measured(checkpoint, analyse(checkpoint, describe(checkpoint), words, text, key, progress), hashes)
+
+
+def _calibration(
+    options: ExportOptions, checkpoint: Checkpoint, progress: Progress
+) -> tuple[Calibration, tuple[FileRecord, ...]]:
+    """The calibration text in tokens, and records of the checkpoint's files."""
+    description, words = describe(checkpoint), tokenizer.read_tokenizer(checkpoint)
     _check_vocabulary(checkpoint, description, words)
-    context = description.dimensions.context_trained
-    text = open_calibration(checkpoint, words, options.calibration, context, progress)
-    hashes = tuple(record.sha256 for record in _hashed(list(checkpoint.files), progress))
-    return Measured(checkpoint, analyse(checkpoint, description, words, text, hashes, progress))
+    text = open_calibration(checkpoint, words, options.calibration, progress, evaluation=options.evaluation)
+    return text, _hashed(checkpoint.files, progress)
 
 
 @dataclass(frozen=True)
@@ -121,22 +152,39 @@ class Prepared:
     checkpoint: Checkpoint
     plan: ExportPlan
     measured: Measured | None = None
+    importance: Mapping[str, TensorStatistics] | None = None
 
 
-def prepare(options: ExportOptions, progress: Progress = SILENT) -> Prepared:
+@dataclass(frozen=True)
+class Proven:
+    """What the manifest says of an artefact beside its files. ``measured`` is None when the proof was left out."""
+
+    plan: ExportPlan
+    encoder: EncoderRecord | None
+    measured: Quality | EmbeddingQuality | None
+
+
+def prepare(options: ExportOptions, progress: Progress = SILENT, *, headers_only: bool = False) -> Prepared:
     """Read the source's headers and resolve the plan: what ``--dry-run`` shows. Writes nothing but the cache.
 
+    ``headers_only`` leaves weights on the hub, if the plan needs none: a mix that was named.
+
     ``auto`` keeps a quantised source that fits as it is. Else it measures what each tensor loses in each type when
-    torch and transformers are installed, and chooses among the usual mixes when not.
+    torch and transformers are installed, and chooses among the usual mixes when not. Rounding of those mixes, and of
+    one that is named together with a calibration text, is weighed by importance that the engine measures.
 
     Raises ``UsageError``, ``CheckpointError``, ``ProfileError`` or ``DoesNotFitError``.
     """
     check_options(options)
     profile = load_profile(options.target)
-    checkpoint = open_checkpoint(open_source(options.source))
+    headers_only = headers_only and options.quant.lower() != "auto"
+    checkpoint = open_checkpoint(open_source(options.source, progress, headers_only=headers_only))
     check_checkpoint(checkpoint)
     if options.quant.lower() != "auto":
-        return Prepared(checkpoint, resolve(options, checkpoint, profile))
+        plan = resolve(options, checkpoint, profile)
+        return (
+            Prepared(checkpoint, plan) if options.calibration is None else _weighed(options, checkpoint, plan, progress)
+        )
     kept = unchanged(options, checkpoint, profile) if options.calibration is None else None
     if kept is not None:
         return Prepared(checkpoint, kept)
@@ -144,37 +192,81 @@ def prepare(options: ExportOptions, progress: Progress = SILENT) -> Prepared:
     if obstacle is None:
         measured = measure_types(options, checkpoint, progress)
         return Prepared(checkpoint, measured.choose(options, profile).plan, measured)
-    if options.calibration is not None:
-        raise UsageError(f"--calibration has no use here: {obstacle}", hint="leave it out")
-    plan = resolve(options, checkpoint, profile)
-    note = f"types were not measured: {obstacle}"
-    return Prepared(checkpoint, plan.model_copy(update={"notes": (*plan.notes, note)}))
+    plan = _with_note(resolve(options, checkpoint, profile), f"types were not measured: {obstacle}")
+    if options.format == "onnx" or not _rounds(plan):
+        return Prepared(checkpoint, plan)
+    try:
+        return _weighed(options, checkpoint, plan, progress)
+    except (DoesNotFitError, EngineError) as error:
+        if options.calibration is not None:
+            raise
+        return Prepared(checkpoint, _with_note(plan, f"importance was not measured either: {error.message}"))
 
 
-def export(options: ExportOptions, destination: Path, *, force: bool = False, progress: Progress = SILENT) -> Bundle:
+def _rounds(plan: ExportPlan) -> bool:
+    return plan.quant != COPY and any(ggml.TYPES[item.type].is_quantized for item in plan.tensors)
+
+
+def _with_note(plan: ExportPlan, note: str) -> ExportPlan:
+    return plan.model_copy(update={"notes": (*plan.notes, note)})
+
+
+def _weighed(options: ExportOptions, checkpoint: Checkpoint, plan: ExportPlan, progress: Progress) -> Prepared:
+    """A plan whose rounding is weighed by importance. Raises as ``measure_types``, and ``DoesNotFitError``."""
+    if not _rounds(plan):
+        raise UsageError(f"--calibration has no use here: {plan.quant} rounds nothing", hint="leave it out")
+    text, hashes = _calibration(options, checkpoint, progress)
+    found = importance(checkpoint, text, tuple(record.sha256 for record in hashes), progress)
+    plan = _with_note(plan, f"rounding weighed by importance over {text.record.tokens} tokens, measured by the engine")
+    return Prepared(checkpoint, plan.model_copy(update={"calibration": text.record}), importance=found)
+
+
+def export(
+    options: ExportOptions,
+    destination: Path,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress = SILENT,
+) -> Bundle:
     """Make a proven bundle at ``destination``.
 
     Raises what ``prepare`` raises, ``BundleError`` when it cannot be written, and ``ProofError`` when tokens differ or
-    the quality limit is missed. Whatever is raised, nothing new is left behind and an earlier bundle is untouched.
+    the quality limit is missed. Whatever is raised, nothing new is left behind and an earlier bundle is untouched; with
+    ``resume``, finished tensors stay in a hidden directory beside it when interrupted, and the next such call goes on.
     """
     bundles.check_destination(destination, force=force)
     prepared = prepare(options, progress)
     checkpoint, plan = prepared.checkpoint, prepared.plan
     description = describe(checkpoint)
-    check_room(destination.parent, plan.artifact_bytes)
+    if resume and plan.format != "gguf":
+        raise UsageError(f"--resume is for GGUF; {plan.format} is written as a whole", hint="leave it out")
+    check_room(destination.parent, plan.artifact_bytes - (bundles.kept_bytes(destination) if resume else 0))
+    journal = bundles.journal_path(destination) if resume else None
     words = _load_words(checkpoint, plan, progress)
     _check_vocabulary(checkpoint, description, words)
-    with bundles.new_bundle(destination, force=force) as staging:
-        artifact = _write_artifact(staging, prepared, description, words, progress)
+    with bundles.new_bundle(destination, force=force, resume=resume) as staging, _Aside(prepared) as aside:
+        _clear(staging, ARTIFACTS[plan.format])
+        artifact = _write_artifact(staging, prepared, description, words, progress, aside, journal)
         _check_size(options, artifact)
         _write_texts(staging, words)
-        identity = _prove_tokens(words, artifact)
-        measured = _measure(options, checkpoint, artifact, identity, progress)
-        if prepared.measured is not None and measured is not None:
+        identity = aside.identity(words, artifact)
+        measured = _measure(options, prepared, artifact, identity, progress)
+        if prepared.measured is not None and isinstance(measured, Quality):
+            if journal is not None:
+                journal.unlink(missing_ok=True)  # the artefact may become another one
             plan, measured = _along_the_front(options, prepared, artifact, measured, progress)
         _check_quality(options, measured)
-        _write_manifest(staging, _name(checkpoint, plan), checkpoint, plan, measured, progress)
+        proven = Proven(plan, description.encoder.record if description.encoder else None, measured)
+        _write_manifest(staging, checkpoint, aside.source_hashes(progress), proven, progress)
     return bundles.open_bundle(destination, check_hashes=False)
+
+
+def _clear(staging: Path, artifact: str) -> None:
+    """An earlier attempt may have left more than its artefact."""
+    for path in staging.iterdir():
+        if path.name != artifact:
+            path.unlink()
 
 
 def _load_words(checkpoint: Checkpoint, plan: ExportPlan, progress: Progress) -> SourceTokenizer:
@@ -200,7 +292,9 @@ def _metadata(plan: ExportPlan, description: ModelDescription, words: SourceToke
 
 def hash_of_metadata(metadata: Mapping[str, Any]) -> str:
     """SHA-256 of metadata; arrays count as lists."""
-    text = json.dumps(metadata, sort_keys=True, default=lambda value: value.tolist())
+    text = json.dumps(
+        metadata, sort_keys=True, default=lambda value: value.hex() if isinstance(value, bytes) else value.tolist()
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -228,7 +322,7 @@ def _write_texts(staging: Path, words: SourceTokenizer) -> None:
 
 def _prove_tokens(words: SourceTokenizer, artifact: Path) -> TokenIdentity:
     if artifact.suffix == ".onnx":
-        identity = tokenizer.compare_files(words.tokenizer_json, artifact.parent / "tokenizer.json")
+        identity = compare_files(words.tokenizer_json, artifact.parent / "tokenizer.json")
     else:
         identity = tokenizer.prove_identity(words, artifact)
     if not identity.identical:
@@ -239,10 +333,55 @@ def _prove_tokens(words: SourceTokenizer, artifact: Path) -> TokenIdentity:
     return identity
 
 
+class _Aside(AbstractContextManager["_Aside"]):
+    """Hashes of the source and the proof of the tokens, taken in threads while tensors are quantised.
+
+    Leaving the context stops what is still under way.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._stopped = threading.Event()
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="aside")
+        self._proof: Future[TokenIdentity] | None = None
+        known = prepared.measured.hashes if prepared.measured else None
+        self._hashes = self._pool.submit(lambda: known or self._hash(prepared.checkpoint.files))
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def prove(self, words: SourceTokenizer, artifact: Path) -> None:
+        """Begin the proof of an artefact whose vocabulary is written, once."""
+        self._proof = self._proof or self._pool.submit(_prove_tokens, words, artifact)
+
+    def identity(self, words: SourceTokenizer, artifact: Path) -> TokenIdentity:
+        """The result of the proof, which begins now if it has not. Raises ``ProofError``."""
+        return self._proof.result() if self._proof else _prove_tokens(words, artifact)
+
+    def source_hashes(self, progress: Progress) -> tuple[FileRecord, ...]:
+        """Records of the source's files, in their order."""
+        with progress.stage("hashing the source", 1) as stage:
+            hashes = self._hashes.result()
+            stage.advance()
+        return hashes
+
+    def _hash(self, files: Sequence[Path]) -> tuple[FileRecord, ...]:
+        return tuple(bundles.file_record(path, stopped=self._stopped.is_set) for path in files)
+
+
 def _write_artifact(
-    staging: Path, prepared: Prepared, description: ModelDescription, words: SourceTokenizer, progress: Progress
+    staging: Path,
+    prepared: Prepared,
+    description: ModelDescription,
+    words: SourceTokenizer,
+    progress: Progress,
+    aside: _Aside | None = None,
+    journal: Path | None = None,
 ) -> Path:
-    """Write the planned tensors; types that were measured are rounded as they were then, and kept in the cache."""
+    """Write the planned tensors; types that were measured are rounded as they were then, and kept in the cache.
+
+    With a ``journal``, what it says is there is not written again.
+    """
     checkpoint, plan = prepared.checkpoint, prepared.plan
     if plan.format == "onnx":
         from exporter.onnx_bundle import write_artifact  # needs the onnx package, which the GGUF way does without
@@ -250,23 +389,39 @@ def _write_artifact(
         return write_artifact(staging, checkpoint, description, plan, words, progress)
     artifact = staging / ARTIFACTS[plan.format]
     metadata = _metadata(plan, description, words)
+
+    def fill(quantizers: Mapping[str, RowQuantizer], further: str) -> None:
+        def tensors(position: int, plans: Sequence[TensorPlan], inner: Progress) -> None:
+            if aside is not None:
+                aside.prove(words, artifact)
+            sources = description.tensors
+            write_tensors(artifact, position, checkpoint, sources, plans, progress=inner, quantizers=quantizers)
+
+        writer = Writer(lambda: write_head(artifact, checkpoint.architecture, metadata, plan.tensors), tensors)
+        if journal is None:
+            tensors(writer.head(), plan.tensors, progress)
+        else:
+            key = key_of_artifact(checkpoint, plan.tensors, hash_of_metadata(metadata), further)
+            write_in_parts(journal, key, artifact, plan.tensors, writer, progress)
+
     if prepared.measured is None:
-        write_gguf(artifact, checkpoint, description.tensors, plan.tensors, metadata, progress=progress)
+        text = plan.calibration.text_sha256 if plan.calibration else ""
+        fill(damage.quantizers(prepared.importance or {}), text)
         return artifact
     analysis = prepared.measured.analysis
     types = [(item.name, item.type) for item in plan.tensors]
     key = cache.key_of("artifact", analysis.key, types, hash_of_metadata(metadata))
     held = cache.find(key)
     if held is not None and (held / artifact.name).is_file():
+        if journal is not None:
+            journal.unlink(missing_ok=True)
         with write_errors(artifact):
             shutil.copyfile(held / artifact.name, artifact)
         return artifact
     with progress.stage("preparing rounding", 1) as stage:
         quantizers = damage.quantizers(analysis.statistics)
         stage.advance()
-    write_gguf(
-        artifact, checkpoint, description.tensors, plan.tensors, metadata, progress=progress, quantizers=quantizers
-    )
+    fill(quantizers, analysis.key)
     with cache.new_entry(key) as directory:
         if directory is not None:
             shutil.copyfile(artifact, directory / artifact.name)
@@ -274,15 +429,47 @@ def _write_artifact(
 
 
 def _measure(
-    options: ExportOptions, checkpoint: Checkpoint, artifact: Path, identity: TokenIdentity, progress: Progress
-) -> Quality | None:
+    options: ExportOptions, prepared: Prepared, artifact: Path, identity: TokenIdentity, progress: Progress
+) -> Quality | EmbeddingQuality | None:
+    """The quality of the artefact. What was measured before of the very same bytes, by the same programs on the same
+    kind of processor, is taken from the cache."""
     if not options.verify:
         return None
-    return quality.measure(artifact, checkpoint, identity, options.evaluation, progress)
+    if describe(prepared.checkpoint).encoder is not None:
+        return embedding_quality.measure(artifact, prepared.checkpoint, identity, options.evaluation, progress)
+    if prepared.measured is None:
+        return _measured_now(options, prepared.checkpoint, artifact, identity, progress)
+    with progress.stage("hashing", 1) as stage:
+        digest = bundles.file_record(artifact).sha256
+        stage.advance()
+    programs = [(name, version(name)) for name in ("edgelm", "llama-cpp-python", "torch", "transformers")]
+    text = evaluation_text(options.evaluation).sha256
+    host = (cpu_name(), instruction_set())
+    key = cache.key_of("quality", prepared.measured.analysis.key, digest, text, quality.MIN_TOKENS, programs, host)
+    held = cache.find(key)
+    if held is not None:
+        try:
+            return Quality.model_validate_json((held / _QUALITY).read_bytes())
+        except (OSError, ValueError):
+            cache.remove(key)
+    found = _measured_now(options, prepared.checkpoint, artifact, identity, progress)
+    with cache.new_entry(key) as directory:
+        if directory is not None:
+            (directory / _QUALITY).write_text(found.model_dump_json(), encoding="utf-8")
+    return found
 
 
-def _check_quality(options: ExportOptions, measured: Quality | None) -> None:
-    if options.max_kl is not None and measured is not None and not measured.kl_mean <= options.max_kl:
+def _measured_now(
+    options: ExportOptions, checkpoint: Checkpoint, artifact: Path, identity: TokenIdentity, progress: Progress
+) -> Quality:
+    found = quality.measure(artifact, checkpoint, identity, options.evaluation, progress)
+    words = tokenizer.read_tokenizer(checkpoint)
+    chat = prove_chat(artifact.parent, artifact, checkpoint, words, progress)
+    return found.model_copy(update={"chat": chat})
+
+
+def _check_quality(options: ExportOptions, measured: Quality | EmbeddingQuality | None) -> None:
+    if options.max_kl is not None and isinstance(measured, Quality) and not measured.kl_mean <= options.max_kl:
         raise ProofError(
             f"mean KL is {measured.kl_mean:.4f} nats per token, --max-kl is {options.max_kl:g}",
             hint="choose a --quant of more bits, or keep single tensors better with --type",
@@ -312,9 +499,7 @@ def _along_the_front(
         words = tokenizer.load_tokenizer(checkpoint, progress)
         _write_artifact(artifact.parent, Prepared(checkpoint, plan, types), description, words, progress)
         _check_size(options, artifact)
-        quality_found = quality.measure(
-            artifact, checkpoint, quality_found.token_identity, options.evaluation, progress
-        )
+        quality_found = _measured_now(options, checkpoint, artifact, quality_found.token_identity, progress)
     worst = automatic.worst_tensors(plan, types.analysis)
     return plan, quality_found.model_copy(update={"worst_tensors": worst})
 
@@ -325,42 +510,38 @@ def _name(checkpoint: Checkpoint, plan: ExportPlan) -> str:
 
 
 def _write_manifest(
-    staging: Path,
-    name: str,
-    checkpoint: Checkpoint,
-    plan: ExportPlan,
-    measured: Quality | None,
-    progress: Progress,
+    staging: Path, checkpoint: Checkpoint, source_hashes: tuple[FileRecord, ...], proven: Proven, progress: Progress
 ) -> None:
-    written = sorted(path for path in staging.iterdir() if path.is_file())
-    records = _hashed([*checkpoint.files, *written], progress)
+    plan, measured = proven.plan, proven.measured
     source = SourceRecord(
         kind=checkpoint.source.kind,
         location=checkpoint.source.location,
         revision=checkpoint.source.revision,
         architecture=checkpoint.architecture,
         parameters=plan.parameters,
-        files=tuple(records[: len(checkpoint.files)]),
+        files=source_hashes,
     )
     manifest = Manifest(
-        name=name,
+        name=_name(checkpoint, plan),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         format=plan.format,
         artifact=ARTIFACTS[plan.format],
         source=source,
         plan=plan,
-        quality=measured,
-        files=tuple(records[len(checkpoint.files) :]),
+        quality=measured if isinstance(measured, Quality) else None,
+        files=_hashed(sorted(path for path in staging.iterdir() if path.is_file()), progress),
         tool_versions={tool: version(tool) for tool in (*_TOOLS, *_FORMAT_TOOLS[plan.format])},
+        encoder=proven.encoder,
+        embedding_quality=measured if isinstance(measured, EmbeddingQuality) else None,
     )
     with write_errors(staging / bundles.MANIFEST_NAME):
         bundles.write_manifest(staging, manifest)
 
 
-def _hashed(paths: list[Path], progress: Progress) -> list[FileRecord]:
+def _hashed(paths: Sequence[Path], progress: Progress) -> tuple[FileRecord, ...]:
     records = []
     with progress.stage("hashing", len(paths), unit="files") as stage:
         for path in paths:
             records.append(bundles.file_record(path))
             stage.advance()
-    return records
+    return tuple(records)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgelm.errors import CheckpointError
+from exporter import tokenizer_unigram, tokenizer_wordpiece
 from exporter.tokenizer_sentencepiece import rebuilt_parts
 from exporter.tokenizer_types import CONTROL, UNKNOWN, USER_DEFINED
 
@@ -90,9 +91,17 @@ def rebuild_tokenizer_json(metadata: Mapping[str, Any], name: str) -> str:
         "padding": None,
         "added_tokens": _added_tokens(tokens, types),
         "post_processor": _post_processor(metadata, tokens),
-        **(rebuilt_parts(metadata) if "tokenizer.ggml.scores" in metadata else _byte_level_parts(metadata, name)),
+        **_parts(metadata, name),
     }
     return json.dumps(document, ensure_ascii=False)
+
+
+def _parts(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
+    if metadata.get("tokenizer.ggml.model") == tokenizer_wordpiece.MODEL:
+        return tokenizer_wordpiece.rebuilt_parts(metadata, name)
+    if metadata.get("tokenizer.ggml.model") == tokenizer_unigram.MODEL:
+        return tokenizer_unigram.rebuilt_parts(metadata, name)
+    return rebuilt_parts(metadata) if "tokenizer.ggml.scores" in metadata else _byte_level_parts(metadata, name)
 
 
 def _byte_level_parts(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -143,15 +152,33 @@ def _added_tokens(tokens: Sequence[str], types: Sequence[int]) -> list[dict[str,
 
 
 def _post_processor(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any] | None:
-    """Adds BOS in front when the vocabulary asks for it and special tokens are asked for."""
-    bos = metadata.get("tokenizer.ggml.bos_token_id")
-    if not metadata.get("tokenizer.ggml.add_bos_token") or bos is None:
+    """Adds BOS in front and EOS behind when the vocabulary asks for it and special tokens are asked for."""
+    front, behind = _ends(metadata)
+    if front is None and behind is None:
         return None
-    token = {"SpecialToken": {"id": tokens[bos], "type_id": 0}}
     first, second = ({"Sequence": {"id": which, "type_id": number}} for number, which in enumerate("AB"))
+
+    def around(text: Mapping[str, Any], number: int) -> list[Any]:
+        ends = [{"SpecialToken": {"id": tokens[end], "type_id": number}} if end is not None else None
+                for end in (front, behind)]  # fmt: skip
+        return [part for part in (ends[0], text, ends[1]) if part is not None]
+
+    used = [end for end in (front, behind) if end is not None]
     return {
         "type": "TemplateProcessing",
-        "single": [token, first],
-        "pair": [token, first, token, second],
-        "special_tokens": {tokens[bos]: {"id": tokens[bos], "ids": [bos], "tokens": [tokens[bos]]}},
+        "single": around(first, 0),
+        "pair": [*around(first, 0), *around(second, 1)],
+        "special_tokens": {tokens[end]: {"id": tokens[end], "ids": [end], "tokens": [tokens[end]]} for end in used},
     }
+
+
+def _ends(metadata: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Ids that llama.cpp puts before and behind a text, None for no such. WordPiece always has both."""
+
+    def named(name: str) -> int | None:
+        return metadata.get(f"tokenizer.ggml.{name}_token_id")
+
+    if metadata.get("tokenizer.ggml.model") == tokenizer_wordpiece.MODEL:
+        return named("bos"), named("seperator")
+    front, behind = (metadata.get(f"tokenizer.ggml.add_{name}_token") for name in ("bos", "eos"))
+    return named("bos") if front else None, named("eos") if behind else None

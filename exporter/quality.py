@@ -22,7 +22,8 @@ from exporter.architectures import describe
 from exporter.checkpoint import Checkpoint
 from exporter.reference import BATCH, EngineModel, ReferenceChoice, ScoringModel, open_reference
 from exporter.texts import Text, evaluation_text
-from exporter.tokenizer import open_tokenizer, read_tokenizer
+from exporter.token_identity import open_tokenizer
+from exporter.tokenizer import read_tokenizer
 from runtime.engine import EngineOptions, Logits
 from runtime.engines import load_engine
 
@@ -201,6 +202,19 @@ def cut_windows(
             f"{name} has {len(ids)} tokens; {count * taken} are needed for {tokens} counted predictions",
             hint="give a longer text, or none to use the default one",
         )
-    space = (len(ids) - count * taken) // count
-    starts = [index * (taken + space) for index in range(count)]
-    return [Window((*prefix, *ids[start : start + taken]), first) for start in starts]
+    pitch = len(ids) // count
+    return [Window((*prefix, *ids[start : start + taken]), first) for start in range(0, count * pitch, pitch)]
+
+
+def windows_between(ids: Sequence[int], tokens: int, *, length: int, wanted: int) -> list[tuple[int, ...]]:
+    """``wanted`` pieces of ``length`` token ids from the gaps that ``cut_windows`` leaves, without a prefix.
+
+    Text of the same kind that is not counted there; none when the gaps are too small.
+    """
+    count = len(cut_windows(ids, tokens, length=length))
+    pitch = len(ids) // count
+    if pitch < 2 * length or count < wanted:
+        return []
+    gaps = [round(index * (count - 1) / max(wanted - 1, 1)) for index in range(wanted)]
+    starts = (gap * pitch + pitch // 2 for gap in gaps)
+    return [tuple(ids[start : start + length]) for start in starts]

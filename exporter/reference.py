@@ -33,6 +33,7 @@ from exporter.gguf import write_gguf
 from exporter.tokenizer import read_tokenizer
 from runtime.engine import Chunk, Engine, EngineOptions, Logits
 from runtime.engines.llamacpp import load_engine
+from runtime.engines.llamacpp_inputs import InputSquares
 from targets.host import available_memory, default_threads
 
 BATCH = 128
@@ -86,7 +87,7 @@ class TransformersModel:
         self.model = model
         self._cache: Any = None
         self.name = f"transformers {version} float32"
-        self.vocabulary = int(model.config.vocab_size)
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
 
     def reset(self) -> None:
         self._cache = None
@@ -142,6 +143,28 @@ def open_transformers(checkpoint: Checkpoint, progress: Progress) -> Iterator[An
         yield _load_transformers(checkpoint, description, progress)
 
 
+@contextmanager
+def open_transformers_encoder(checkpoint: Checkpoint, progress: Progress) -> Iterator[tuple[str, Any]]:
+    """What the manifest calls it, and a checkpoint of an encoder as a transformers model in float32 without head.
+
+    Raises ``CheckpointError`` when transformers cannot compute it here.
+    """
+    obstacle = transformers_obstacle(checkpoint)
+    if obstacle is not None:
+        raise CheckpointError(f"transformers cannot be the reference: {obstacle}")
+    with _quiet_transformers(), progress.stage("loading the reference", 1) as stage:
+        import transformers
+
+        model = _load_directory(checkpoint.source.path, transformers.AutoModel).eval()
+        stage.advance()
+        yield f"transformers {transformers.__version__} float32", model
+
+
+def transformers_obstacle(checkpoint: Checkpoint) -> str | None:
+    """Why transformers cannot compute a checkpoint here, None when it can."""
+    return _transformers_obstacle(checkpoint, describe(checkpoint))
+
+
 def _transformers_obstacle(checkpoint: Checkpoint, description: ModelDescription) -> str | None:
     """Why transformers cannot compute this checkpoint here, None when it can."""
     for package in ("torch", "transformers"):
@@ -191,17 +214,18 @@ def _load_transformers(checkpoint: Checkpoint, description: ModelDescription, pr
         if checkpoint.source.kind == "gguf":
             model = _llama_from_gguf(checkpoint, description)
         else:
-            model = _load_directory(checkpoint.source.path)
+            from transformers import AutoModelForCausalLM
+
+            model = _load_directory(checkpoint.source.path, AutoModelForCausalLM)
         stage.advance()
     return model.eval()
 
 
-def _load_directory(directory: Path) -> Any:
+def _load_directory(directory: Path, kind: Any) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return kind.from_pretrained(
             directory,
             dtype=torch.float32,
             local_files_only=True,
@@ -292,10 +316,13 @@ def _halves(rows: Floats, head_size: int) -> Floats:
 
 
 @contextmanager
-def _open_engine(
-    checkpoint: Checkpoint, description: ModelDescription, context: int, progress: Progress
-) -> Iterator[ScoringModel]:
-    """The checkpoint unquantised as a temporary GGUF: in F32 when that fits, else in the source's own types."""
+def unquantised_file(
+    checkpoint: Checkpoint, description: ModelDescription, progress: Progress
+) -> Iterator[tuple[Path, str]]:
+    """The checkpoint unquantised as a temporary GGUF and the name of its types: F32 when that fits, else the source's.
+
+    Raises ``DoesNotFitError``.
+    """
     with tempfile.TemporaryDirectory(prefix="edgelm-reference-") as directory:
         plans, kind = _reference_plans(checkpoint, description, Path(directory))
         path = Path(directory) / "reference.gguf"
@@ -305,10 +332,39 @@ def _open_engine(
             **read_tokenizer(checkpoint).gguf_metadata,
         }
         write_gguf(path, checkpoint, description.tensors, plans, metadata, progress=progress)
+        yield path, kind
+
+
+@contextmanager
+def _open_engine(
+    checkpoint: Checkpoint, description: ModelDescription, context: int, progress: Progress
+) -> Iterator[ScoringModel]:
+    with _engine_and_type(checkpoint, description, context, None, progress) as (engine, kind):
+        yield EngineModel(engine, f"{engine.info.engine} {kind}")
+
+
+@contextmanager
+def open_observed_engine(
+    checkpoint: Checkpoint, context: int, observer: InputSquares, progress: Progress
+) -> Iterator[Engine]:
+    """The unquantised model in the engine, its matrices' inputs seen by ``observer``. Raises ``DoesNotFitError``."""
+    with _engine_and_type(checkpoint, describe(checkpoint), context, observer, progress) as (engine, _):
+        yield engine
+
+
+@contextmanager
+def _engine_and_type(
+    checkpoint: Checkpoint,
+    description: ModelDescription,
+    context: int,
+    observer: InputSquares | None,
+    progress: Progress,
+) -> Iterator[tuple[Engine, str]]:
+    with unquantised_file(checkpoint, description, progress) as (path, kind):
         options = EngineOptions(context=context, batch=BATCH, kv_type="f32", all_logits=True)
-        engine = load_engine(path, options)
+        engine = load_engine(path, options, observer)
         try:
-            yield EngineModel(engine, f"{engine.info.engine} {kind}")
+            yield engine, kind
         finally:
             engine.close()
 
@@ -362,7 +418,7 @@ def transformers_name(name: str) -> str | None:
 
 def torch_obstacle(checkpoint: Checkpoint) -> str | None:
     """Why ``open_torch_model`` cannot open a checkpoint here, None when it can."""
-    return _transformers_obstacle(checkpoint, describe(checkpoint))
+    return transformers_obstacle(checkpoint)
 
 
 @contextmanager

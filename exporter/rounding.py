@@ -18,6 +18,7 @@ import numpy.typing as npt
 from exporter import ggml
 
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 Bytes = npt.NDArray[np.uint8]
 # Share of the mean diagonal that is added to the moment: keeps directions that calibration never saw in place.
 DAMPING = 0.01
@@ -27,6 +28,7 @@ _NEAREST = np.abs(np.arange(-128, 128)[:, None] - _CODEBOOK[None, :]).argmin(axi
 # Columns rounded one by one before their errors reach the rest of a block in one matrix product.
 _STEP = 8
 _DAMPING_ATTEMPTS = 6
+_DIRECT_INVERSE = 96
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ def compensation(moment: Floats, damping: float = DAMPING) -> Compensation:
     added = damping * float(np.trace(plain)) / len(plain) + 1e-12
     for _ in range(_DAMPING_ATTEMPTS):
         try:
-            factor = np.linalg.cholesky(np.linalg.inv(plain + added * np.eye(len(plain)))).T
+            damped = plain + added * np.eye(len(plain))
+            # With H = M M^T, M upper triangular, H^-1 = (M^-1)^T M^-1: its factor without the inverse itself.
+            factor = _inverse_of_lower(np.linalg.cholesky(damped[::-1, ::-1]))[::-1, ::-1]
             break
         except np.linalg.LinAlgError:
             added *= 10
@@ -59,6 +63,19 @@ def compensation(moment: Floats, damping: float = DAMPING) -> Compensation:
         factor = np.eye(len(plain))  # nothing is known of how columns work together: plain rounding
     importance = (1 / np.square(np.diag(factor))).astype(np.float32)
     return Compensation(np.ascontiguousarray(factor, dtype=np.float32), importance)
+
+
+def _inverse_of_lower(factor: Doubles) -> Doubles:
+    """Inverse of a lower triangular matrix by halves: a third of the work of a general inverse, nearly all products."""
+    size = len(factor)
+    if size <= _DIRECT_INVERSE:
+        return np.asarray(np.linalg.inv(factor), dtype=np.float64)
+    half = size // 2
+    found = np.zeros_like(factor)
+    found[:half, :half] = _inverse_of_lower(factor[:half, :half])
+    found[half:, half:] = _inverse_of_lower(factor[half:, half:])
+    found[half:, :half] = -found[half:, half:] @ (factor[half:, :half] @ found[:half, :half])
+    return found
 
 
 @dataclass(frozen=True)

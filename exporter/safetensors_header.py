@@ -18,6 +18,7 @@ from typing import Any
 
 from edgelm.errors import CheckpointError
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADER_LIMIT_BYTES = 100_000_000  # the reference implementation's own limit
 INDEX_LIMIT_BYTES = 64 * 2**20
 _TENSOR_LIMIT = 200_000
@@ -58,16 +59,20 @@ def read_safetensors_header(path: Path) -> dict[str, TensorHeader]:
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{path} is not a regular file")
-            prefix = stream.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length < 2 or 8 + length > status.st_size:
-                raise _broken(path, f"is truncated or no safetensors file ({status.st_size} bytes)")
-            if length > HEADER_LIMIT_BYTES:
-                raise _broken(path, f"claims a header of {length} bytes")
-            raw = stream.read(length)
+            raw = stream.read(header_length(stream.read(8), path, status.st_size))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=_AGAIN) from error
     return parse_safetensors_header(raw, path, status.st_size - 8 - len(raw))
+
+
+def header_length(prefix: bytes, path: Path, size_bytes: int) -> int:
+    """Length of the JSON header of a file of ``size_bytes``, from its first eight bytes. Raises ``CheckpointError``."""
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length < 2 or 8 + length > size_bytes:
+        raise _broken(path, f"is truncated or no safetensors file ({size_bytes} bytes)")
+    if length > HEADER_LIMIT_BYTES:
+        raise _broken(path, f"claims a header of {length} bytes")
+    return length
 
 
 def parse_safetensors_header(raw: bytes, path: Path, data_bytes: int) -> dict[str, TensorHeader]:

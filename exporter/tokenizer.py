@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,25 @@ from exporter.architectures import embedding_names
 from exporter.checkpoint import Checkpoint
 from exporter.gguf_header import encode_header
 from exporter.pretokenizers import likely_candidates, rebuild_tokenizer_json
-from exporter.texts import hard_corpus
+from exporter.token_identity import compare_tokenizers, expected_ids, first_difference, open_tokenizer
 from exporter.tokenizer_sentencepiece import MODEL as SENTENCEPIECE
 from exporter.tokenizer_sentencepiece import is_sentencepiece, sentencepiece_metadata, space_variants
 from exporter.tokenizer_types import CONTROL, NORMAL, UNUSED, USER_DEFINED
+from exporter.tokenizer_unigram import CHARSMAP, check_unigram, is_unigram, unigram_metadata, unigram_variants
+from exporter.tokenizer_unigram import MODEL as UNIGRAM
+from exporter.tokenizer_wordpiece import MODEL as WORDPIECE
+from exporter.tokenizer_wordpiece import is_wordpiece, wordpiece_metadata
 from exporter.vocabulary import tokenize_with_llama
 from runtime.gguf_header import GGUFStrings, read_gguf_header
-from runtime.tokenizer import JsonTokenizer
 
 FILE_LIMIT_BYTES = 128 * 2**20
 MAX_VOCABULARY = 2**21
 # Role of a special token: name in the Hugging Face files, name in the GGUF keys.
 _SPECIAL = (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+# Kinds of vocabulary in a GGUF file, and what each cannot do without.
+_GGUF_MODELS: Mapping[Any, str | None] = {"gpt2": "merges", SENTENCEPIECE: "scores", UNIGRAM: "scores", WORDPIECE: None}
+# Those that encoders put around a text. llama.cpp begins a text with BOS, whatever a family calls it.
+_AROUND = (("cls", "cls"), ("sep", "seperator"), ("mask", "mask"))
 _NOT_COPIED = ("tokenizer.huggingface.json",)
 
 
@@ -97,81 +104,10 @@ def prove_identity(source: SourceTokenizer, artifact_path: Path) -> TokenIdentit
     return compare_tokenizers(source.tokenizer_json, source.vocabulary, artifact_path)
 
 
-def compare_tokenizers(tokenizer_json: str, vocabulary: int, artifact_path: Path) -> TokenIdentity:
-    """Encode a hard corpus with a tokenizer.json and with the vocabulary inside an artefact, and compare.
-
-    ``vocabulary`` is the number of tokens that the artefact must have. Special tokens written in the texts are
-    recognised, none are added. Texts are passed through the tokenizer's Unicode normalization first, if it has one:
-    llama.cpp has none. Raises ``BundleError`` for an invalid artefact, ``EngineError`` when llama.cpp cannot load it.
-    """
-    texts, expected = _expected(tokenizer_json)
-    answer = tokenize_with_llama(artifact_path, texts)
-    difference = _first_difference(texts, expected, answer.ids)
-    if difference is None and answer.vocabulary != vocabulary:
-        difference = f"the source has {vocabulary} tokens, the artefact {answer.vocabulary}"
-    return _identity(texts, expected, difference)
-
-
-def compare_files(tokenizer_json: str, path: Path) -> TokenIdentity:
-    """Encode the hard corpus with a tokenizer.json and with another one as the runtime reads it, and compare.
-
-    This is the proof of artefacts without a vocabulary of their own. Raises ``BundleError`` for an unreadable file.
-    """
-    texts, expected = _expected(tokenizer_json)
-    tokenizer = JsonTokenizer(path)
-    return _identity(
-        texts, expected, _first_difference(texts, expected, [tuple(map(int, tokenizer.encode(text))) for text in texts])
-    )
-
-
-def _identity(texts: Sequence[str], expected: Sequence[tuple[int, ...]], difference: str | None) -> TokenIdentity:
-    return TokenIdentity(
-        identical=difference is None,
-        texts=len(texts),
-        tokens=sum(map(len, expected)),
-        first_difference=difference,
-    )
-
-
-def open_tokenizer(tokenizer_json: str, name: str) -> Any:
-    """The ``tokenizers.Tokenizer`` of a tokenizer.json. Raises ``CheckpointError`` naming ``name``."""
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_str(tokenizer_json)
-    except Exception as error:  # the library raises nothing narrower, whatever is wrong with a document
-        raise CheckpointError(f"{name} holds no valid tokenizer: {error}") from error
-
-
-def _expected(tokenizer_json: str) -> tuple[list[str], list[tuple[int, ...]]]:
-    tokenizer = open_tokenizer(tokenizer_json, "tokenizer.json")
-    added = tokenizer.get_added_tokens_decoder()
-    texts = list(hard_corpus([added[index].content for index in sorted(added)]))
-    # Spaces are a matter of both sides, and tried; Unicode forms have no place in llama.cpp.
-    if tokenizer.normalizer is not None and not is_sentencepiece(json.loads(tokenizer_json)):
-        texts = [tokenizer.normalizer.normalize_str(text) for text in texts]
-    return texts, [tuple(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
-
-
-def _first_difference(
-    texts: Sequence[str], expected: Sequence[tuple[int, ...]], found: Sequence[tuple[int, ...]]
-) -> str | None:
-    for text, ours, theirs in zip(texts, expected, found, strict=True):
-        if ours != theirs:
-            pairs = enumerate(zip(ours, theirs, strict=False))
-            place = next((index for index, (one, other) in pairs if one != other), min(len(ours), len(theirs)))
-            shown = text if len(text) <= 60 else text[:57] + "..."
-            return (
-                f"text {shown!r}, from token {place} on: the source gives {list(ours[place : place + 6])}, "
-                f"the artefact {list(theirs[place : place + 6])}"
-            )
-    return None
-
-
 def _with_pre_tokenizer(source: SourceTokenizer, checkpoint: Checkpoint, progress: Progress) -> SourceTokenizer:
     """Try llama.cpp's ways to cut text on a vocabulary-only file until one gives the source's ids on every text."""
     candidates = _candidates(json.loads(source.tokenizer_json))
-    texts, expected = _expected(source.tokenizer_json)
+    corpus = expected_ids(source.tokenizer_json)
     closest: tuple[int, str, str] | None = None
     with (
         tempfile.TemporaryDirectory(prefix="edgelm-vocabulary-") as directory,
@@ -183,16 +119,16 @@ def _with_pre_tokenizer(source: SourceTokenizer, checkpoint: Checkpoint, progres
             path.write_bytes(encode_header("llama", metadata, ()))
             stage.advance()
             try:
-                found = tokenize_with_llama(path, texts).ids
+                found = tokenize_with_llama(path, corpus.asked).ids
             except EngineError as error:
-                closest = closest or (len(texts) + 1, name, error.message)
+                closest = closest or (len(corpus.texts) + 1, name, error.message)
                 continue
-            difference = _first_difference(texts, expected, found)
+            difference = first_difference(corpus, found)
             if difference is None:
                 return SourceTokenizer(
                     metadata, source.tokenizer_json, source.chat_template, source.generation_config, source.vocabulary
                 )
-            wrong = sum(ours != theirs for ours, theirs in zip(expected, found, strict=True))
+            wrong = sum(ours != theirs for ours, theirs in zip(corpus.ids, found, strict=True))
             if closest is None or wrong < closest[0]:
                 closest = (wrong, name, difference)
     assert closest is not None
@@ -207,6 +143,10 @@ def _candidates(document: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]
     """What to try, by a name to tell and the keys that it means."""
     if is_sentencepiece(document):
         return space_variants(document)
+    if is_wordpiece(document):
+        return [("WordPiece", {})]
+    if is_unigram(document):
+        return unigram_variants(document)
     return [(name, {"tokenizer.ggml.pre": name}) for name in likely_candidates(document["pre_tokenizer"])]
 
 
@@ -236,6 +176,10 @@ def _read_directory(checkpoint: Checkpoint) -> SourceTokenizer:
     generation_config = _generation_config(directory, checkpoint.config)
     if is_sentencepiece(document):
         words = sentencepiece_metadata(document, tokens, types, str(path))
+    elif is_wordpiece(document):
+        words = wordpiece_metadata(document, tokens, types, str(path))
+    elif is_unigram(document):
+        words = unigram_metadata(document, tokens, types, str(path))
     else:
         words = _byte_level_metadata(document, tokens, types, path)
     metadata: dict[str, Any] = {**words, **_special_ids(settings, tokens, generation_config)}
@@ -275,13 +219,16 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def _check_kind(path: Path, document: Mapping[str, Any]) -> None:
     model = document.get("model")
+    if is_unigram(document):
+        check_unigram(document, str(path))
+        return
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         kind = model.get("type") if isinstance(model, dict) else None
-        raise CheckpointError(f"{path} is a tokenizer of type {kind}; only BPE is supported")
+        raise CheckpointError(f"{path} is a tokenizer of type {kind}; only BPE, WordPiece and Unigram are supported")
     rules = json.dumps(document.get("pre_tokenizer"))
     if model.get("dropout"):
         raise CheckpointError(f"{path} drops merges at random (dropout {model['dropout']})", hint="set it to null")
-    if is_sentencepiece(document):
+    if is_sentencepiece(document) or is_wordpiece(document):
         return
     if model.get("type", "BPE") != "BPE" or '"ByteLevel"' not in rules:
         kind = f"of type {model.get('type')}"
@@ -314,11 +261,13 @@ def _drop_tokens_without_rows(document: dict[str, Any], rows: Any) -> None:
     vocabulary = document["model"]["vocab"]
     if isinstance(vocabulary, dict):
         document["model"]["vocab"] = {token: index for token, index in vocabulary.items() if token not in gone}
+    else:
+        document["model"]["vocab"] = vocabulary[:rows]
 
 
 def _vocabulary(path: Path, document: Mapping[str, Any], rows: Any) -> tuple[list[str], list[int]]:
     """Tokens by id and their GGUF types; ids without a token, up to the embedding's rows, are filled as unused."""
-    by_id = {index: (token, NORMAL) for token, index in document["model"]["vocab"].items()}
+    by_id = {index: (token, NORMAL) for token, index in _entries(document["model"]["vocab"])}
     for added in document.get("added_tokens") or []:
         by_id[added["id"]] = (added["content"], CONTROL if added["special"] else USER_DEFINED)
     if any(not isinstance(index, int) or not 0 <= index < MAX_VOCABULARY for index in by_id):
@@ -336,6 +285,14 @@ def _vocabulary(path: Path, document: Mapping[str, Any], rows: Any) -> tuple[lis
     return tokens, [kind for _, kind in entries]
 
 
+def _entries(vocabulary: Any) -> Iterator[tuple[str, Any]]:
+    """Tokens and their ids: a table, or of Unigram a list in the order of ids."""
+    if isinstance(vocabulary, Mapping):
+        yield from vocabulary.items()
+    else:
+        yield from ((token, index) for index, (token, _) in enumerate(vocabulary))
+
+
 def _merges(path: Path, document: Mapping[str, Any]) -> list[str]:
     merges = document["model"].get("merges")
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges or []]
@@ -350,7 +307,7 @@ def _special_ids(
 ) -> dict[str, int]:
     index = {token: position for position, token in enumerate(tokens)}
     ids: dict[str, int] = {}
-    for name, key in _SPECIAL:
+    for name, key in (*_SPECIAL, *(_AROUND if settings.get("cls_token") else ())):
         token = settings.get(f"{name}_token")
         text = token.get("content") if isinstance(token, dict) else token
         found = index.get(text) if isinstance(text, str) else None
@@ -359,6 +316,8 @@ def _special_ids(
             found = next((item for item in candidates if item < len(tokens)), None)
         if found is not None:
             ids[f"tokenizer.ggml.{key}_token_id"] = found
+    if "tokenizer.ggml.cls_token_id" in ids:
+        ids.setdefault("tokenizer.ggml.bos_token_id", ids["tokenizer.ggml.cls_token_id"])
     # A model may end a turn by another token than a text. Lists name the end of a turn last.
     ends = [item for item in _ids(generation_config.get("eos_token_id")) if item < len(tokens)]
     further = [item for item in ends if item != ids.get("tokenizer.ggml.eos_token_id")]
@@ -418,28 +377,23 @@ def _read_gguf(path: Path) -> SourceTokenizer:
     try:
         header = read_gguf_header(path)
         metadata = {
-            key: _plain(value)
+            key: value.tobytes() if key == CHARSMAP and isinstance(value, np.ndarray) else _plain(value)
             for key, value in header.metadata.items()
             if key.startswith("tokenizer.") and key not in _NOT_COPIED
         }
     except BundleError as error:
         raise CheckpointError(error.message, hint=error.hint) from error
     model, tokens = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.tokens")
-    if (
-        model not in ("gpt2", SENTENCEPIECE)
-        or not isinstance(tokens, list)
-        or not tokens
-        or not isinstance(tokens[0], str)
-    ):
-        raise CheckpointError(
-            f"{path} has a tokenizer of type {model!r}; only BPE ('gpt2', '{SENTENCEPIECE}') is supported"
-        )
-    needed = "scores" if model == SENTENCEPIECE else "merges"
-    held = metadata.get(f"tokenizer.ggml.{needed}")
-    if not isinstance(held, list) or not held or not isinstance(held[0], float if needed == "scores" else str):
-        raise CheckpointError(f"{path} has a vocabulary without {needed}")
-    if needed == "scores" and len(held) != len(tokens):
-        raise CheckpointError(f"{path} does not give a score to each of its {len(tokens)} tokens")
+    if model not in _GGUF_MODELS or not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
+        known = ", ".join(f"'{name}'" for name in _GGUF_MODELS)
+        raise CheckpointError(f"{path} has a tokenizer of type {model!r}; supported are {known}")
+    needed = _GGUF_MODELS[model]
+    if needed is not None:
+        held = metadata.get(f"tokenizer.ggml.{needed}")
+        if not isinstance(held, list) or not held or not isinstance(held[0], float if needed == "scores" else str):
+            raise CheckpointError(f"{path} has a vocabulary without {needed}")
+        if needed == "scores" and len(held) != len(tokens):
+            raise CheckpointError(f"{path} does not give a score to each of its {len(tokens)} tokens")
     types = metadata.setdefault("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens):
         raise CheckpointError(f"{path} does not give a type to each of its {len(tokens)} tokens")

@@ -70,8 +70,25 @@ def _adds_space(document: Mapping[str, Any]) -> bool:
     return '"Prepend"' in rules or ('"Metaspace"' in rules and '"prepend_scheme": "never"' not in rules)
 
 
+def prepend_scheme(document: Mapping[str, Any]) -> str | None:
+    """When Metaspace puts a space in front of a text that has none: ``first``, ``always``, or None for never.
+
+    llama.cpp's setting knows no such condition, so whoever asks it writes the space.
+    """
+    pre_tokenizer = document.get("pre_tokenizer")
+    if not is_sentencepiece(document) or not isinstance(pre_tokenizer, Mapping):
+        return None
+    if pre_tokenizer.get("type") != "Metaspace":
+        return None
+    scheme = pre_tokenizer.get("prepend_scheme", "always" if pre_tokenizer.get("add_prefix_space", True) else "never")
+    return None if scheme == "never" else str(scheme)
+
+
 def space_variants(document: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """What to try: a space in front of texts or none, the likelier first."""
+    if prepend_scheme(document) is not None:
+        # Prompts of a chat begin with a special token, where Metaspace adds no space but llama.cpp's setting would.
+        return [("spaces as the text has them", {"tokenizer.ggml.add_space_prefix": False})]
     likely = _adds_space(document)
     labels = {True: "a space in front", False: "no space in front"}
     return [(labels[choice], {"tokenizer.ggml.add_space_prefix": choice}) for choice in (likely, not likely)]

@@ -8,18 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgelm.bundle import Bundle, Quality, TokenIdentity, open_bundle
-from edgelm.errors import BundleError, ProofError
+from edgelm.bundle import Bundle, EmbeddingQuality, Quality, TokenIdentity, open_bundle
+from edgelm.errors import BundleError, ProofError, UsageError
 from edgelm.progress import SILENT, Progress
-from exporter import quality
+from exporter import embedding_quality, quality
+from exporter.chat_proof import prove_chat
 from exporter.checkpoint import open_checkpoint, open_source
-from exporter.tokenizer import compare_files, compare_tokenizers, read_tokenizer
+from exporter.token_identity import compare_files, compare_tokenizers
+from exporter.tokenizer import read_tokenizer
 from runtime.gguf_header import GGUFHeader, read_gguf_header
 from runtime.onnx_header import read_onnx_model
 
 TOKENIZER = "tokenizer.json"
 # A repeated measurement may come from the other reference and from other kernels.
 KL_TOLERANCE_FACTOR, KL_TOLERANCE_NATS = 1.10, 0.001
+COSINE_TOLERANCE_FACTOR, COSINE_TOLERANCE = 1.10, 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +31,21 @@ class Verification:
 
     bundle: Bundle
     token_identity: TokenIdentity
-    quality: Quality | None
+    quality: Quality | EmbeddingQuality | None
 
 
-def verify(directory: Path, reference: str | None, progress: Progress = SILENT) -> Verification:
+def verify(
+    directory: Path, reference: str | None, progress: Progress = SILENT, *, evaluation: Path | None = None
+) -> Verification:
     """Check hashes, sizes, the artefact's header and the tokenizer; with a ``reference`` source prove all again.
 
-    Raises ``BundleError`` when the bundle is not what its manifest says, ``ProofError`` when a tokenizer differs or the
+    ``evaluation`` is a text file that takes the place of the built-in text; its figures are told, and compared with the
+    manifest's only when these are of the same text. Raises ``UsageError`` for one without a reference, ``BundleError``
+    when the bundle is not what its manifest says, ``ProofError`` when a tokenizer or a chat prompt differs or the
     quality is worse than recorded, and what reading the reference raises.
     """
+    if evaluation is not None and reference is None:
+        raise UsageError("--eval needs --reference: quality is measured against the source")
     with progress.stage("checking hashes", 1) as stage:
         bundle = open_bundle(directory)
         stage.advance()
@@ -47,11 +56,17 @@ def verify(directory: Path, reference: str | None, progress: Progress = SILENT) 
         stage.advance()
     if reference is None:
         return Verification(bundle, identity, None)
-    checkpoint = open_checkpoint(open_source(reference))
+    checkpoint = open_checkpoint(open_source(reference, progress))
     source = read_tokenizer(checkpoint)
     identity = _compare(bundle, source.tokenizer_json, source.vocabulary)
     _require_identity(identity, f"{reference} and the artefact")
-    measured = quality.measure(bundle.artifact_path, checkpoint, identity, None, progress)
+    if bundle.manifest.encoder is not None:
+        vectors = embedding_quality.measure(bundle.artifact_path, checkpoint, identity, evaluation, progress)
+        _check_cosines(bundle.manifest.embedding_quality, vectors)
+        return Verification(bundle, identity, vectors)
+    measured = quality.measure(bundle.artifact_path, checkpoint, identity, evaluation, progress)
+    chat = prove_chat(bundle.path, bundle.artifact_path, checkpoint, source, progress)
+    measured = measured.model_copy(update={"chat": chat})
     _check_quality(bundle.manifest.quality, measured)
     return Verification(bundle, identity, measured)
 
@@ -128,5 +143,15 @@ def _check_quality(recorded: Quality | None, measured: Quality) -> None:
     if comparable and measured.kl_mean > limit:
         raise ProofError(
             f"mean KL is {measured.kl_mean:.4f} nats per token, the manifest says {recorded.kl_mean:.4f}",
+            hint="is --reference the checkpoint that the bundle was made from?",
+        )
+
+
+def _check_cosines(recorded: EmbeddingQuality | None, measured: EmbeddingQuality) -> None:
+    if recorded is None or recorded.text_sha256 != measured.text_sha256:
+        return
+    if 1 - measured.cosine_mean > (1 - recorded.cosine_mean) * COSINE_TOLERANCE_FACTOR + COSINE_TOLERANCE:
+        raise ProofError(
+            f"mean cosine is {measured.cosine_mean:.6f}, the manifest says {recorded.cosine_mean:.6f}",
             hint="is --reference the checkpoint that the bundle was made from?",
         )

@@ -1,12 +1,11 @@
 """Asks llama.cpp itself how the vocabulary inside a GGUF file tokenizes, in a child process.
 
-libllama aborts the process on some malformed vocabularies, so it never loads an unproven one in ours. The child is this
-module run as a script: a JSON request on stdin, a JSON answer on stdout. Does not know what the ids should be.
+libllama aborts the process on some malformed vocabularies, so it never loads an unproven one in ours. The child is
+``exporter.vocabulary_child``. Does not know what the ids should be.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -15,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from edgelm.errors import EngineError
 from runtime.gguf_header import read_gguf_header
@@ -41,7 +39,7 @@ def tokenize_with_llama(path: Path, texts: Sequence[str]) -> VocabularyAnswer:
     request = json.dumps({"path": str(path.resolve()), "texts": list(texts)})
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "exporter.vocabulary"],
+            [sys.executable, "-m", "exporter.vocabulary_child"],
             input=request.encode("utf-8"),
             capture_output=True,
             timeout=CHILD_TIMEOUT_S,
@@ -64,30 +62,3 @@ def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
     if done.returncode < 0:
         return f"it died of {signal.Signals(-done.returncode).name} ({words})"
     return words
-
-
-def _serve(request: dict[str, Any]) -> dict[str, Any]:
-    import llama_cpp.llama_cpp as library
-
-    library.llama_backend_init()
-    parameters = library.llama_model_default_params()
-    parameters.vocab_only = True
-    model = library.llama_model_load_from_file(request["path"].encode(), parameters)
-    if not model:
-        sys.exit("error: llama.cpp refused to load it")
-    vocabulary = library.llama_model_get_vocab(model)
-    ids = [_tokenize(library, vocabulary, text.encode("utf-8")) for text in request["texts"]]
-    return {"vocabulary": library.llama_vocab_n_tokens(vocabulary), "ids": ids}
-
-
-def _tokenize(library: Any, vocabulary: Any, text: bytes) -> list[int]:
-    room = len(text) + 8  # a token stands for one byte or more
-    buffer = (ctypes.c_int32 * room)()
-    count = library.llama_tokenize(vocabulary, text, len(text), buffer, room, False, True)
-    if count < 0:
-        sys.exit(f"error: a text of {len(text)} bytes became {-count} tokens")
-    return list(buffer[:count])
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps(_serve(json.load(sys.stdin))))

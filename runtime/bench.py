@@ -402,6 +402,7 @@ def _predicted(model: LoadedModel, options: BenchOptions) -> Prediction | None:
         threads_decode=info.threads_decode,
         threads_prefill=info.threads_prefill,
         prompt_tokens=max(next((tokens for tokens in options.prompts if tokens), 0), 1),
+        source_tokenizer=model.manifest is not None,
     )
     workload = _workload(model)
     return None if workload is None else predict(workload, detect_host(), settings)

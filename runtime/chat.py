@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
@@ -360,7 +360,8 @@ class ChatTemplate:
     """One compiled template. Thread-safe: renderings take turns.
 
     ``special_tokens`` are the names that transformers gives to templates (``bos_token``, ``eos_token`` ...) with
-    their texts. Raises ``BundleError`` when the template cannot be compiled.
+    their texts. ``uses_tools`` tells whether the template can show tools to the model. Raises ``BundleError`` when the
+    template cannot be compiled.
     """
 
     def __init__(
@@ -373,8 +374,10 @@ class ChatTemplate:
         self._time_limit_s = time_limit_s
         self._lock = threading.Lock()
         self._environment = _Environment()
+        self.uses_tools = False
         try:
             self._template = self._environment.from_string(source)
+            self.uses_tools = "tools" in meta.find_undeclared_variables(self._environment.parse(source))
         except _TEMPLATE_FAILURES as error:
             raise BundleError(f"the chat template is malformed: {_reason(error)}", hint="export it again") from error
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from edgelm.errors import ContextOverflowError, EngineError, UsageError
-from runtime.engine import Chunk, Engine, EngineInterruptedError, Logits
-from runtime.sampling import Sampler, SamplingOptions
+from runtime.constraint import Constraint, constraint_vocabulary
+from runtime.engine import Chunk, Engine, EngineInfo, EngineInterruptedError, Logits
+from runtime.sampling import Sampler, SamplingOptions, token_logprobs
 from runtime.tokenizer import TextDecoder, TextTokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
+LOGPROBS_LIMIT = 20
 PREFILL_STEP_TOKENS = 512  # prompt tokens computed between two looks at the cancellation
 
 
@@ -24,7 +26,10 @@ class GenerationRequest:
     """What to generate from ``prompt`` (token ids, special tokens included).
 
     Generation ends at any id of ``stop_tokens``, before any text of ``stop`` (which is not emitted), after
-    ``max_tokens`` tokens or when the context is full.
+    ``max_tokens`` tokens, when the context is full, or when ``grammar`` (of ``runtime.constraint``, "" for none) is
+    satisfied and allows nothing more. ``logprobs`` is how many of the likeliest tokens each event tells the
+    probability of, 0 for the chosen one alone, None for nothing. ``spelled`` are special tokens that are part of the
+    text, with their spelling: a model may mark tool calls with them.
     """
 
     prompt: Sequence[int]
@@ -32,6 +37,27 @@ class GenerationRequest:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     stop: tuple[str, ...] = ()
     stop_tokens: frozenset[int] = frozenset()
+    logprobs: int | None = None
+    grammar: str = ""
+    spelled: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LikelyToken:
+    """A token, the natural logarithm of its probability, and the bytes of its text (none for special tokens)."""
+
+    token: int
+    logprob: float
+    text: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """The model's own probabilities, before any option of sampling: of the token that was chosen, and of the likeliest
+    ones, best first."""
+
+    chosen: LikelyToken
+    top: tuple[LikelyToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +76,7 @@ class TokenEvent:
     prefill_s: float | None = None
     cached_tokens: int = 0
     finish_reason: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +156,7 @@ class StopScanner:
         if found:
             self._held = ""
             return text[: min(found)], True
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        keep = max((overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
 
@@ -139,7 +166,7 @@ class StopScanner:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` that ``stop`` begins with."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
@@ -150,19 +177,94 @@ def _overlap(text: str, stop: str) -> int:
 class TokenText:
     """From tokens to certain text: joins bytes, keeps half characters and possible stop strings back."""
 
-    def __init__(self, tokenizer: TextTokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, stop: Sequence[str] = (), spelled: Sequence[tuple[int, str]] = ()
+    ) -> None:
         self._tokenizer = tokenizer
+        self._spelled = {token: text.encode() for token, text in spelled}
         self._decoder = TextDecoder()
         self._scanner = StopScanner(stop)
 
     def push(self, token: int) -> tuple[str, bool]:
         """Text that became certain with ``token``, and whether a stop string was reached."""
-        return self._scanner.push(self._decoder.push(self._tokenizer.token_bytes(token)))
+        piece = self._spelled.get(token) or self._tokenizer.token_bytes(token)
+        return self._scanner.push(self._decoder.push(piece))
 
     def finish(self) -> tuple[str, bool]:
         """The rest when no token follows: an incomplete character shows as U+FFFD."""
         text, stopped = self._scanner.push(self._decoder.finish())
         return text + self._scanner.flush(), stopped
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What came of one row of logits. The last step of a generation has a ``finish_reason``."""
+
+    token: int | None
+    text: str
+    finish_reason: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None
+
+
+class Continuation:
+    """The meaning of a request, row of logits by row of logits: sampling, text, stops and limits.
+
+    Whoever computes the rows decides when and with what else; the steps are the same. Raises ``UsageError`` for
+    options that make no sense and ``ConstraintError`` for a grammar that cannot be enforced.
+    """
+
+    def __init__(self, request: GenerationRequest, tokenizer: TextTokenizer, info: EngineInfo) -> None:
+        outside = next((token for token, _ in request.sampling.logit_bias if token >= info.vocabulary), None)
+        if outside is not None:
+            raise UsageError(f"logit_bias: token {outside} is outside the vocabulary of {info.vocabulary}")
+        self._request = request
+        self._tokenizer = tokenizer
+        self._context = info.context
+        self._constraint: Constraint | None = None
+        if request.grammar:
+            vocabulary = constraint_vocabulary(tokenizer, info.vocabulary, request.stop_tokens)
+            self._constraint = vocabulary.constraint(request.grammar)
+        self._sampler = Sampler(request.sampling, self._constraint)
+        self._text = TokenText(tokenizer, request.stop, request.spelled)
+        self._generated = 0
+
+    def take(self, row: Logits, held: Sequence[int]) -> Step:
+        """Choose a token from a row of shape (vocabulary,); ``held`` are all tokens before it, the prompt included.
+
+        Raises ``EngineError`` when the row holds no finite value, ``ConstraintError`` when the grammar gives up.
+        """
+        request = self._request
+        token = self._sampler.pick(row, held)
+        if token in request.stop_tokens:
+            return Step(None, self.finish(), "stop")
+        logprobs = None if request.logprobs is None else self._logprobs(row, token, request.logprobs)
+        self._generated += 1
+        piece, stopped = self._text.push(token)
+        complete = self._constraint is not None and self._constraint.finished
+        full = complete or self._generated == request.max_tokens or len(held) == self._context
+        if full and not stopped:
+            rest, stopped = self._text.finish()
+            piece += rest
+        if stopped or full:
+            return Step(token, piece, "stop" if stopped or complete else "length", logprobs)
+        return Step(token, piece, None, logprobs)
+
+    def finish(self) -> str:
+        """Text that was held back, when nothing follows."""
+        return self._text.finish()[0]
+
+    def _logprobs(self, row: Logits, token: int, top: int) -> TokenLogprobs:
+        chosen, *likeliest = (
+            LikelyToken(index, logprob, tuple(self._tokenizer.token_bytes(index)))
+            for index, logprob in token_logprobs(row, token, top)
+        )
+        return TokenLogprobs(chosen, tuple(likeliest))
+
+
+def prepare_grammar(request: GenerationRequest, tokenizer: TextTokenizer, vocabulary: int) -> None:
+    """Build what constraints of this tokenizer need, once and now, rather than between two tokens of other requests."""
+    if request.grammar:
+        constraint_vocabulary(tokenizer, vocabulary, request.stop_tokens)
 
 
 def check_request(request: GenerationRequest, context: int) -> None:
@@ -173,6 +275,8 @@ def check_request(request: GenerationRequest, context: int) -> None:
         raise UsageError(f"max_tokens must be at least 1, not {request.max_tokens}")
     if "" in request.stop:
         raise UsageError("a stop string is empty")
+    if request.logprobs is not None and not 0 <= request.logprobs <= LOGPROBS_LIMIT:
+        raise UsageError(f"logprobs must be between 0 and {LOGPROBS_LIMIT}, not {request.logprobs}")
     if len(request.prompt) > context:
         raise ContextOverflowError(
             f"the prompt has {len(request.prompt)} tokens, the context holds {context}",
@@ -195,47 +299,44 @@ def generate(
     """
     started = time.perf_counter()
     check_request(request, session.engine.info.context)
-    return _events(session, TokenText(tokenizer, request.stop), request, Sampler(request.sampling), cancelled, started)
+    continuation = Continuation(request, tokenizer, session.engine.info)
+    return _events(session, continuation, request.prompt, cancelled, started)
 
 
 def _events(
     session: Session,
-    text: TokenText,
-    request: GenerationRequest,
-    sampler: Sampler,
+    continuation: Continuation,
+    prompt: Sequence[int],
     cancelled: Callable[[], bool],
     started: float,
 ) -> Iterator[TokenEvent]:
     prefill_s: float | None = None
     index = cached = 0
 
-    def event(token: int | None, piece: str, finish_reason: FinishReason | None = None) -> TokenEvent:
+    def event(step: Step) -> TokenEvent:
         first = index == 0
-        elapsed_s = time.perf_counter() - started
         return TokenEvent(
-            token, piece, index, elapsed_s, prefill_s if first else None, cached if first else 0, finish_reason
+            token=step.token,
+            text=step.text,
+            index=index,
+            elapsed_s=time.perf_counter() - started,
+            prefill_s=prefill_s if first else None,
+            cached_tokens=cached if first else 0,
+            finish_reason=step.finish_reason,
+            logprobs=step.logprobs,
         )
 
-    cached = _reuse(session, request.prompt)
-    logits = _prefill(session, request.prompt[cached:], cancelled)
+    cached = _reuse(session, prompt)
+    logits = _prefill(session, prompt[cached:], cancelled)
     prefill_s = time.perf_counter() - started
     while logits is not None:
-        token = sampler.pick(logits[-1], session.tokens)
-        if token in request.stop_tokens:
-            yield event(None, text.finish()[0], "stop")
+        step = continuation.take(logits[-1], session.tokens)
+        yield event(step)
+        if step.finish_reason is not None or step.token is None:
             return
-        piece, stopped = text.push(token)
-        full = index + 1 == request.max_tokens or len(session.tokens) == session.engine.info.context
-        if full and not stopped:
-            rest, stopped = text.finish()
-            piece += rest
-        if stopped or full:
-            yield event(token, piece, "stop" if stopped else "length")
-            return
-        yield event(token, piece)
         index += 1
-        logits = None if cancelled() else _forward(session, [token], "last")
-    yield event(None, text.finish()[0], "cancelled")
+        logits = None if cancelled() else _forward(session, [step.token], "last")
+    yield event(Step(None, continuation.finish(), "cancelled"))
 
 
 def _reuse(session: Session, prompt: Sequence[int]) -> int:

@@ -439,6 +439,7 @@ def workload_from_gguf(header: GGUFHeader) -> Workload:
     """What a device has to do for the model in a GGUF file.
 
     With tied weights (no ``output.weight``) the embedding is read in full as the head, otherwise it is a ``lookup``.
+    An encoder has neither head nor cache.
     Head counts may differ per layer. Raises ``BundleError`` when the architecture's counts are missing or absurd.
     """
     architecture = header.metadata.get("general.architecture")
@@ -450,7 +451,9 @@ def workload_from_gguf(header: GGUFHeader) -> Workload:
         raise BundleError(
             "the file has no tensor 'token_embd.weight' of two dimensions", hint="it holds no whole model"
         )
-    tied = "output.weight" not in by_name
+    # Attention that looks both ways keeps no cache, and such a model has no head: one row per token is looked up.
+    encodes = header.metadata.get(f"{architecture}.attention.causal") is False
+    tied = "output.weight" not in by_name and not encodes
     layers = _positive(header, f"{architecture}.block_count")
     if layers > MAX_COUNT:
         raise BundleError(f"metadata key '{architecture}.block_count' announces {layers} layers")
@@ -470,5 +473,5 @@ def workload_from_gguf(header: GGUFHeader) -> Workload:
         layers=layers,
         hidden=hidden,
         vocabulary=embedding.shape[0],
-        kv_elements_per_token=sum(kv_heads) * (key_length + value_length),
+        kv_elements_per_token=0 if encodes else sum(kv_heads) * (key_length + value_length),
     )

@@ -16,7 +16,7 @@ from edgelm.bundle import MANIFEST_NAME, Bundle, Manifest, open_bundle
 from edgelm.errors import BundleError, DoesNotFitError, UsageError
 from edgelm.units import format_bytes
 from runtime.chat import ChatTemplate, Message
-from runtime.engine import Engine, EngineOptions
+from runtime.engine import Engine, EngineInfo, EngineOptions
 from runtime.engines.llamacpp import LlamaVocabulary, kv_bytes_per_token, load_engine
 from runtime.gguf_header import GGUFHeader, read_gguf_header, workload_from_gguf
 from runtime.tokenizer import GgufTokenizer, JsonTokenizer, TextTokenizer
@@ -32,34 +32,46 @@ _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """Everything that answering needs. ``bos`` is the token that plain text has to start with, None for most models.
+class PromptingModel:
+    """What turns messages and text into prompts, wherever the engine is. ``bos`` is the token that plain text has to
+    start with, None for most models.
 
-    ``artifact`` is the model file, ``manifest`` None for a bare one, ``chat_template`` None for base models.
+    ``manifest`` is None for a bare model file, ``chat_template`` None for base models.
     """
 
     name: str
-    artifact: Path
-    engine: Engine
     tokenizer: TextTokenizer
     chat_template: ChatTemplate | None
     stop_tokens: frozenset[int]
     bos: int | None
     manifest: Manifest | None
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation up to the place where the assistant answers.
+    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        """Token ids of a conversation up to the place where the assistant answers; ``tools`` as templates want them.
 
         Raises ``UsageError`` when the model has no chat template or the template refuses the messages.
         """
         if self.chat_template is None:
             raise UsageError(f"{self.name} has no chat template", hint="it completes text: use a plain prompt")
-        return self.tokenizer.encode(self.chat_template.render(messages))
+        return self.tokenizer.encode(self.chat_template.render(messages, tools=tools))
 
     def text_prompt(self, text: str) -> list[int]:
         """Token ids of plain text to continue; special tokens written in it are not recognised."""
         ids = self.tokenizer.encode(text, special=False)
         return ids if self.bos is None else [self.bos, *ids]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel(PromptingModel):
+    """Everything that answering needs, in this process. ``artifact`` is the model file."""
+
+    artifact: Path
+    engine: Engine
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine says of itself."""
+        return self.engine.info
 
     def close(self) -> None:
         """Free the engine."""
@@ -81,6 +93,25 @@ def artifact_of(path: Path, *, check_hashes: bool = True) -> tuple[Path, Bundle 
     return path, None
 
 
+def holds_encoder(path: Path) -> bool:
+    """Whether a bundle directory or a bare file holds an encoder, hashes unchecked. Raises ``BundleError``."""
+    artifact, bundle = artifact_of(path, check_hashes=False)
+    return is_encoder(artifact, bundle.manifest if bundle else None)
+
+
+def is_encoder(artifact: Path, manifest: Manifest | None) -> bool:
+    """Whether a model makes vectors of texts: by its bundle's manifest, or by the header of a bare ``.gguf`` file.
+
+    Raises ``BundleError`` for a header that is malformed.
+    """
+    if manifest is not None:
+        return manifest.encoder is not None
+    if artifact.suffix == ".onnx":
+        return False
+    metadata = read_gguf_header(artifact).metadata
+    return metadata.get(f"{metadata.get('general.architecture')}.attention.causal") is False
+
+
 def open_model(path: Path, options: EngineOptions) -> LoadedModel:
     """Load a bundle directory or a bare ``.gguf`` file.
 
@@ -89,12 +120,17 @@ def open_model(path: Path, options: EngineOptions) -> LoadedModel:
     ``DoesNotFitError`` when the memory that is free now is too small.
     """
     artifact, bundle = artifact_of(path)
+    if is_encoder(artifact, bundle.manifest if bundle else None):
+        raise UsageError(
+            f"{path} is an encoder: it makes vectors of texts and generates none",
+            hint="edgelm run BUNDLE TEXT prints the vector, edgelm serve answers /v1/embeddings",
+        )
     if artifact.suffix == ".onnx":
         return _open_onnx(artifact, bundle, options)
     header = read_gguf_header(artifact)
     if options.context == 0:
         options = replace(options, context=_default_context(header, bundle))
-    _check_memory(artifact, header, options)
+    check_memory(artifact, header, options)
     template = _chat_template(header, bundle)
     tokenizer_path = bundle.file(TOKENIZER_NAME) if bundle else None
     tokenizer: TextTokenizer | None = JsonTokenizer(tokenizer_path) if tokenizer_path else None
@@ -138,7 +174,7 @@ def _open_onnx(artifact: Path, bundle: Bundle | None, options: EngineOptions) ->
     )
 
 
-def _check_memory(artifact: Path, header: GGUFHeader, options: EngineOptions) -> None:
+def check_memory(artifact: Path, header: GGUFHeader, options: EngineOptions) -> None:
     """Refuse a model whose weights and caches exceed the memory that is free now.
 
     Mapped weights that do not fit would be read from the disk again for every token, and copied ones would swap: a

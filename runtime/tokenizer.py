@@ -71,6 +71,17 @@ def _check_text(text: str) -> bytes:
         raise UsageError(f"the text is not valid Unicode: half a surrogate pair at character {error.start}") from error
 
 
+def ends_added(bare: Sequence[int], whole: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What stands before and behind the ids of a text when special tokens are added to it, given both encodings.
+
+    Raises ``BundleError`` when the text's own ids are not among them.
+    """
+    for start in range(len(whole) - len(bare) + 1):
+        if list(whole[start : start + len(bare)]) == list(bare):
+            return tuple(whole[:start]), tuple(whole[start + len(bare) :])
+    raise BundleError(f"adding special tokens changes the ids of a text from {list(bare)} to {list(whole)}")
+
+
 def _decoder_kinds(decoder: dict[str, Any] | None) -> set[str]:
     if not decoder:
         return set()
@@ -101,7 +112,8 @@ class JsonTokenizer:
             raise BundleError(f"{path} is not a tokenizer: {error}", hint="export the bundle again") from error
         kinds = _decoder_kinds(document.get("decoder"))
         self._byte_level = "ByteLevel" in kinds
-        if not self._byte_level and not kinds & {"ByteFallback", "Metaspace", "Replace"}:
+        self._continued = str((document.get("decoder") or {}).get("prefix", "##")) if "WordPiece" in kinds else None
+        if not self._byte_level and not kinds & {"ByteFallback", "Metaspace", "Replace", "WordPiece"}:
             raise BundleError(f"{path} has a decoder of unknown kind: {', '.join(sorted(kinds)) or 'none'}")
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {token: b"" if entry.special else entry.content.encode() for token, entry in added.items()}
@@ -114,6 +126,13 @@ class JsonTokenizer:
             self._tokenizer.encode_special_tokens = not special
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids that belong before and behind a whole text, as [CLS] and [SEP], by the file's post-processor."""
+        with self._lock:
+            self._tokenizer.encode_special_tokens = False
+            bare, whole = (self._tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+        return ends_added(bare, whole)
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=not special)
@@ -134,6 +153,8 @@ class JsonTokenizer:
             if all(character in table for character in piece):
                 return bytes(table[character] for character in piece)
             return piece.encode()
+        if self._continued is not None:
+            return (piece[len(self._continued) :] if piece.startswith(self._continued) else f" {piece}").encode()
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode()
@@ -150,16 +171,24 @@ class Vocabulary(Protocol):
 
 
 class GgufTokenizer:
-    """The vocabulary inside a GGUF file, by llama.cpp's own tokenizer."""
+    """The vocabulary inside a GGUF file, by llama.cpp's own tokenizer. Thread-safe: the vocabulary has one buffer."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
+        self._lock = threading.Lock()
+        self._bytes: dict[int, bytes] = {}
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        return self._vocabulary.tokenize(_check_text(text), special=special)
+        with self._lock:
+            return self._vocabulary.tokenize(_check_text(text), special=special)
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
-        return self._vocabulary.detokenize(ids, special=special).decode("utf-8", "replace")
+        with self._lock:
+            return self._vocabulary.detokenize(ids, special=special).decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
-        return self._vocabulary.token_bytes(token)
+        found = self._bytes.get(token)
+        if found is None:
+            with self._lock:
+                found = self._bytes[token] = self._vocabulary.token_bytes(token)
+        return found

@@ -17,7 +17,9 @@ from pathlib import Path
 from build_llama_wheel import compile_flags, compiler, compiler_version, cpu_features, pinned_requirement
 
 TOOLS = ("llama-quantize", "llama-bench", "llama-completion", "llama-perplexity", "llama-imatrix", "llama-tokenize")
-OFF = ("LLAMA_CURL", "LLAMA_OPENSSL", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_USE_PREBUILT_UI")
+TOOLS += ("llama-server", "llama-cli")
+OFF = ("LLAMA_CURL", "LLAMA_OPENSSL", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_UI")
+OFF += ("LLAMA_USE_PREBUILT_UI",)
 
 
 def fetch_sources(requirement: str, directory: Path) -> Path:

@@ -53,9 +53,20 @@ def architectures() -> str:
         return document({row.name: measure(row, Path(directory) / str(index)) for index, row in enumerate(ROWS)})
 
 
+def encoders() -> str:
+    """The whole of docs/encoders.md, measured now."""
+    sys.path.insert(0, str(ROOT))
+    from tests.encoder_parity import ENCODER_ROWS, encoder_document, measure_encoder
+
+    with tempfile.TemporaryDirectory() as directory:
+        places = [(row, Path(directory) / str(index)) for index, row in enumerate(ENCODER_ROWS)]
+        return encoder_document({row.name: measure_encoder(row, place) for row, place in places})
+
+
 def main() -> None:
     if "--parity" in sys.argv[1:]:
         (ROOT / "docs" / "architectures.md").write_text(architectures(), encoding="utf-8")
+        (ROOT / "docs" / "encoders.md").write_text(encoders(), encoding="utf-8")
     (ROOT / "docs" / "cli.md").write_text(cli_reference(), encoding="utf-8")
     schema = json.dumps(report_schema(), indent=2)
     (ROOT / "docs" / "report.schema.json").write_text(schema + "\n", encoding="utf-8")

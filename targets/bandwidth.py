@@ -1,4 +1,4 @@
-"""A short measurement of sustained read bandwidth, for every thread count.
+"""A short measurement of sustained read bandwidth, for every thread count; and of what else kept the CPUs busy.
 
 Threads scan disjoint parts of one array that is far larger than the caches; numpy's reduction reads without writing
 and leaves the interpreter lock. What token generation sustains is a little below what a plain scan does; the profile
@@ -7,12 +7,14 @@ that is written says how the figure was taken. Knows nothing of models.
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 BUFFER_BYTES = 512 * 2**20
 PIECE_BYTES = 2**20
@@ -35,6 +37,29 @@ class ReadBandwidth:
     def best_threads(self) -> int:
         """The fewest threads that reach 97 % of the best: more only cost power."""
         return next(n for n, value in enumerate(self.by_threads, 1) if value >= 0.97 * self.best)
+
+
+class ForeignLoad:
+    """What other processes take of the CPUs from its making on; children count as own once they have ended."""
+
+    def __init__(self) -> None:
+        self._started, self._busy_s, self._own_s = time.monotonic(), _all_cpu_s(), _own_cpu_s()
+
+    def share(self) -> float:
+        """The others' part of all CPU time since then, 0 to 1."""
+        cpus = (time.monotonic() - self._started) * (psutil.cpu_count() or 1)
+        foreign = (_all_cpu_s() - self._busy_s) - (_own_cpu_s() - self._own_s)
+        return min(max(foreign / max(cpus, 1e-9), 0.0), 1.0)
+
+
+def _all_cpu_s() -> float:
+    times = psutil.cpu_times()
+    return sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
+
+
+def _own_cpu_s() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def measure_read_bandwidth(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edgelm.bundle import MANIFEST_NAME, Bundle, Prediction, Quality, Record, open_bundle
+from edgelm.bundle import MANIFEST_NAME, Bundle, ExportPlan, Prediction, Quality, Record, open_bundle
 from edgelm.errors import EdgelmError, UsageError
 from edgelm.report import Report, Samples, read_report
 from targets.catalogue import workload_from_figures
@@ -56,6 +56,7 @@ class Line(Record):
     prefill_tps: Pair
     decode_tps: Pair
     ttft_s: Pair
+    load_s: Pair
     fits: Literal["fits", "pages", "no"] | None
     fit_reason: str
     joule_per_token: float | None = None
@@ -137,6 +138,45 @@ def compare(sources: Sequence[Path], targets: Sequence[str]) -> Comparison:
         notes=tuple(dict.fromkeys(notes)),
         changes=changes_between(reports[0][1], reports[1][1]) if pair else (),
         unlike=unlike(reports[0][1], reports[1][1]) if pair else (),
+    )
+
+
+def compare_plans(model: str, plans: Sequence[tuple[ExportPlan, str]], profile: TargetProfile) -> Comparison:
+    """What exports of one model could become on a target: plans, each with the reason why it will or will not do.
+
+    KL is what is expected, None where nothing was measured; plans are told apart by their bits per weight.
+    """
+    run, lines = _Run(DEFAULT_PROMPT, None, 0), []
+    for plan, reason in plans:
+        predicted, power = plan.predicted, profile.power_w
+        joule = power.value / predicted.decode_tps if power is not None and predicted.decode_tps else None
+        line = Line(
+            model=model,
+            target=predicted.target,
+            device=profile.name,
+            format=plan.format,
+            quant=f"{plan.quant} {plan.bits_per_weight:.2f}",
+            artifact_bytes=plan.artifact_bytes,
+            kl_mean=plan.predicted_kl,
+            ram_bytes=Pair(predicted=predicted.ram_bytes),
+            prefill_tps=Pair(predicted=predicted.prefill_tps),
+            decode_tps=Pair(predicted=predicted.decode_tps),
+            ttft_s=Pair(predicted=_ttft(predicted, run.prompt_tokens)),
+            load_s=Pair(predicted=predicted.load_warm_s),
+            fits=predicted.fits,
+            fit_reason=reason,
+            joule_per_token=joule,
+        )
+        lines.append(line)
+    measured = any(plan.predicted_kl is not None for plan, _ in plans)
+    told = "KL is expected, not measured: from the damage of every tensor in its type, corrected by built artefacts"
+    return Comparison(
+        prompt_tokens=run.prompt_tokens,
+        generated_tokens=None,
+        depth=0,
+        lines=tuple(lines),
+        best=best_lines(lines),
+        notes=(told,) if measured else (),
     )
 
 
@@ -257,6 +297,7 @@ def _measured_line(report: Report) -> Line:
         prefill_tps=Pair(predicted=predicted.prefill_tps if predicted else None, measured=_median(report.prefill_tps)),
         decode_tps=Pair(predicted=predicted.decode_tps if predicted else None, measured=_median(report.decode_tps)),
         ttft_s=Pair(predicted=ttft_s, measured=_median(report.ttft_s)),
+        load_s=Pair(predicted=predicted.load_warm_s if predicted else None, measured=report.load_s),
         fits=predicted.fits if predicted else None,
         fit_reason=predicted.fit_reason if predicted else "",
         joule_per_token=_joule_per_token(report),
@@ -301,6 +342,7 @@ def _line_of(model: _Model, prediction: Prediction, device: str, run: _Run, prof
         prefill_tps=Pair(predicted=prediction.prefill_tps),
         decode_tps=Pair(predicted=prediction.decode_tps),
         ttft_s=Pair(predicted=_ttft(prediction, run.prompt_tokens)),
+        load_s=Pair(predicted=prediction.load_warm_s),
         fits=prediction.fits,
         fit_reason=prediction.fit_reason,
         joule_per_token=joule,
@@ -343,6 +385,7 @@ _COLUMNS: dict[str, tuple[Callable[[Line], float | None], bool]] = {
     "prefill_tps": (lambda line: line.prefill_tps.value, False),
     "decode_tps": (lambda line: line.decode_tps.value, False),
     "ttft_s": (lambda line: line.ttft_s.value, True),
+    "load_s": (lambda line: line.load_s.value, True),
     "joule_per_token": (lambda line: line.joule_per_token, True),
 }
 

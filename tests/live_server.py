@@ -16,18 +16,27 @@ from fake_engine import CHATML, EOS, IM_END, FakeEngine, FakeTokenizer, wait_unt
 from runtime.chat import ChatTemplate
 from runtime.model import LoadedModel
 from runtime.server.limits import Access
+from runtime.server.metrics import Metrics
 from runtime.server.serving import bind, make_server
-from runtime.server.worker import Worker
+from runtime.server.worker import Backend, Worker
+
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
+    "Call with <tool_call>{...}</tool_call><|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
-def fake_model(engine: FakeEngine, *, template: bool = True) -> LoadedModel:
-    """A loaded model around the scripted engine, with a ChatML template unless ``template`` is off."""
+def fake_model(engine: FakeEngine, *, template: bool = True, source: str = CHATML) -> LoadedModel:
+    """A loaded model around the scripted engine, with the template ``source`` unless ``template`` is off."""
     return LoadedModel(
         name="fake",
         artifact=Path("fake.gguf"),
         engine=engine,
         tokenizer=FakeTokenizer(),
-        chat_template=ChatTemplate(CHATML) if template else None,
+        chat_template=ChatTemplate(source) if template else None,
         stop_tokens=frozenset({EOS, IM_END}),
         bos=None,
         manifest=None,
@@ -43,7 +52,7 @@ class LiveServer:
     """Where it listens, and what is behind it."""
 
     port: int
-    worker: Worker
+    worker: Backend
     key: str = "none"
 
     @property
@@ -84,17 +93,26 @@ class LiveServer:
 @contextmanager
 def live_server(model: LoadedModel, access: Access | None = None) -> Iterator[LiveServer]:
     """Serve ``model`` until the block ends; waits for readiness, and at the end for every thread."""
+    metrics = Metrics()
+    with running_server(Worker(model, metrics), metrics, access) as running:
+        assert wait_until(lambda: running.worker.state != "starting")
+        yield running
+
+
+@contextmanager
+def running_server(backend: Backend, metrics: Metrics, access: Access | None = None) -> Iterator[LiveServer]:
+    """Serve from any backend until the block ends, without waiting for its readiness."""
     access = access or Access()
     listener = bind("127.0.0.1", 0)
-    server, worker = make_server(model, access, drain_s=5)
+    server = make_server(backend, metrics, access, drain_s=5)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server")
-    worker.start()
+    backend.start()
     thread.start()
     try:
-        assert wait_until(lambda: server.started and worker.state != "starting")
-        yield LiveServer(listener.getsockname()[1], worker, (access.key or b"none").decode())
+        assert wait_until(lambda: server.started)
+        yield LiveServer(listener.getsockname()[1], backend, (access.key or b"none").decode())
     finally:
         server.should_exit = True
         thread.join(10)
-        worker.stop()
+        backend.stop()
         assert not thread.is_alive()

@@ -81,12 +81,14 @@ of any logit, as the engine runs and with plain instead of flash attention, whic
 Logits spread as the last column says. Networks with GELU go through a table of 16-bit values in llama.cpp.
 
 Side by side with `convert_hf_to_gguf.py` of the llama.cpp in llama-cpp-python 0.3.36, on the same models: the same
-tensors with the same numbers and the same values for every key that both write. What differs is on purpose: query
+tensors with the same bytes and the same values for every key that both write, and ten families answer with the same
+greedy tokens in `llama-server` (`tests/tiny/test_peer_tools.py`, after `make peers`). What differs is on purpose: query
 scales of Gemma 2 and 3 that are not the head size are kept (folded into the queries or their norm), windows are
 written layer by layer so that pruned layers keep theirs, rotation bases are always written (the script leaves those of
 StableLM, Pythia and Gemma 2 to a default of 10000), a tied OLMo 2 gets the output matrix that its graph needs, and
 GPT-2 configurations without `n_ctx` work. Layers of different widths, and heads that do not add up to the hidden
-size, have no counterpart there.
+size, have no counterpart there. The converter writes a window for every Phi 3, also where it is as long as the
+context, and leaves vocabulary size, head sizes, yarn's betas and rules for BOS and EOS to llama.cpp's defaults.
 
 A model whose attention has windows that the GGUF architecture lacks (Mistral 7B v0.1, Phi 3 mini 4k, StarCoder 2, Qwen
 with `use_sliding_window`) gets a context that ends where the window begins, with a note in the plan.
@@ -159,6 +161,11 @@ LONGROPE = {
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 GEMMA = {**COMMON, "head_dim": 32, "sliding_window": 48, "num_hidden_layers": 6}
+FULL = ["full_attention"] * 4
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2} | {
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 ROWS = (
     Row("llama", "llama", {**COMMON, "head_dim": 24}),
@@ -200,6 +207,20 @@ ROWS = (
         contexts=(256, 1024),
     ),
     Row("gpt2", "gpt2", {**GPT2, **GPT2_IDS}),
+    Row(
+        "gemma3, text of a model that sees",
+        "gemma3",
+        {"text_config": {**GEMMA, "query_pre_attn_scalar": 24, "model_type": "gemma3_text"}, "vision_config": VISION}
+        | {"mm_tokens_per_image": 4, "eos_token_id": [2, 0], "bos_token_id": 1},
+    ),
+    Row("exaone4", "exaone4", {**COMMON, "sliding_window": None, "rope_scaling": LLAMA3, "layer_types": FULL}),
+    Row("ernie4_5", "ernie4_5", {**COMMON, "head_dim": 24}),
+    Row("hunyuan_v1_dense", "hunyuan_v1_dense", {**COMMON, "head_dim": 24, "tie_word_embeddings": True}),
+    Row(
+        "hunyuan_v1_dense, long base",
+        "hunyuan_v1_dense",
+        {**COMMON, "head_dim": 16, "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}},
+    ),
     Row("smollm3", "smollm3", {**COMMON, "num_hidden_layers": 8}),
     Row("olmo2", "olmo2", COMMON),
     Row("olmo2, tied", "olmo2", {**COMMON, "tie_word_embeddings": True}),
@@ -208,6 +229,15 @@ ROWS = (
         "granite",
         {**COMMON, "attention_multiplier": 0.2, "embedding_multiplier": 6.0, "residual_multiplier": 0.4}
         | {"logits_scaling": 3.0, "tie_word_embeddings": True},
+    ),
+    Row(
+        "granitemoehybrid, dense",
+        "granitemoehybrid",
+        {**COMMON, "layer_types": ["attention"] * 4, "shared_intermediate_size": 96, "num_local_experts": 0}
+        | {"num_experts_per_tok": 0}
+        | {"position_embedding_type": "rope", "attention_multiplier": 0.2, "embedding_multiplier": 6.0}
+        | {"residual_multiplier": 0.4, "logits_scaling": 3.0, "tie_word_embeddings": True}
+        | {"mamba_n_heads": 4, "mamba_d_head": 32},
     ),
     Row("stablelm", "stablelm", {**COMMON, "partial_rotary_factor": 0.25, "use_qkv_bias": True}),
     Row("stablelm, parallel", "stablelm", {**COMMON, "partial_rotary_factor": 0.5, "use_parallel_residual": True}),

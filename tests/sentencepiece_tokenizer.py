@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from exporter.tokenizer_sentencepiece import merges_of
 from exporter.tokenizer_types import BYTE, NORMAL
 
-Style = Literal["llama", "gemma", "metaspace"]
+Style = Literal["llama", "gemma", "metaspace", "mistral"]
 SPECIAL = ("<unk>", "<s>", "</s>")
 LEARNED = 500
 VOCABULARY = len(SPECIAL) + 256 + LEARNED
@@ -31,7 +31,7 @@ def _learned() -> tuple[str, ...]:
 
 
 def document(style: Style) -> dict[str, Any]:
-    """tokenizer.json of one of the three forms that are met."""
+    """tokenizer.json of one of the forms that are met; ``mistral`` is that of Mistral 7B v0.3."""
     tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *_learned()]
     by_token = {token: index for index, token in enumerate(tokens)}
     types = [BYTE if index < len(SPECIAL) + 256 else NORMAL for index in range(len(tokens))]
@@ -45,6 +45,10 @@ def document(style: Style) -> dict[str, Any]:
         "metaspace": (
             None,
             {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": False},
+        ),
+        "mistral": (
+            None,
+            {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False},
         ),
     }
     normalizer, pre_tokenizer = forms[style]

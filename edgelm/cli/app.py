@@ -100,7 +100,9 @@ def run_cli(arguments: list[str]) -> int:
         show_error(error.format_message(), None)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        show_error("interrupted; nothing half-written was left behind", None)
+        kept = "--resume" in arguments
+        left = "what is finished was kept for the next --resume" if kept else "nothing half-written was left behind"
+        show_error(f"interrupted; {left}", None)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our stdout went away (``edgelm ... | head``): the kernel would kill a C program here.

@@ -71,10 +71,14 @@ def _predicted(report: Report, item: Measurement) -> str:
 
 
 def _starts(report: Report) -> list[str]:
+    from targets.predict import load_text
+
     lines = []
     for item in report.starts:
         first = "" if item.first_token_s is None else f", first token {item.first_token_s:.2f} s after"
         lines.append(f"{item.kind} start: open {item.open_s:.2f} s (engine {item.load_s:.2f} s){first}")
+    if report.predicted is not None and load_text(report.predicted) != "-":
+        lines.append(f"predicted load: {load_text(report.predicted)}")
     return lines
 
 

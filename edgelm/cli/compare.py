@@ -45,7 +45,7 @@ def command(
         raise UsageError("--markdown and --json exclude each other")
     comparison = compare(sources, targets)
     if html is not None:
-        _write_page(html, comparison)
+        write_page(html, comparison)
     if as_json:
         print_json(_document(comparison))
         return
@@ -59,7 +59,8 @@ def command(
         click.echo(note, err=not markdown)
 
 
-def _write_page(path: Path, comparison: Comparison) -> None:
+def write_page(path: Path, comparison: Comparison) -> None:
+    """Write the HTML page of a comparison. Raises ``UsageError`` when it cannot be written."""
     from edgelm.errors import UsageError
     from targets.report.page import html_page
 
@@ -94,6 +95,6 @@ def _document(comparison: Comparison) -> dict[str, Any]:
 
 def _line_document(line: Line) -> dict[str, Any]:
     document = line.model_dump(mode="json")
-    for name in ("ram_bytes", "prefill_tps", "decode_tps", "ttft_s"):
+    for name in ("ram_bytes", "prefill_tps", "decode_tps", "ttft_s", "load_s"):
         document[name]["error_pct"] = getattr(line, name).error_pct
     return document

@@ -11,7 +11,7 @@ import click
 from edgelm.cli.console import SIZE
 
 if TYPE_CHECKING:
-    from edgelm.bundle import ExportPlan, Quality
+    from edgelm.bundle import EmbeddingQuality, ExportPlan, Quality
 
 
 @click.command(short_help="Turn a checkpoint into a proven bundle for one target.")
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     "--calibration",
     type=click.Path(path_type=Path),
     metavar="FILE|self",
-    help="Text, or JSON lines with text or messages, to measure types on (--quant auto); self: the model's own words.",
+    help="Text, or JSON lines with text or messages, to measure types (--quant auto) or the importance of columns on; "
+    "self: the model's own words.",
 )
 @click.option(
     "--eval",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 )
 @click.option("--no-verify", is_flag=True, help="Leave out the quality measurement; token identity is always proven.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
+@click.option("--resume", is_flag=True, help="Keep finished tensors when interrupted; go on from them the next time.")
 @click.option("--force", is_flag=True, help="Replace a bundle that exists.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(
@@ -69,17 +71,20 @@ def command(
     evaluation: Path | None,
     no_verify: bool,
     dry_run: bool,
+    resume: bool,
     force: bool,
     as_json: bool,
 ) -> None:
     """Turn SOURCE into a bundle for one target: planned, quantised and proven.
 
-    SOURCE is a checkpoint directory, a .gguf file, a hub id (org/name) or demo:smollm2.
+    SOURCE is a checkpoint directory, a .gguf file, a hub id (org/name, org/name@revision)
+    or demo:smollm2.
 
     \b
     Example:
       edgelm export demo:smollm2 --target raspberry-pi-5-4gb --quant Q4_0 -o bundle
       edgelm export ./my-model -o bundle --max-ram 1GB --type 'ffn_down=Q6_K'
+      edgelm export org/large-model@v1.0 -o bundle --quant Q4_K_M --resume
     """
     from edgelm.cli.console import print_json, stderr_progress
     from exporter.options import ExportOptions, as_format, parse_type_override
@@ -105,20 +110,20 @@ def command(
     )
     started = time.monotonic()
     if dry_run:
-        plan = prepare(options, stderr_progress()).plan
+        plan = prepare(options, stderr_progress(), headers_only=True).plan
         if as_json:
             print_json({**summary(plan, plan.artifact_bytes, None), "dry_run": True, "plan": plan.model_dump()})
         else:
             show(plan, plan.artifact_bytes, None, "plan (nothing written)")
         return
     assert output is not None
-    bundle = export(options, output, force=force, progress=stderr_progress())
+    bundle = export(options, output, force=force, resume=resume, progress=stderr_progress())
     manifest, size_bytes = bundle.manifest, bundle.manifest.artifact_bytes
     if as_json:
-        result = {"bundle": str(bundle.path), **summary(manifest.plan, size_bytes, manifest.quality)}
+        result = {"bundle": str(bundle.path), **summary(manifest.plan, size_bytes, manifest.proof)}
         print_json({**result, "elapsed_s": time.monotonic() - started, "peak_rss_bytes": peak_rss_bytes()})
     else:
-        show(manifest.plan, size_bytes, manifest.quality, str(bundle.path), time.monotonic() - started)
+        show(manifest.plan, size_bytes, manifest.proof, str(bundle.path), time.monotonic() - started)
 
 
 def peak_rss_bytes() -> int:
@@ -130,12 +135,16 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def summary(plan: ExportPlan, artifact_bytes: int, quality: Quality | None) -> dict[str, Any]:
+def summary(plan: ExportPlan, artifact_bytes: int, quality: Quality | EmbeddingQuality | None) -> dict[str, Any]:
     """The keys that scripts read; ``edgelm plan`` shows each candidate by the same ones."""
+    from edgelm.bundle import EmbeddingQuality
+
     measured = None
-    if quality is not None:
+    if isinstance(quality, EmbeddingQuality):
+        measured = quality.model_dump()
+    elif quality is not None:
         keys = {"reference", "tokens", "kl_mean", "kl_mean_interval", "kl_p90", "kl_p99", "kl_max", "ppl_interval"}
-        keys |= {"worst_tensors", "top1_agreement", "ppl", "ppl_reference", "token_identity"}
+        keys |= {"chat", "worst_tensors", "top1_agreement", "ppl", "ppl_reference", "token_identity"}
         measured = quality.model_dump(include=keys)
     return {
         "target": plan.target,
@@ -153,13 +162,19 @@ def summary(plan: ExportPlan, artifact_bytes: int, quality: Quality | None) -> d
 
 
 def show(
-    plan: ExportPlan, artifact_bytes: int, quality: Quality | None, title: str, elapsed_s: float | None = None
+    plan: ExportPlan,
+    artifact_bytes: int,
+    quality: Quality | EmbeddingQuality | None,
+    title: str,
+    elapsed_s: float | None = None,
 ) -> None:
     """A small table for people, and the plan's remarks on stderr."""
     from rich.table import Table
 
+    from edgelm.bundle import EmbeddingQuality
     from edgelm.cli.console import print_table
     from edgelm.units import format_bytes
+    from targets.predict import load_text
 
     predicted = plan.predicted
     types = ", ".join(f"{count} {name}" for name, count in plan.type_counts.items())
@@ -172,8 +187,15 @@ def show(
         ("expected RAM", f"{format_bytes(predicted.ram_bytes)} ({predicted.fits}: {predicted.fit_reason})"),
         ("expected decode", _rate(predicted.decode_tps)),
         ("expected prefill", _rate(predicted.prefill_tps)),
+        ("expected load", load_text(predicted)),
     ]
-    if quality is not None:
+    if isinstance(quality, EmbeddingQuality):
+        rows += [
+            ("cosine", f"{quality.cosine_mean:.6f} mean, {quality.cosine_min:.6f} least ({quality.texts} texts)"),
+            ("same nearest text", f"{quality.nearest_agreement:.1%}"),
+            ("reference", quality.reference),
+        ]
+    elif quality is not None:
         rows += [
             ("KL", f"{quality.kl_mean:.4f} mean, {quality.kl_p99:.4f} p99 nats per token ({quality.tokens} tokens)"),
             ("same top token", f"{quality.top1_agreement:.1%}"),
@@ -181,6 +203,9 @@ def show(
         ]
         if plan.predicted_kl is not None:
             rows.append(("expected KL", f"{plan.predicted_kl:.4f}"))
+        if quality.chat is not None:
+            end = "ended by itself" if quality.chat.stopped else "NOT ended by itself"
+            rows.append(("chat", f"template as by {quality.chat.compared_with}; an answer {end}"))
     if elapsed_s is not None:
         rows.append(("made in", f"{elapsed_s:.1f} s, peak memory {format_bytes(peak_rss_bytes())}"))
     table = Table(title=title, show_header=False, title_justify="left")

@@ -12,6 +12,7 @@ from edgelm.cli.console import SIZE
 if TYPE_CHECKING:
     from edgelm.bundle import ExportPlan
     from exporter.plan import Candidate
+    from targets.profile import TargetProfile
 
 
 @click.command(short_help="Show what an export could become on a target; write nothing.")
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 @click.option("--max-kl", type=float, metavar="X", help="Highest mean KL expected, in nats per token.")
 @click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE|self", help="As for edgelm export.")
 @click.option("--measure", is_flag=True, help="Measure what every tensor loses in every type; show that front instead.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write one HTML page with a picture.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(
     source: str,
@@ -43,6 +45,7 @@ def command(
     max_kl: float | None,
     calibration: Path | None,
     measure: bool,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Show what exporting SOURCE to a target could give: size, memory, speed, and which one would be chosen.
@@ -55,6 +58,7 @@ def command(
     Example:
       edgelm plan demo:smollm2 --target raspberry-pi-5-4gb
       edgelm plan ./my-model --target laptop --measure --max-kl 0.02 --json
+      edgelm plan ./my-model --target pi5 --measure --html front.html
     """
     from edgelm.cli.console import print_json, stderr_progress
     from exporter.options import ExportOptions, as_format, parse_type_override
@@ -77,12 +81,22 @@ def command(
         calibration=calibration,
     )
     profile, found, chosen, failure = choices(options, stderr_progress(), measure=measure)
+    if html is not None:
+        _picture(html, source, profile, found)
     if as_json:
         print_json(_document(profile.label, found, chosen))
     else:
         _show(profile.name, found, chosen)
     if failure is not None:
         raise failure
+
+
+def _picture(path: Path, source: str, profile: TargetProfile, found: list[Candidate]) -> None:
+    from edgelm.cli.compare import write_page
+    from targets.compare import compare_plans
+
+    name = source.rstrip("/").rsplit("/", 1)[-1]
+    write_page(path, compare_plans(name, [(item.plan, item.reason) for item in found], profile))
 
 
 def _same(one: ExportPlan, other: ExportPlan) -> bool:
@@ -110,7 +124,19 @@ def _show(target: str, found: list[Candidate], chosen: Candidate | None) -> None
     from edgelm.units import format_bytes
 
     table = Table(title=target, title_justify="left")
-    for column in ("", "quant", "bits/weight", "size", "RAM", "KL", "decode tok/s", "prefill tok/s", "fits", "why"):
+    for column in (
+        "",
+        "quant",
+        "bits/weight",
+        "size",
+        "RAM",
+        "KL",
+        "decode tok/s",
+        "prefill tok/s",
+        "load",
+        "fits",
+        "why",
+    ):
         table.add_column(column, justify="right" if "/" in column or column in ("size", "RAM", "KL") else "left")
     for item in found:
         plan, predicted = item.plan, item.plan.predicted
@@ -118,6 +144,8 @@ def _show(target: str, found: list[Candidate], chosen: Candidate | None) -> None
         mark = "*" if chosen is not None and _same(chosen.plan, plan) else ""
         sizes = [f"{plan.bits_per_weight:.2f}", format_bytes(plan.artifact_bytes), format_bytes(predicted.ram_bytes)]
         sizes.append("-" if plan.predicted_kl is None else f"{plan.predicted_kl:.4f}")
+        loads = (predicted.load_warm_s, predicted.load_cold_s)
+        rates.append("/".join("-" if seconds is None else f"{seconds:.2g}" for seconds in loads))
         fits = predicted.fits if item.eligible else "no"
         table.add_row(mark, plan.quant, *sizes, *rates, fits, "" if fits == "fits" else item.reason)
     print_table(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ class _Settings:
     sampling: SamplingOptions
     stop: tuple[str, ...]
     system: str | None
+    grammar: str
 
 
 @click.command(short_help="Answer one prompt, or chat.")
@@ -40,6 +42,11 @@ class _Settings:
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 avoids recent tokens.")
 @click.option("--seed", type=int, help="The same seed gives the same answer.")
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
+@click.option(
+    "--json-schema",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Hold the answer to the JSON schema in this file.",
+)
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text, without the chat template.")
 @click.option("--threads", type=click.IntRange(1, 512), help="Threads for decode [default: asks the machine].")
 @click.option("--threads-prefill", type=click.IntRange(1, 512), help="Threads for prefill [default: asks the machine].")
@@ -57,6 +64,7 @@ def command(
     repetition_penalty: float,
     seed: int | None,
     stop: tuple[str, ...],
+    json_schema: Path | None,
     raw: bool,
     threads: int | None,
     threads_prefill: int | None,
@@ -65,7 +73,8 @@ def command(
 ) -> None:
     """Answer PROMPT with the model in BUNDLE (a bundle or a .gguf file), or chat when no PROMPT is given.
 
-    In a chat Ctrl-C stops the answer, /exit or Ctrl-D leaves. The last line on stderr tells speed and memory.
+    In a chat Ctrl-C stops the answer, /exit or Ctrl-D leaves. The last line on stderr tells speed and memory. Of an
+    encoder's BUNDLE the vector of PROMPT is printed, its numbers separated by spaces.
 
     \b
     Example:
@@ -73,9 +82,12 @@ def command(
       edgelm run bundle --temperature 0.7 --top-p 0.9
     """
     from runtime.engine import EngineOptions
-    from runtime.model import open_model
+    from runtime.model import holds_encoder, open_model
     from runtime.sampling import SamplingOptions, check_sampling
 
+    if holds_encoder(bundle):
+        _print_vector(bundle, prompt, threads or 0, context or 0, as_json=as_json)
+        return
     if prompt is None and as_json:
         raise UsageError("--json needs a PROMPT", hint="a chat has no single answer")
     if prompt is None and raw:
@@ -91,18 +103,75 @@ def command(
         seed=seed,
     )
     check_sampling(sampling)
+    grammar = "" if json_schema is None else _grammar(json_schema)
     options = EngineOptions(
         context=context or 0, threads_decode=threads or 0, threads_prefill=threads_prefill or threads or 0
     )
     model = open_model(bundle, options)
     try:
-        settings = _Settings(max_tokens, sampling, stop, system)
+        settings = _Settings(max_tokens, sampling, stop, system, grammar)
         if prompt is None:
             _chat(model, settings)
         else:
             _one_answer(model, settings, prompt, raw=raw, as_json=as_json)
     finally:
         model.close()
+
+
+def _print_vector(bundle: Path, text: str | None, threads: int, context: int, *, as_json: bool) -> None:
+    """What a model makes that turns texts into vectors. Options that are for answers are refused."""
+    import time
+
+    from runtime.embedding import open_encoder
+    from runtime.encoder import EncoderOptions
+    from runtime.memory import snapshot
+
+    given = click.get_current_context()
+    allowed = {"bundle", "prompt", "threads", "context", "as_json"}
+    for name in given.params:
+        source = given.get_parameter_source(name)
+        if name not in allowed and source is click.core.ParameterSource.COMMANDLINE:
+            raise UsageError(
+                f"--{name.replace('_', '-')} is for models that generate; {bundle} is an encoder",
+                hint="edgelm run BUNDLE TEXT prints the vector of TEXT",
+            )
+    if text is None:
+        raise UsageError(f"{bundle} is an encoder: it holds no chat", hint="edgelm run BUNDLE TEXT prints the vector")
+    model = open_encoder(bundle, EncoderOptions(context=context, threads=threads))
+    try:
+        ids = model.text_ids(text)
+        started = time.perf_counter()
+        vector = model.embed_ids([ids])[0]
+        elapsed_s = time.perf_counter() - started
+        info = model.encoder.info
+    finally:
+        model.close()
+    if as_json:
+        facts = {"model": model.name, "dimensions": info.dimensions, "normalized": model.normalized}
+        counts = {"prompt_tokens": len(ids), "elapsed_s": elapsed_s, "load_s": info.load_s}
+        print_json({**facts, **counts, "rss_bytes": snapshot().rss_bytes, "embedding": vector.tolist()})
+        return
+    click.echo(" ".join(f"{number:.6g}" for number in vector.tolist()))
+    told = f"{info.dimensions} numbers{', length one' if model.normalized else ''} | {len(ids)} tokens"
+    click.echo(f"{told} in {1000 * elapsed_s:.1f} ms | RSS {format_bytes(snapshot().rss_bytes)}", err=True)
+
+
+def _grammar(path: Path) -> str:
+    """The grammar of the JSON schema in a file. Raises ``UsageError``."""
+    from runtime.constraint import json_schema_grammar
+
+    try:
+        schema = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise UsageError(f"{path} is not a JSON schema: it holds no object")
+    try:
+        return json_schema_grammar(schema)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error.message}") from error
 
 
 def _one_answer(model: LoadedModel, settings: _Settings, prompt: str, *, raw: bool, as_json: bool) -> None:
@@ -191,7 +260,9 @@ def _answer(model: LoadedModel, session: Session, settings: _Settings, ids: list
             sys.stdout.write(text)
             sys.stdout.flush()
 
-    request = GenerationRequest(ids, settings.max_tokens, settings.sampling, settings.stop, model.stop_tokens)
+    request = GenerationRequest(
+        ids, settings.max_tokens, settings.sampling, settings.stop, model.stop_tokens, grammar=settings.grammar
+    )
     with stopped_by_ctrl_c(model.engine) as cancelled:
         result = answer(generate(session, model.tokenizer, request, cancelled=cancelled), len(ids), write)
     write("\n")

@@ -31,6 +31,11 @@ import click
 @click.option(
     "--allowed-host", "allowed_hosts", multiple=True, metavar="NAME", help="Another name clients may use; repeatable."
 )
+@click.option(
+    "--in-process",
+    is_flag=True,
+    help="Run the engine in the server's own process: less memory, but a crash of the engine ends the server.",
+)
 def command(
     bundle: Path,
     host: str,
@@ -39,11 +44,13 @@ def command(
     context: int | None,
     api_key_file: Path | None,
     allowed_hosts: tuple[str, ...],
+    in_process: bool,
 ) -> None:
     """Serve BUNDLE (a bundle or a bare .gguf file) over an OpenAI-compatible API until SIGTERM or Ctrl-C.
 
     /v1/chat/completions, /v1/completions and /v1/models, a small chat page at /, Prometheus figures at /metrics,
-    /health/live and /health/ready. Logs go to stderr, one JSON object per line, without prompts, answers or keys.
+    /health/live and /health/ready; an encoder answers /v1/embeddings instead of completions, and has no page. Logs go
+    to stderr, one JSON object per line, without prompts, answers or keys.
 
     \b
     Example:
@@ -52,13 +59,14 @@ def command(
         -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
     """
     from runtime.engine import EngineOptions
-    from runtime.model import open_model
     from runtime.server.logs import start_logging
-    from runtime.server.serving import ServerOptions, bind, resolve_access, serve
+    from runtime.server.metrics import Metrics
+    from runtime.server.serving import ServerOptions, bind, make_backend, resolve_access, serve
 
     options = ServerOptions(host, port, allowed_hosts, api_key_file)
     start_logging()
     access = resolve_access(options)
     with bind(host, port) as listener:
-        model = open_model(bundle, EngineOptions(context=context or 0, sequences=parallel))
-        serve(model, listener, access)
+        metrics = Metrics()
+        engine = EngineOptions(context=context or 0, sequences=parallel)
+        serve(make_backend(bundle, engine, metrics, in_process=in_process), metrics, listener, access)

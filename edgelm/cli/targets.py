@@ -149,20 +149,13 @@ def detect(output: Path | None, measure: bool, storage: Path | None, name: str, 
 
 def _measured(profile: TargetProfile) -> TargetProfile:
     """The detected profile with what is measured on this machine, told on stderr."""
-    import psutil
-
     from edgelm.errors import EngineError
     from runtime.kernels import measure_kernels
-    from targets.bandwidth import measure_read_bandwidth
+    from targets.bandwidth import ForeignLoad, measure_read_bandwidth
     from targets.host import measured
     from targets.kernels import throughput_gflops, with_kernels
 
-    threads = int(profile.threads_prefill.value)
-    busy = psutil.cpu_percent(interval=0.5) / 100
-    if busy > BUSY_SHARE:
-        note = f"measured while other processes took {busy:.0%} of the CPU: the figures are too low"
-        click.echo(f"warning: {note}; detect again on a quiet machine", err=True)
-        profile = profile.model_copy(update={"notes": (*profile.notes, note)})
+    threads, load = int(profile.threads_prefill.value), ForeignLoad()
     click.echo("measuring the read bandwidth ...", err=True)
     profile = measured(profile, measure_read_bandwidth(threads))
     click.echo("measuring the engine's kernels ...", err=True)
@@ -171,14 +164,22 @@ def _measured(profile: TargetProfile) -> TargetProfile:
     except EngineError as error:
         # Memory alone still makes a useful profile; what is missing stands in it.
         click.echo(f"warning: {error.message}; {error.hint}", err=True)
-        note = f"kernels were not measured: {error.message}"
-        return profile.model_copy(update={"notes": (*profile.notes, note)})
+        return _noted(profile, f"kernels were not measured: {error.message}")
+    busy = load.share()
     profile = with_kernels(profile, runs)
+    if busy > BUSY_SHARE:
+        note = f"measured while other processes took {busy:.0%} of the CPU: the figures are too low"
+        click.echo(f"warning: {note}; detect again on a quiet machine", err=True)
+        profile = _noted(profile, note)
     for kind, name in (("Q8_0", "int8"), ("F16", "f16")):
         gflops = throughput_gflops(profile, kind)
         if gflops is not None:
             click.echo(f"{name} matrix throughput: {gflops:.0f} GFLOP/s ({kind}, {threads} threads)", err=True)
     return profile
+
+
+def _noted(profile: TargetProfile, note: str) -> TargetProfile:
+    return profile.model_copy(update={"notes": (*profile.notes, note)})
 
 
 @command.command()
@@ -213,7 +214,7 @@ def predict(
     """
     from edgelm.errors import UsageError
     from targets.catalogue import workload_from_figures
-    from targets.predict import RunSettings
+    from targets.predict import RunSettings, load_text
     from targets.predict import predict as predict_workload
     from targets.profile import load_profile
 
@@ -232,12 +233,13 @@ def predict(
     from rich.table import Table
 
     table = Table(title=f"{params_b:g} B parameters, {quant}, {file_mib:g} MiB on {prediction.target}")
-    for column in ("decode tokens/s", "prefill tokens/s", "RAM", "verdict"):
+    for column in ("decode tokens/s", "prefill tokens/s", "RAM", "load", "verdict"):
         table.add_column(column)
     table.add_row(
         _rate(prediction.decode_tps, prediction.decode_tps_band),
         _rate(prediction.prefill_tps, prediction.prefill_tps_band),
         f"{prediction.ram_bytes / 1e6:.0f} MB",
+        load_text(prediction),
         f"{prediction.fits}: {prediction.fit_reason}",
     )
     print_table(table)

@@ -11,6 +11,7 @@ from edgelm.cli.console import print_json, print_table, stderr_progress
 from edgelm.units import format_bytes
 
 if TYPE_CHECKING:
+    from edgelm.bundle import Quality
     from exporter.verification import Verification
 
 
@@ -19,8 +20,15 @@ if TYPE_CHECKING:
 @click.option(
     "--reference", metavar="SOURCE", help="The checkpoint it was made from: measure quality against it again."
 )
+@click.option(
+    "--eval",
+    "evaluation",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Text to measure quality on, instead of the built-in one; needs --reference.",
+)
 @click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on stdout.")
-def command(bundle: Path, reference: str | None, as_json: bool) -> None:
+def command(bundle: Path, reference: str | None, evaluation: Path | None, as_json: bool) -> None:
     """Check that BUNDLE holds what its manifest promises: hashes, header, tensors and token ids.
 
     With --reference the whole proof is made again. Exit 1 when the bundle is damaged, 3 when a proof fails.
@@ -29,10 +37,11 @@ def command(bundle: Path, reference: str | None, as_json: bool) -> None:
     Example:
       edgelm verify bundle
       edgelm verify bundle --reference demo:smollm2 --json
+      edgelm verify bundle --reference ./my-model --eval my-text.txt
     """
     from exporter.verification import verify
 
-    result = verify(bundle, reference, stderr_progress())
+    result = verify(bundle, reference, stderr_progress(), evaluation=evaluation)
     if as_json:
         print_json(_document(bundle, result))
     else:
@@ -50,12 +59,14 @@ def _document(bundle: Path, result: Verification) -> dict[str, Any]:
         "tensor_types": manifest.plan.type_counts,
         "token_identity": result.token_identity.model_dump(mode="json"),
         "quality": result.quality.model_dump(mode="json") if result.quality else None,
-        "recorded_quality": manifest.quality.model_dump(mode="json") if manifest.quality else None,
+        "recorded_quality": manifest.proof.model_dump(mode="json") if manifest.proof else None,
     }
 
 
 def _print(bundle: Path, result: Verification) -> None:
     from rich.table import Table
+
+    from edgelm.bundle import EmbeddingQuality
 
     manifest, identity = result.bundle.manifest, result.token_identity
     table = Table(title=f"{bundle}: {manifest.name}")
@@ -65,12 +76,46 @@ def _print(bundle: Path, result: Verification) -> None:
     types = ", ".join(f"{count} {name}" for name, count in manifest.plan.type_counts.items())
     table.add_row("artefact", f"{format_bytes(manifest.artifact_bytes)}, as planned: {types}")
     table.add_row("token ids", f"identical on {identity.texts} texts, {identity.tokens} tokens")
-    for name, quality in (("quality, now", result.quality), ("quality, recorded", manifest.quality)):
-        if quality is not None:
+    for name, quality in (("quality, now", result.quality), ("quality, recorded", manifest.proof)):
+        if isinstance(quality, EmbeddingQuality):
             table.add_row(
                 name,
-                f"mean KL {quality.kl_mean:.4f}, p99 {quality.kl_p99:.4f}, same first choice "
-                f"{quality.top1_agreement:.1%}, perplexity {quality.ppl:.2f} (reference {quality.ppl_reference:.2f}), "
-                f"{quality.tokens} tokens against {quality.reference}",
+                f"cosine {quality.cosine_mean:.6f} mean, {quality.cosine_min:.6f} least, same nearest text "
+                f"{quality.nearest_agreement:.1%}, {quality.texts} texts against {quality.reference}",
             )
+        elif quality is not None:
+            for what, figures in _figures(quality):
+                table.add_row(f"{name}: {what}" if what else name, figures)
     print_table(table)
+
+
+def _figures(quality: Quality) -> list[tuple[str, str]]:
+    """What a measurement says, a row for each kind of figure."""
+    around = low_high(quality.kl_mean_interval, 4)
+    tail = f"p90 {quality.kl_p90:.4f}, " if quality.kl_p90 is not None else ""
+    tail += f"p99 {quality.kl_p99:.4f}, max {quality.kl_max:.3f}"
+    rows = [
+        ("", f"mean KL {quality.kl_mean:.4f}{around}, {tail}"),
+        ("text", f"{quality.tokens} tokens of {quality.text} against {quality.reference}"),
+        ("first choice", f"the same for {quality.top1_agreement:.1%}"),
+        (
+            "perplexity",
+            f"{quality.ppl:.2f}{low_high(quality.ppl_interval, 2)}, of the reference {quality.ppl_reference:.2f}",
+        ),
+    ]
+    if quality.worst_tensors:
+        named = (f"{item.name} {item.type} {item.kl:.2g}" for item in quality.worst_tensors)
+        rows.append(("most lost in", f"{', '.join(named)} (KL, estimated)"))
+    chat = quality.chat
+    if chat is not None:
+        alike = f"prompts of {chat.conversations} conversations as by {chat.compared_with}"
+        end = f"ended by itself after {chat.answer_tokens} tokens"
+        if not chat.stopped:
+            end = f"NOT ended within {chat.answer_tokens} tokens"
+        rows += [("chat template", alike), ("answer", f"{end}: {chat.answer.strip()!r} to {chat.prompt!r}")]
+    return rows
+
+
+def low_high(interval: tuple[float, float] | None, digits: int) -> str:
+    """A 95 % interval in brackets, nothing when there is none."""
+    return "" if interval is None else f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"

@@ -24,8 +24,13 @@ def available() -> tuple[str, ...]:
 
 def family(model_type: str) -> Family:
     """The family of an ``available`` model_type."""
-    found: Family = importlib.import_module(f"{__name__}.{model_type}").FAMILY
+    found: Family = importlib.import_module(f"{__name__}.{module_name(model_type)}").FAMILY
     return found
+
+
+def module_name(model_type: str) -> str:
+    """A model_type as a module can be called: some have a hyphen."""
+    return model_type.replace("-", "_")
 
 
 def gguf_architectures() -> tuple[str, ...]:
@@ -40,7 +45,7 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
     """
     is_gguf = checkpoint.source.kind == "gguf"
     known = gguf_architectures() if is_gguf else available()
-    if checkpoint.architecture not in known:
+    if (checkpoint.architecture if is_gguf else module_name(checkpoint.architecture)) not in known:
         raise CheckpointError(
             f"{checkpoint.source.location} is of the architecture '{checkpoint.architecture}', which is not supported",
             hint=f"there are: {', '.join(known)}",
@@ -50,7 +55,7 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
 
 def embedding_names(checkpoint: Checkpoint) -> tuple[str, ...]:
     """The names that the embedding of a checkpoint may have, for families that are known."""
-    if checkpoint.architecture not in available():
+    if module_name(checkpoint.architecture) not in available():
         return ()
     found = family(checkpoint.architecture)
     return tuple(f"{prefix}{found.tensors[0].source}.weight" for prefix in found.prefixes)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from edgelm.bundle import EncoderRecord
 from edgelm.errors import CheckpointError
 from exporter.checkpoint import Checkpoint
 
@@ -72,11 +73,13 @@ class Rotary:
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """How the parts of a decoder are joined, for builders that draw the graph themselves.
+    """How the parts of a model are joined, for builders that draw the graph themselves.
 
+    ``causal``: attention sees earlier tokens only, as in a decoder; an encoder's sees all of them.
     ``rotary`` None: positions are learned rows. ``windows`` per layer: how many tokens attention sees, 0 for all.
     ``norm_place``: norms follow attention and feed-forward network ("after"), precede them ("before") or both.
-    ``query_norm``: of each head, or of all heads together. Scales of 1 and soft-caps of 0 do nothing.
+    ``query_norm``: of each head, or of all heads together, before rotation or after it. Scales of 1 and soft-caps of 0
+    do nothing.
     """
 
     norm: Literal["rms", "layer"]
@@ -94,6 +97,8 @@ class Structure:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
+    norm_after_rotation: bool = False
+    causal: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,9 @@ class TensorDescription:
     ``interleave`` of n > 0 reorders rows on the way: each group of n rows is two halves in the source (rotation
     partners n/2 apart) and alternates between them in the artefact (partners adjacent). ``split`` of n > 0 reorders
     too: the source holds query, key and value of n rows each head by head, the artefact all queries, all keys, all
-    values. ``transposed``: columns of the source are rows here. Values are multiplied by ``scale``, then ``offset`` is
-    added. ``values`` holds a computed tensor, which has no place in the source.
+    values. ``skipped`` rows at the start of the source are left out, as are those after the tensor's own.
+    ``transposed``: columns of the source are rows here. Values are multiplied by ``scale``, then ``offset`` is added.
+    ``values`` holds a computed tensor, which has no place in the source.
     """
 
     name: str
@@ -116,6 +122,15 @@ class TensorDescription:
     transposed: bool = False
     scale: float = 1.0
     offset: float = 0.0
+    skipped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderDescription:
+    """What an encoder makes of a text, and how many tokens of one it was tuned for."""
+
+    record: EncoderRecord
+    context: int
 
 
 @dataclass(frozen=True)
@@ -124,6 +139,7 @@ class ModelDescription:
 
     ``architecture`` is GGUF's name for it, ``metadata`` are GGUF keys and values, the tokenizer's apart. ``structure``
     is None where the source is a GGUF file, which is copied as it stands. ``notes`` say what a user should know.
+    ``encoder`` is None for decoders.
     """
 
     architecture: str
@@ -132,6 +148,7 @@ class ModelDescription:
     tensors: tuple[TensorDescription, ...]
     structure: Structure | None = None
     notes: tuple[str, ...] = ()
+    encoder: EncoderDescription | None = None
 
     @property
     def parameters(self) -> int:

@@ -1,9 +1,10 @@
-"""Implementations of the ``runtime.engine.Engine`` seam, one module each."""
+"""Implementations of the seams ``runtime.engine.Engine`` and ``runtime.encoder.Encoder``, one module each."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from runtime.encoder import Encoder, EncoderOptions
 from runtime.engine import Engine, EngineOptions
 
 
@@ -34,3 +35,13 @@ def load_library(path: Path) -> None:
     from runtime.engines import llamacpp
 
     llamacpp.load_library()
+
+
+def load_encoder(path: Path, options: EncoderOptions) -> Encoder:
+    """Load a model file of an encoder with the engine of its format.
+
+    Raises what the engine's own ``load_encoder`` raises: ``BundleError``, ``UsageError`` and ``EngineError``.
+    """
+    from runtime.engines import llamacpp_encoder
+
+    return llamacpp_encoder.load_encoder(path, options)

@@ -8,7 +8,6 @@ vocabulary functions that a bare GGUF needs. Importing this module does not load
 from __future__ import annotations
 
 import ctypes
-import importlib
 import importlib.metadata
 import os
 import re
@@ -23,7 +22,10 @@ import numpy as np
 
 from edgelm.errors import BundleError, EngineError, UsageError
 from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits, check_chunks
+from runtime.engines.llamacpp_inputs import InputSquares
 from runtime.gguf_header import read_gguf_header, workload_from_gguf
+from runtime.libllama import import_declarations
+from runtime.tokenizer import ends_added
 from runtime.waiting import decided, prepare_openmp
 from targets.host import default_threads
 
@@ -31,7 +33,7 @@ _KV_BYTES_PER_ELEMENT = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}  # ggml blocks
 _CONTEXT_STEP = 256  # llama_context pads every sequence's share of the cache to this
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 _LOG_WARN, _LOG_ERROR, _LOG_CONTINUE = 3, 4, 5  # enum ggml_log_level
-_NO_SLOT, _ABORTED = 1, 2  # return values of llama_decode
+_NO_SLOT, ABORTED = 1, 2  # return values of llama_decode and llama_encode
 
 
 # Buffers that llama.cpp announces while loading: "load_tensors:   CPU_REPACK model buffer size =    56.95 MiB".
@@ -79,6 +81,7 @@ class _Log:
 
 
 _log = _Log()
+take_messages = _log.take
 _library_lock = threading.Lock()
 _library: Any = None
 
@@ -90,7 +93,7 @@ def load_library() -> Any:
         if _library is None:
             prepare_openmp()
             try:
-                library = importlib.import_module("llama_cpp.llama_cpp")
+                library = import_declarations()
             except ImportError as error:
                 raise EngineError(
                     f"llama-cpp-python cannot be imported: {error}", hint="pip install llama-cpp-python"
@@ -154,15 +157,20 @@ class LlamaVocabulary:
         self.adds_bos: bool = library.llama_vocab_get_add_bos(self._vocab)
         self._buffer = ctypes.create_string_buffer(256)
 
-    def tokenize(self, text: bytes, *, special: bool) -> list[int]:
-        """Ids of UTF-8 ``text``, nothing added; ``special`` recognises control tokens written in it."""
+    def tokenize(self, text: bytes, *, special: bool, framed: bool = False) -> list[int]:
+        """Ids of UTF-8 ``text``; ``special`` recognises control tokens written in it, ``framed`` adds those that the
+        vocabulary puts around a text."""
         room = len(text) + 8
         while True:
             tokens = (ctypes.c_int32 * room)()
-            count = self._library.llama_tokenize(self._vocab, text, len(text), tokens, room, False, special)
+            count = self._library.llama_tokenize(self._vocab, text, len(text), tokens, room, framed, special)
             if count >= 0:
                 return list(tokens[:count])
             room = -count
+
+    def frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids that belong before and behind a whole text, as [CLS] and [SEP]."""
+        return ends_added(self.tokenize(b"a", special=False), self.tokenize(b"a", special=False, framed=True))
 
     def token_bytes(self, token: int, *, special: bool = False) -> bytes:
         """Bytes of one token; control tokens are empty unless ``special``."""
@@ -204,7 +212,7 @@ class LlamaVocabulary:
 
 def load_vocabulary(path: Path) -> LlamaVocabulary:
     """Only the vocabulary of a GGUF file, without weights. Raises ``BundleError`` and ``EngineError``."""
-    _check_file(path)
+    check_file(path)
     read_gguf_header(path)
     library = load_library()
     parameters = library.llama_model_default_params()
@@ -215,14 +223,14 @@ def load_vocabulary(path: Path) -> LlamaVocabulary:
     return LlamaVocabulary(library, model, owns_model=True)
 
 
-def load_engine(path: Path, options: EngineOptions) -> LlamaCppEngine:
-    """Load a GGUF file.
+def load_engine(path: Path, options: EngineOptions, observer: InputSquares | None = None) -> LlamaCppEngine:
+    """Load a GGUF file. An ``observer`` sees what goes into every matrix, which makes computing slower.
 
     Raises ``BundleError`` when the file is missing or its header is malformed, ``UsageError`` for options that make
     no sense, ``EngineError`` when llama.cpp or the memory refuses.
     """
     _check_options(options)
-    _check_file(path)
+    check_file(path)
     header = read_gguf_header(path)
     kv_elements_per_token = workload_from_gguf(header).kv_elements_per_token
     decode, prefill = default_threads()
@@ -231,18 +239,18 @@ def load_engine(path: Path, options: EngineOptions) -> LlamaCppEngine:
     started = time.perf_counter()
     _log.take()
     _log.buffers = {}
-    model = _load_model(library, path, options)
+    model = load_weights(library, path, options)
     try:
-        context = _create_context(library, model, path, options, threads)
+        context = _create_context(library, model, path, options, threads, observer)
     except EngineError:
         library.llama_model_free(model)
         raise
-    loaded = _Loaded(library, model, context)
+    loaded = Loaded(library, model, context)
     info = _describe(loaded, path, options, threads, kv_elements_per_token, time.perf_counter() - started)
     return LlamaCppEngine(loaded, info, options)
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
     if not path.is_file():
         raise BundleError(f"model file {path} does not exist", hint="give a bundle directory or a .gguf file")
 
@@ -260,12 +268,12 @@ def _check_options(options: EngineOptions) -> None:
         raise UsageError(f"no KV cache type '{options.kv_type}'", hint=f"there are: {', '.join(_KV_BYTES_PER_ELEMENT)}")
 
 
-def _load_model(library: Any, path: Path, options: EngineOptions) -> Any:
+def load_weights(library: Any, path: Path, options: EngineOptions) -> Any:
     parameters = library.llama_model_default_params()
     parameters.load_mode = library.LLAMA_LOAD_MODE_MMAP if options.mmap else library.LLAMA_LOAD_MODE_NONE
     model = library.llama_model_load_from_file(os.fsencode(path), parameters)
     if not model:
-        raise _load_error(f"llama.cpp cannot load {path}")
+        raise load_error(f"llama.cpp cannot load {path}")
     trained = int(library.llama_model_n_ctx_train(model))
     if options.context > trained:
         library.llama_model_free(model)
@@ -276,7 +284,14 @@ def _load_model(library: Any, path: Path, options: EngineOptions) -> Any:
     return model
 
 
-def _create_context(library: Any, model: Any, path: Path, options: EngineOptions, threads: tuple[int, int]) -> Any:
+def _create_context(
+    library: Any,
+    model: Any,
+    path: Path,
+    options: EngineOptions,
+    threads: tuple[int, int],
+    observer: InputSquares | None = None,
+) -> Any:
     parameters = library.llama_context_default_params()
     per_sequence = -(-options.context // _CONTEXT_STEP) * _CONTEXT_STEP
     parameters.n_ctx = per_sequence * options.sequences
@@ -296,15 +311,17 @@ def _create_context(library: Any, model: Any, path: Path, options: EngineOptions
     kv_type = {"f32": library.GGML_TYPE_F32, "f16": library.GGML_TYPE_F16, "q8_0": library.GGML_TYPE_Q8_0}
     parameters.type_k = parameters.type_v = kv_type[options.kv_type]
     parameters.no_perf = True
+    if observer is not None:
+        observer.attach(library, parameters)
     context = library.llama_init_from_model(model, parameters)
     if not context:
-        raise _load_error(
+        raise load_error(
             f"llama.cpp cannot make a context of {options.context} tokens x {options.sequences} for {path}"
         )
     return context
 
 
-def _load_error(what: str) -> EngineError:
+def load_error(what: str) -> EngineError:
     messages = _log.take()
     if "alloc" in messages:
         return EngineError(
@@ -314,7 +331,7 @@ def _load_error(what: str) -> EngineError:
     return EngineError(f"{what}: {messages or 'it gave no reason'}", hint="check the file with: edgelm verify")
 
 
-class _Loaded:
+class Loaded:
     """The C objects of one loaded model."""
 
     def __init__(self, library: Any, model: Any, context: Any) -> None:
@@ -330,7 +347,7 @@ class _Loaded:
 
 
 def _describe(
-    loaded: _Loaded,
+    loaded: Loaded,
     path: Path,
     options: EngineOptions,
     threads: tuple[int, int],
@@ -368,7 +385,7 @@ def _describe(
     )
 
 
-class _Batch:
+class Batch:
     """A ``llama_batch`` whose C arrays are numpy arrays, allocated once."""
 
     def __init__(self, library: Any, capacity: int, sequences: int) -> None:
@@ -393,19 +410,40 @@ class _Batch:
         self.c = batch
 
 
+class AbortSwitch:
+    """Stops what a context computes.
+
+    llama.cpp asks it before every graph node, hundreds of times per token: a Python function would cost more than the
+    node. strlen of a two-byte buffer is the same question in C: "" is false, "!" true.
+    """
+
+    def __init__(self, library: Any, context: Any) -> None:
+        self._buffer = ctypes.create_string_buffer(2)
+        self._callback = ctypes.cast(ctypes.CDLL(None).strlen, library.ggml_abort_callback)
+        library.llama_set_abort_callback(context, self._callback, ctypes.cast(self._buffer, ctypes.c_void_p))
+
+    def set(self) -> None:
+        """From the next node on; callable from any thread."""
+        self._buffer[0] = b"!"
+
+    def clear(self) -> None:
+        """Let the next computation run."""
+        self._buffer[0] = b"\0"
+
+
 class LlamaCppEngine:
     """``runtime.engine.Engine`` over one ``llama_context``. Not thread-safe, except for ``interrupt``."""
 
-    def __init__(self, loaded: _Loaded, info: EngineInfo, options: EngineOptions) -> None:
+    def __init__(self, loaded: Loaded, info: EngineInfo, options: EngineOptions) -> None:
         library = loaded.library
-        self._loaded: _Loaded | None = loaded
+        self._loaded: Loaded | None = loaded
         self._info = info
         self._all_logits = options.all_logits
         self._context = loaded.context
         self._memory = library.llama_get_memory(loaded.context)
         self._lengths = [0] * options.sequences
         self._capacity = int(library.llama_n_batch(loaded.context))
-        self._batch = _Batch(library, self._capacity, options.sequences)
+        self._batch = Batch(library, self._capacity, options.sequences)
         self._offsets = np.arange(self._capacity, dtype=np.int32)
         self._decode = library.llama_decode
         self._synchronize = library.llama_synchronize
@@ -413,12 +451,7 @@ class LlamaCppEngine:
         prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
         self._logits_address = prototype(ctypes.cast(library.llama_get_logits, ctypes.c_void_p).value or 0)
         self._views: dict[tuple[int, int], Logits] = {}
-        # llama.cpp asks the abort callback before every graph node, hundreds of times per token: a Python function
-        # would cost more than the node. strlen of a two-byte buffer is the same question in C: "" is false, "!" true.
-        self._abort = ctypes.create_string_buffer(2)
-        strlen = ctypes.cast(ctypes.CDLL(None).strlen, library.ggml_abort_callback)
-        library.llama_set_abort_callback(self._context, strlen, ctypes.cast(self._abort, ctypes.c_void_p))
-        self._abort_callback = strlen
+        self._abort = AbortSwitch(library, loaded.context)
         self.vocabulary = LlamaVocabulary(library, loaded.model)
 
     @property
@@ -428,7 +461,7 @@ class LlamaCppEngine:
     def forward(self, chunks: Sequence[Chunk]) -> Logits:
         """See ``Engine.forward``. More tokens than ``batch`` are computed in several calls of llama.cpp."""
         self._check(chunks)
-        self._abort[0] = b"\0"
+        self._abort.clear()
         before = {chunk.sequence: self._lengths[chunk.sequence] for chunk in chunks}
         parts: list[Logits] = []
         filled = rows = 0
@@ -482,7 +515,7 @@ class LlamaCppEngine:
         if status == 0:
             self._synchronize(self._context)
             return
-        if status == _ABORTED:
+        if status == ABORTED:
             for sequence, length in before.items():
                 self._forget(length, sequence)
             _log.take()
@@ -541,7 +574,7 @@ class LlamaCppEngine:
 
     def interrupt(self) -> None:
         """See ``Engine.interrupt``. Takes effect within one operation of the graph."""
-        self._abort[0] = b"!"
+        self._abort.set()
 
     def close(self) -> None:
         loaded, self._loaded = self._loaded, None

@@ -1,7 +1,6 @@
 """The routes: requests in, generations submitted, answers out.
 
-Builds a Starlette application around one loaded model and its worker. Knows HTTP and the model's words; not engines,
-batches or sockets.
+Builds a Starlette application around one backend. Knows HTTP and the model's words; not engines, batches or sockets.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
@@ -20,43 +20,71 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from edgelm.errors import ContextOverflowError, EdgelmError
 from edgelm.units import format_bytes
-from runtime.generate import GenerationRequest, check_request
-from runtime.model import LoadedModel
-from runtime.server.answering import Generation, GenerationResponse
+from runtime.engine import EngineInfo
+from runtime.model import PromptingModel
+from runtime.server.answering import Generation, GenerationResponse, unavailable
 from runtime.server.errors import ApiError
-from runtime.server.limits import Access, Guard, parse_json, prompt_characters_limit
+from runtime.server.limits import Access, Guard, parse_json
 from runtime.server.logs import log_event
 from runtime.server.metrics import CONTENT_TYPE, Metrics
-from runtime.server.openai import Answer, ChatRequest, CompletionRequest, model_document, parse_request
+from runtime.server.ollama import error_document
+from runtime.server.openai import ChatRequest, CompletionRequest, parse_request
 from runtime.server.page import Page
-from runtime.server.worker import Worker
+from runtime.server.prepare import Prepared, Preparer
+from runtime.server.replies import Answer, Form, Writer, model_document
+from runtime.server.routes import OllamaRoutes, TokenRoutes
+from runtime.server.worker import Backend, NotReadyError
 
+_Made = TypeVar("_Made")
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
 
 
 class Service:
-    """What the routes share: the model, its worker, the counters and one thread for templates and tokenizing."""
+    """What the routes share: the backend, the counters and one thread for templates, tokens and grammars."""
 
-    def __init__(self, model: LoadedModel, worker: Worker, metrics: Metrics) -> None:
-        self._model = model
-        self._worker = worker
+    def __init__(self, backend: Backend, metrics: Metrics) -> None:
+        self._backend = backend
         self._metrics = metrics
-        self._info = model.engine.info
-        self._created = int(time.time())
+        self.created = int(time.time())
         # Encoding a long prompt must not hold up the event loop, and one core is enough for it.
         self._encoder = ThreadPoolExecutor(1, "encode")
-        self._page = Page(model.name, self._facts())
+        self._preparer: Preparer | None = None
+        self._page: Page | None = None
+
+    @property
+    def model(self) -> PromptingModel:
+        """The model that is served. Raises ``ApiError`` 503 while it is loaded for the first time."""
+        try:
+            return self._backend.model
+        except NotReadyError as error:
+            raise unavailable(error) from error
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine says of itself. Raises ``ApiError`` 503 while it is loaded for the first time."""
+        try:
+            return self._backend.info
+        except NotReadyError as error:
+            raise unavailable(error) from error
+
+    @property
+    def preparer(self) -> Preparer:
+        """Prepares requests for the model. Raises ``ApiError`` 503 as ``model`` does."""
+        if self._preparer is None or self._preparer.model is not self.model:
+            self._preparer = Preparer(self.model, self.info)
+        return self._preparer
 
     async def page(self, _: Request) -> Response:
+        if self._page is None:
+            self._page = Page(self.model.name, self._facts())
         return HTMLResponse(self._page.html, headers={"Content-Security-Policy": self._page.policy})
 
     async def live(self, _: Request) -> Response:
         return JSONResponse({"status": "alive"})
 
     async def ready(self, _: Request) -> Response:
-        state = self._worker.state
+        state = self._backend.state
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
     async def metrics(self, _: Request) -> Response:
@@ -65,88 +93,64 @@ class Service:
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model_document()]})
 
-    async def model(self, request: Request) -> Response:
-        self._check_model(request.path_params["name"])
+    async def one_model(self, request: Request) -> Response:
+        self.check_model(request.path_params["name"])
         return JSONResponse(self._model_document())
 
     async def chat(self, request: Request) -> GenerationResponse:
         wanted = parse_request(ChatRequest, parse_json(await request.body()))
-        self._check_model(wanted.model)
-        prompt = await self._encode(lambda: self._chat_prompt(wanted), "messages")
-        answer = Answer(self._model.name, chat=True, include_usage=wanted.stream_options.include_usage)
-        return self._generate(request, prompt, wanted, answer)
+        self.check_model(wanted.model)
+        prepared = await self.in_thread(lambda: self.preparer.chat(wanted))
+        return self._answer(request, prepared, wanted, chat=True)
 
     async def complete(self, request: Request) -> GenerationResponse:
         wanted = parse_request(CompletionRequest, parse_json(await request.body()))
-        self._check_model(wanted.model)
-        prompt = await self._encode(lambda: self._completion_prompt(wanted), "prompt")
-        answer = Answer(self._model.name, chat=False, include_usage=wanted.stream_options.include_usage)
-        return self._generate(request, prompt, wanted, answer)
+        self.check_model(wanted.model)
+        prepared = await self.in_thread(lambda: self.preparer.complete(wanted))
+        return self._answer(request, prepared, wanted, chat=False)
 
-    def _generate(
-        self, request: Request, prompt: list[int], wanted: ChatRequest | CompletionRequest, answer: Answer
+    def _answer(
+        self, request: Request, prepared: Prepared, wanted: ChatRequest | CompletionRequest, *, chat: bool
     ) -> GenerationResponse:
-        """Submit what was asked for, as far as the context reaches. Raises ``ApiError``."""
-        # The last token is sampled but never computed, so one more than the free places can be generated.
-        room = self._info.context - len(prompt) + 1
-        generation = GenerationRequest(
-            prompt=prompt,
-            max_tokens=max(1, min(wanted.tokens_wanted or room, room)),
-            sampling=wanted.sampling,
-            stop=tuple(wanted.stop),
-            stop_tokens=self._model.stop_tokens,
+        form = Form(
+            model=self.model.name,
+            chat=chat,
+            include_usage=wanted.stream_options.include_usage,
+            echo=prepared.echo,
+            calls=prepared.calls,
         )
+        return self.respond(request, prepared, Answer(form), stream=wanted.stream)
+
+    def respond(self, request: Request, prepared: Prepared, writer: Writer, *, stream: bool) -> GenerationResponse:
+        """Submit what was prepared and answer with it. Raises ``ApiError``."""
+        generation = Generation(self._backend, prepared.requests)
+        return GenerationResponse(generation, writer, stream, request.state.facts)
+
+    async def embed(self, _: Request) -> Response:
+        message = f"{self.model.name!r} generates text and makes no vectors of it; serve an encoder for embeddings"
+        raise ApiError(400, message, param="model", code="model_not_supported")
+
+    async def in_thread(self, make: Callable[[], _Made]) -> _Made:
+        """Run what takes a while beside the event loop. Raises ``ApiError`` 503 when it needs an engine that is not
+        there."""
         try:
-            check_request(generation, self._info.context)
-        except ContextOverflowError as error:
-            param = "messages" if isinstance(wanted, ChatRequest) else "prompt"
-            raise ApiError(400, error.message, param=param, code="context_length_exceeded") from error
-        return GenerationResponse(Generation(self._worker, generation), answer, wanted.stream, request.state.facts)
+            return await asyncio.get_running_loop().run_in_executor(self._encoder, make)
+        except NotReadyError as error:
+            raise unavailable(error) from error
 
-    def _chat_prompt(self, wanted: ChatRequest) -> list[int]:
-        self._check_length(sum(len(message.text) for message in wanted.messages), "messages")
-        return self._model.chat_prompt([message.template_message for message in wanted.messages])
-
-    def _completion_prompt(self, wanted: CompletionRequest) -> list[int]:
-        prompt = wanted.prompt_text_or_ids
-        if isinstance(prompt, str):
-            self._check_length(len(prompt), "prompt")
-            return self._model.text_prompt(prompt)
-        outside = next((token for token in prompt if token >= self._info.vocabulary), None)
-        if outside is not None:
-            message = f"prompt: token {outside} is outside the vocabulary of {self._info.vocabulary}"
-            raise ApiError(400, message, param="prompt", code="invalid_value")
-        return prompt
-
-    def _check_length(self, characters: int, param: str) -> None:
-        limit = prompt_characters_limit(self._info.context)
-        if characters > limit:
-            message = (
-                f"{param}: {characters} characters are more than fit; the context holds {self._info.context} tokens"
-            )
-            raise ApiError(400, message, param=param, code="context_length_exceeded")
-
-    async def _encode(self, make: Callable[[], list[int]], param: str) -> list[int]:
-        try:
-            prompt = await asyncio.get_running_loop().run_in_executor(self._encoder, make)
-        except EdgelmError as error:
-            raise ApiError(400, f"{param}: {error.message}", param=param, code="invalid_value") from error
-        if not prompt:
-            raise ApiError(400, f"{param}: it is empty", param=param, code="invalid_value")
-        return prompt
-
-    def _check_model(self, name: str | None) -> None:
-        if name is not None and name != self._model.name:
-            message = f"this server has no model of that name; it serves {self._model.name!r}"
+    def check_model(self, name: str | None) -> None:
+        """Raise ``ApiError`` 404 for any name but the model's; None means whichever there is."""
+        if name is not None and name != self.model.name:
+            message = f"this server has no model of that name; it serves {self.model.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def _model_document(self) -> dict[str, object]:
-        facts = {"context": self._info.context, "parameters": self._info.parameters, "engine": self._info.engine}
-        return model_document(self._model.name, self._created, facts)
+        facts = {"context": self.info.context, "parameters": self.info.parameters, "engine": self.info.engine}
+        return model_document(self.model.name, self.created, facts)
 
     def _facts(self) -> dict[str, str]:
         """The card on the page: what a person wants to know of the model that answers."""
-        info, manifest = self._info, self._model.manifest
+        info, manifest = self.info, self.model.manifest
         facts = {
             "Architecture": info.architecture,
             "Parameters": f"{info.parameters / 1e6:.1f} million",
@@ -164,23 +168,25 @@ class Service:
         return facts
 
 
-def refusal(error: ApiError) -> JSONResponse:
-    """An ``ApiError`` as a response."""
-    return JSONResponse(error.document, error.status, headers=error.headers)
+def refusal(error: ApiError, path: str) -> JSONResponse:
+    """An ``ApiError`` as a response in the words of the API that ``path`` belongs to."""
+    document = error_document(error) if path.startswith("/api/") else error.document
+    return JSONResponse(document, error.status, headers=error.headers)
 
 
-async def _on_api_error(_: Request, error: Exception) -> Response:
+async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return refusal(error)
+    return refusal(error, request.url.path)
 
 
-async def _on_http_error(_: Request, error: Exception) -> Response:
+async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return refusal(ApiError(error.status_code, error.detail.lower(), code="no_such_route", headers=error.headers))
+    missing = ApiError(error.status_code, error.detail.lower(), code="no_such_route", headers=error.headers)
+    return refusal(missing, request.url.path)
 
 
-async def _on_fault(_: Request, __: Exception) -> Response:
-    return refusal(ApiError(500, "the server failed; its log says why", code="internal_error"))
+async def _on_fault(request: Request, _: Exception) -> Response:
+    return refusal(ApiError(500, "the server failed; its log says why", code="internal_error"), request.url.path)
 
 
 class Observer:
@@ -219,19 +225,33 @@ class Observer:
             log_event("request", request | facts)
 
 
-def create_app(model: LoadedModel, worker: Worker, metrics: Metrics, access: Access) -> ASGIApp:
-    """The ASGI application for one model. The caller starts and stops the worker."""
-    service = Service(model, worker, metrics)
+def create_app(backend: Backend, metrics: Metrics, access: Access) -> ASGIApp:
+    """The ASGI application for one model. The caller starts and stops the backend."""
+    service = Service(backend, metrics)
+    tokens, ollama = TokenRoutes(service), OllamaRoutes(service)
     routes = [
         Route("/", service.page, methods=["GET"]),
         Route("/health/live", service.live, methods=["GET"]),
         Route("/health/ready", service.ready, methods=["GET"]),
         Route("/metrics", service.metrics, methods=["GET"]),
         Route("/v1/models", service.models, methods=["GET"]),
-        Route("/v1/models/{name:path}", service.model, methods=["GET"]),
+        Route("/v1/models/{name:path}", service.one_model, methods=["GET"]),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
         Route("/v1/completions", service.complete, methods=["POST"]),
+        Route("/v1/embeddings", service.embed, methods=["POST"]),
+        Route("/tokenize", tokens.tokenize, methods=["POST"]),
+        Route("/detokenize", tokens.detokenize, methods=["POST"]),
+        Route("/api/chat", ollama.chat, methods=["POST"]),
+        Route("/api/generate", ollama.generate, methods=["POST"]),
+        Route("/api/show", ollama.show, methods=["POST"]),
+        Route("/api/tags", ollama.tags, methods=["GET"]),
+        Route("/api/version", ollama.version, methods=["GET"]),
     ]
+    return guarded(routes, metrics, access)
+
+
+def guarded(routes: list[Route], metrics: Metrics, access: Access) -> ASGIApp:
+    """Routes behind everything that protects and observes them."""
     return Starlette(
         routes=routes,
         middleware=[

@@ -34,6 +34,9 @@ READ_TIMEOUT_S = 10.0
 STOP_COUNT_LIMIT = 16
 STOP_LENGTH_LIMIT = 256
 MESSAGE_COUNT_LIMIT = 1024
+CHOICE_COUNT_LIMIT = 8
+BIAS_COUNT_LIMIT = 1024
+TOOL_COUNT_LIMIT = 128
 KEY_LENGTH_MINIMUM = 16
 KEY_LENGTH_LIMIT = 1024
 OPEN_ROUTE = "/health/live"
@@ -80,12 +83,19 @@ def parse_json(body: bytes) -> Any:
     except ValueError as error:
         # The parser's message tells line and column and quotes nothing of the body.
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
+    if not check_depth(document):
+        raise ApiError(400, f"the body is nested deeper than {JSON_DEPTH_LIMIT} levels", code="json_too_deep")
+    return document
+
+
+def check_depth(document: Any) -> bool:
+    """Whether a JSON document is at most ``JSON_DEPTH_LIMIT`` levels deep."""
     level = [document]
     for _ in range(JSON_DEPTH_LIMIT):
         level = [child for item in level for child in _children(item)]
         if not level:
-            return document
-    raise ApiError(400, f"the body is nested deeper than {JSON_DEPTH_LIMIT} levels", code="json_too_deep")
+            return True
+    return False
 
 
 def _children(item: Any) -> Any:
@@ -105,11 +115,11 @@ class Access:
 class Guard:
     """ASGI middleware: Host, Origin, key, then the whole body within its size and time.
 
-    ``refuse`` turns an ``ApiError`` into a response. The routes behind find the body already read: their ``receive``
-    gives it in one message and from then on tells only when the client leaves.
+    ``refuse`` turns an ``ApiError`` on a path into a response. The routes behind find the body already read: their
+    ``receive`` gives it in one message and from then on tells only when the client leaves.
     """
 
-    def __init__(self, app: ASGIApp, access: Access, refuse: Callable[[ApiError], ASGIApp]) -> None:
+    def __init__(self, app: ASGIApp, access: Access, refuse: Callable[[ApiError, str], ASGIApp]) -> None:
         self._app = app
         self._access = access
         self._refuse = refuse
@@ -128,7 +138,7 @@ class Guard:
                 self._check_key(scope, headers)
             body = await _read_body(headers, receive)
         except ApiError as error:
-            await self._refuse(error)(scope, receive, send)
+            await self._refuse(error, scope["path"])(scope, receive, send)
         else:
             if body is not None:
                 await self._app(scope, _replay(body, receive), send)

@@ -6,6 +6,7 @@ Names and buckets live here; who observes what lives where it happens. Knows not
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -19,14 +20,53 @@ _TOKEN_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-class Metrics:
-    """All instruments of one server. Safe to use from several threads."""
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One thing that was counted or measured: the instrument's name, its label values and by how much."""
 
-    def __init__(self) -> None:
+    name: str
+    labels: tuple[str, ...]
+    value: float
+
+
+class Instrument:
+    """A counter or histogram as those see it who observe: where an observation goes is the owner's business."""
+
+    def __init__(self, name: str, record: Callable[[Observation], None], labels: tuple[str, ...] = ()) -> None:
+        self._name = name
+        self._record = record
+        self._labels = labels
+
+    def labels(self, *values: str) -> Instrument:
+        """The same instrument for these label values."""
+        return Instrument(self._name, self._record, values)
+
+    def inc(self, amount: float = 1.0) -> None:
+        """Count ``amount`` more."""
+        self._record(Observation(self._name, self._labels, amount))
+
+    def observe(self, value: float) -> None:
+        """Add one measured value to the histogram."""
+        self._record(Observation(self._name, self._labels, value))
+
+
+class Metrics:
+    """All instruments of one server. Safe to use from several threads.
+
+    With ``forward`` nothing is kept: every observation is handed on, for an engine in a process of its own whose
+    server applies them. Counters so outlive an engine that dies.
+    """
+
+    def __init__(self, forward: Callable[[Observation], None] | None = None) -> None:
+        self._record = forward or self.apply
+        self._counters: dict[str, Counter] = {}
+        self._histograms: dict[str, Histogram] = {}
         self.registry = CollectorRegistry(auto_describe=True)
         self.requests = self._counter("edgelm_http_requests", "Answered HTTP requests", ("route", "status"))
         self.generations = self._counter("edgelm_generations", "Ended generations by reason", ("reason",))
-        self.refusals = self._counter("edgelm_refusals", "Requests refused because the queue was full")
+        self.refusals = self._counter("edgelm_refusals", "Requests refused for want of a place, by reason", ("reason",))
+        self.engine_starts = self._counter("edgelm_engine_starts", "Starts of the engine")
+        self.engine_deaths = self._counter("edgelm_engine_deaths", "Engines that ended without being asked to")
         self.prefill_tokens = self._counter("edgelm_prefill_tokens", "Prompt tokens computed, cached ones left out")
         self.cached_tokens = self._counter("edgelm_cached_tokens", "Prompt tokens found in the cache")
         self.decode_tokens = self._counter("edgelm_decode_tokens", "Tokens generated")
@@ -49,12 +89,26 @@ class Metrics:
         """A gauge that is read when it is asked for, so that it can never be stale."""
         Gauge(name, text, registry=self.registry).set_function(read)
 
+    def apply(self, observation: Observation) -> None:
+        """Count one observation. Raises ``ValueError`` when it is of no instrument of this server."""
+        name, labels, value = observation.name, observation.labels, observation.value
+        if name in self._counters:
+            counter = self._counters[name]
+            (counter.labels(*labels) if labels else counter).inc(value)
+        elif name in self._histograms:
+            histogram = self._histograms[name]
+            (histogram.labels(*labels) if labels else histogram).observe(value)
+        else:
+            raise ValueError(f"there is no instrument {name!r}")
+
     def text(self) -> bytes:
         """The exposition of everything, for ``/metrics``."""
         return generate_latest(self.registry)
 
-    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
-        return Counter(name, text, labels, registry=self.registry)
+    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Instrument:
+        self._counters[name] = Counter(name, text, labels, registry=self.registry)
+        return Instrument(name, self._record)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, registry=self.registry, buckets=buckets)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Instrument:
+        self._histograms[name] = Histogram(name, text, registry=self.registry, buckets=buckets)
+        return Instrument(name, self._record)

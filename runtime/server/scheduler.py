@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from edgelm.errors import EngineError
+from edgelm.errors import EdgelmError, EngineError, UsageError
+from runtime.constraint import ConstraintError
 from runtime.engine import Chunk, Engine, Logits
-from runtime.generate import FinishReason, GenerationRequest, Session, TokenEvent, TokenText
-from runtime.sampling import Sampler
+from runtime.generate import Continuation, GenerationRequest, Session, Step, TokenEvent
 from runtime.server.metrics import Metrics
 from runtime.tokenizer import TextTokenizer
 
@@ -25,9 +25,15 @@ SHARED_PREFILL_TOKENS = 128
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Ends a job that the engine or the server could not finish."""
+    """Ends a job that the engine or the server could not finish; ``by_request`` when the request itself was why."""
 
     message: str
+    by_request: bool = False
+
+
+def failure_of(error: EdgelmError) -> Failure:
+    """What a job is told of an error that ended it alone."""
+    return Failure(error.message, by_request=isinstance(error, (ConstraintError, UsageError)))
 
 
 JobEvent = TokenEvent | Failure
@@ -58,8 +64,7 @@ class _Run:
 
     job: Job
     session: Session
-    sampler: Sampler
-    text: TokenText
+    continuation: Continuation
     pending: Sequence[int]
     cached_tokens: int
     index: int = 0
@@ -93,8 +98,17 @@ class Scheduler:
         return [run.job for run in self._runs] == [job]
 
     def admit(self, job: Job) -> None:
-        """Give a job the free sequence where the least is lost: what it holds that the job does not share."""
+        """Give a job the free sequence where the least is lost: what it holds that the job does not share.
+
+        A job whose options turn out to make no sense fails at once and takes none.
+        """
         prompt = job.request.prompt
+        try:
+            continuation = Continuation(job.request, self._tokenizer, self._engine.info)
+        except EdgelmError as error:
+            self._metrics.generations.labels("failed").inc()
+            job.deliver(failure_of(error))
+            return
         session = min(self._free, key=lambda free: len(free.tokens) - 2 * _common_prefix(free.tokens, prompt))
         # The last token of the prompt is always computed, because its logits choose the first answer token.
         cached = min(_common_prefix(session.tokens, prompt), len(prompt) - 1)
@@ -108,8 +122,7 @@ class Scheduler:
         job.admitted_s = time.monotonic()
         self._metrics.queue_wait_s.observe(job.queue_s)
         self._metrics.cached_tokens.inc(cached)
-        sampler, text = Sampler(job.request.sampling), TokenText(self._tokenizer, job.request.stop)
-        self._runs.append(_Run(job, session, sampler, text, prompt[cached:], cached))
+        self._runs.append(_Run(job, session, continuation, prompt[cached:], cached))
 
     def step(self) -> None:
         """End what was cancelled, compute one batch, deliver its tokens.
@@ -117,7 +130,7 @@ class Scheduler:
         Raises ``EngineError``; after an ``EngineInterruptedError`` the step can simply be repeated.
         """
         for run in [run for run in self._runs if run.job.cancelled]:
-            self._end(run, None, run.text.finish()[0], "cancelled")
+            self._end(run, Step(None, run.continuation.finish(), "cancelled"))
         batch = self._batch()
         if not batch:
             return
@@ -135,7 +148,7 @@ class Scheduler:
     def fail(self, failure: Failure) -> None:
         """End every running job with ``failure``. What the sequences hold is unknown then, so they start afresh."""
         for run in list(self._runs):
-            self._fail_one(run, failure.message)
+            self._fail_one(run, failure)
         for session in self._free:
             self._engine.truncate(0, session.sequence)
             session.tokens.clear()
@@ -158,25 +171,16 @@ class Scheduler:
     def _take(self, run: _Run, row: Logits) -> None:
         """Choose a token from one row of logits and deliver what comes of it, by the rules of ``generate``."""
         self._observe_token(run)
-        request, session = run.job.request, run.session
         try:
-            token = run.sampler.pick(row, session.tokens)
+            step = run.continuation.take(row, run.session.tokens)
         except EngineError as error:
-            self._fail_one(run, error.message)
+            self._fail_one(run, failure_of(error))
             return
-        if token in request.stop_tokens:
-            self._end(run, None, run.text.finish()[0], "stop")
+        if step.finish_reason is not None or step.token is None:
+            self._end(run, step)
             return
-        piece, stopped = run.text.push(token)
-        full = run.index + 1 == request.max_tokens or len(session.tokens) == self._engine.info.context
-        if full and not stopped:
-            rest, stopped = run.text.finish()
-            piece += rest
-        if stopped or full:
-            self._end(run, token, piece, "stop" if stopped else "length")
-            return
-        self._deliver(run, token, piece, None)
-        run.pending = (token,)
+        self._deliver(run, step)
+        run.pending = (step.token,)
 
     def _observe_token(self, run: _Run) -> None:
         now = time.monotonic()
@@ -186,18 +190,18 @@ class Scheduler:
             self._metrics.inter_token_s.observe(now - run.last_token_s)
         run.last_token_s = now
 
-    def _fail_one(self, run: _Run, message: str) -> None:
+    def _fail_one(self, run: _Run, failure: Failure) -> None:
         """End a job whose own logits were of no use; its sequence starts afresh."""
         self._release(run)
         self._engine.truncate(0, run.session.sequence)
         run.session.tokens.clear()
         self._metrics.generations.labels("failed").inc()
-        run.job.deliver(Failure(message))
+        run.job.deliver(failure)
 
-    def _end(self, run: _Run, token: int | None, text: str, reason: FinishReason) -> None:
+    def _end(self, run: _Run, step: Step) -> None:
         self._release(run)
-        self._metrics.generations.labels(reason).inc()
-        self._deliver(run, token, text, reason)
+        self._metrics.generations.labels(step.finish_reason or "stop").inc()
+        self._deliver(run, step)
 
     def _release(self, run: _Run) -> None:
         self._runs.remove(run)
@@ -205,20 +209,21 @@ class Scheduler:
         if run.job.admitted_s is not None:
             self.mean_job_s += 0.2 * (time.monotonic() - run.job.admitted_s - self.mean_job_s)
 
-    def _deliver(self, run: _Run, token: int | None, text: str, reason: FinishReason | None) -> None:
+    def _deliver(self, run: _Run, step: Step) -> None:
         job = run.job
         now = time.monotonic()
-        if token is not None:
+        if step.token is not None:
             self._metrics.decode_tokens.inc()
         job.deliver(
             TokenEvent(
-                token=token,
-                text=text,
+                token=step.token,
+                text=step.text,
                 index=run.index,
                 elapsed_s=now - job.submitted_s,
                 prefill_s=now - job.admitted_s if run.index == 0 and job.admitted_s is not None else None,
                 cached_tokens=run.cached_tokens,
-                finish_reason=reason,
+                finish_reason=step.finish_reason,
+                logprobs=step.logprobs,
             )
         )
         run.index += 1

@@ -14,10 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from edgelm.errors import EdgelmError, EngineError, UsageError
-from runtime.model import LoadedModel
+from runtime.embedding import open_encoder
+from runtime.encoder import EncoderOptions
+from runtime.engine import EngineOptions
+from runtime.model import artifact_of, holds_encoder, open_model
 from runtime.server.app import create_app
+from runtime.server.embedding_worker import EmbeddingWorker
+from runtime.server.embeddings import create_embedding_app
 from runtime.server.limits import (
     HEADER_LIMIT_BYTES,
     LOOPBACK_NAMES,
@@ -28,13 +34,13 @@ from runtime.server.limits import (
 )
 from runtime.server.logs import log_event
 from runtime.server.metrics import Metrics
-from runtime.server.worker import Worker
+from runtime.server.supervised import SupervisedWorker
+from runtime.server.worker import Backend, Worker, show_backend
 
 DRAIN_S = 30.0
 KEEP_ALIVE_S = 5
 BACKLOG = 128
 CONNECTION_LIMIT = 256
-QUEUED_PER_SEQUENCE = 8
 _WILDCARDS = frozenset({"0.0.0.0", "::"})  # noqa: S104 - recognised here, bound only on request
 
 
@@ -93,12 +99,15 @@ def _bind_error(host: str, port: int, error: OSError) -> EdgelmError:
     return EdgelmError(f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}")
 
 
+Served = Backend | EmbeddingWorker
+
+
 class _DrainingServer(uvicorn.Server):
     """uvicorn's server; when the drain deadline has passed, what still runs ends with an error its clients can read."""
 
-    def __init__(self, config: uvicorn.Config, worker: Worker, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, backend: Served, drain_s: float) -> None:
         super().__init__(config)
-        self._worker = worker
+        self._backend = backend
         self._drain_s = drain_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -108,10 +117,10 @@ class _DrainingServer(uvicorn.Server):
             log_event("listening", {"url": f"http://{f'[{host}]' if ':' in host else host}:{port}"})
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        facts = {"running": self._worker.running, "queued": self._worker.queued, "deadline_s": self._drain_s}
+        facts = {"running": self._backend.running, "queued": self._backend.queued, "deadline_s": self._drain_s}
         log_event("draining", facts)
         deadline = asyncio.get_running_loop().call_later(
-            self._drain_s, self._worker.abort, "the server is stopping and the drain deadline has passed"
+            self._drain_s, self._backend.abort, "the server is stopping and the drain deadline has passed"
         )
         try:
             await super().shutdown(sockets)
@@ -119,13 +128,16 @@ class _DrainingServer(uvicorn.Server):
             deadline.cancel()
 
 
-def make_server(model: LoadedModel, access: Access, *, drain_s: float = DRAIN_S) -> tuple[uvicorn.Server, Worker]:
-    """A server that is not running yet and the worker it uses; the caller starts and stops the worker."""
-    metrics = Metrics()
-    queue_limit = QUEUED_PER_SEQUENCE * model.engine.info.sequences
-    worker = Worker(model.engine, model.tokenizer, metrics, queue_limit=queue_limit)
+def make_server(backend: Served, metrics: Metrics, access: Access, *, drain_s: float = DRAIN_S) -> uvicorn.Server:
+    """A server that is not running yet; the caller starts and stops the backend."""
+    app: ASGIApp
+    if isinstance(backend, EmbeddingWorker):
+        app = create_embedding_app(backend.model, backend, metrics, access)
+    else:
+        show_backend(backend, metrics)
+        app = create_app(backend, metrics, access)
     config = uvicorn.Config(
-        create_app(model, worker, metrics, access),
+        app,
         http=TimedH11Protocol,
         ws="none",
         lifespan="off",
@@ -138,23 +150,50 @@ def make_server(model: LoadedModel, access: Access, *, drain_s: float = DRAIN_S)
         limit_concurrency=CONNECTION_LIMIT,
         timeout_graceful_shutdown=int(drain_s) + 3,
     )
-    return _DrainingServer(config, worker, drain_s), worker
+    return _DrainingServer(config, backend, drain_s)
 
 
-def serve(model: LoadedModel, listener: socket.socket, access: Access, *, drain_s: float = DRAIN_S) -> None:
+def make_backend(path: Path, options: EngineOptions, metrics: Metrics, *, in_process: bool) -> Served:
+    """The backend for a bundle or model file. ``in_process`` loads it here and now, else a child process does later.
+
+    Encoders always run here: nothing of theirs lasts longer than a step.
+
+    Raises what ``runtime.model.open_model`` raises, without a child for what is wrong with the path.
+    """
+    if holds_encoder(path):
+        if options.sequences > 1:
+            raise UsageError("--parallel is for models that generate", hint="an encoder shares its steps by itself")
+        return EmbeddingWorker(open_encoder(path, EncoderOptions(context=options.context)), metrics)
+    if in_process:
+        return Worker(open_model(path, options), metrics)
+    artifact_of(path, check_hashes=False)
+    return SupervisedWorker(path, options, metrics)
+
+
+def serve(
+    backend: Served, metrics: Metrics, listener: socket.socket, access: Access, *, drain_s: float = DRAIN_S
+) -> None:
     """Serve until SIGTERM or SIGINT, then finish what runs (at most ``drain_s``) and free the engine.
 
-    Raises ``EngineError`` at the end when the engine did not live to see it. Main thread only.
+    Raises ``EngineError`` at the end when the engine never worked or did not live to see it. Main thread only.
     """
-    server, worker = make_server(model, access, drain_s=drain_s)
+    server = make_server(backend, metrics, access, drain_s=drain_s)
     # uvicorn raises the signal again when it is done, for whoever was there before it; here nobody waits for it.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    worker.start()
+
+    def end() -> None:
+        server.should_exit = True
+
+    if isinstance(backend, SupervisedWorker):
+        backend.on_refusal = end
+    backend.start()
     try:
         server.run(sockets=[listener])
     finally:
-        worker.stop()
-    if worker.state == "failed":
-        raise EngineError("the engine failed while serving", hint="the log says why; see also: edgelm doctor")
+        backend.stop()
+    if backend.state == "failed":
+        raise backend.failure or EngineError(
+            "the engine failed while serving", hint="the log says why; see also: edgelm doctor"
+        )
     log_event("stopped")

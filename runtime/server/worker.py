@@ -1,8 +1,8 @@
 """The engine's one owner: a thread with a bounded queue in front of a scheduler.
 
 The HTTP side submits token ids and gets token events back through a callback; it never touches the engine. Knows
-nothing of HTTP or of texts' meaning. A worker in another process can take this one's place: everything that crosses
-the border is a small frozen value.
+nothing of HTTP or of texts' meaning. ``Backend`` is what the HTTP side sees; the other implementation of it keeps a
+worker like this one in a process of its own (``runtime.server.supervised``).
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
 from edgelm.errors import EdgelmError, EngineError
-from runtime.engine import Chunk, Engine, EngineInterruptedError
+from runtime.engine import Chunk, EngineInfo, EngineInterruptedError
 from runtime.generate import GenerationRequest, TokenEvent
+from runtime.model import LoadedModel, PromptingModel
 from runtime.server.logs import log_event
 from runtime.server.metrics import Metrics
 from runtime.server.scheduler import Failure, Job, JobEvent, Scheduler
-from runtime.tokenizer import TextTokenizer
 
-State = Literal["starting", "ready", "failed", "stopped"]
+State = Literal["starting", "ready", "restarting", "failed", "stopped"]
 RETRY_AFTER_LIMIT_S = 60
+QUEUED_PER_SEQUENCE = 8
 
 
 class QueueFullError(EdgelmError):
@@ -41,29 +42,113 @@ class NotReadyError(EdgelmError):
     """The engine is not there: it is still starting, it failed, or the server is stopping."""
 
 
-class Worker:
-    """Owns an engine from ``start`` to ``stop``. All methods may be called from any thread."""
+class Backend(Protocol):
+    """Whoever computes for the server. All methods may be called from any thread; none blocks but ``stop``."""
 
-    def __init__(self, engine: Engine, tokenizer: TextTokenizer, metrics: Metrics, *, queue_limit: int) -> None:
-        self._engine = engine
-        self._tokenizer = tokenizer
+    @property
+    def model(self) -> PromptingModel:
+        """What writes prompts for the engine's model. Raises ``NotReadyError`` before it was loaded once."""
+        ...
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine says of itself. Raises ``NotReadyError`` before it was loaded once."""
+        ...
+
+    @property
+    def state(self) -> State:
+        """``ready`` only after the engine computed a first token and as long as it works."""
+        ...
+
+    @property
+    def failure(self) -> EdgelmError | None:
+        """Why the state is ``failed``, as far as it is known."""
+        ...
+
+    @property
+    def running(self) -> int:
+        """Generations under way."""
+        ...
+
+    @property
+    def queued(self) -> int:
+        """Generations that wait for a sequence."""
+        ...
+
+    def start(self) -> None:
+        """Begin; the state turns to ``ready`` later."""
+        ...
+
+    def submit(self, request: GenerationRequest, deliver: Callable[[JobEvent], None]) -> Job:
+        """Queue a generation. ``deliver`` gets its events in a thread of the backend and must not block; the last one
+        has a finish reason or is a ``Failure``. Raises ``QueueFullError`` and ``NotReadyError``."""
+        ...
+
+    def cancel(self, job: Job) -> None:
+        """End a job before its next token. Cancelling a job that has ended does nothing."""
+        ...
+
+    def abort(self, message: str) -> None:
+        """Fail every job, running or queued, with ``message``; used when a drain takes too long."""
+        ...
+
+    def stop(self) -> None:
+        """Finish what was submitted, free the engine and wait until that is done."""
+        ...
+
+
+def retry_after_s(mean_job_s: float, queued: int, sequences: int) -> int:
+    """Whole seconds until a place is likely to be free."""
+    return max(1, min(RETRY_AFTER_LIMIT_S, math.ceil(mean_job_s * (queued + 1) / sequences)))
+
+
+def log_ready(info: EngineInfo) -> None:
+    """Tell that requests are answered from now on."""
+    log_event("ready", {"model": info.model_name, "load_s": round(info.load_s, 3)})
+
+
+def show_backend(backend: Backend, metrics: Metrics) -> None:
+    """Gauges of what a backend tells of itself."""
+    metrics.gauge("edgelm_requests_running", "Generations under way", lambda: backend.running)
+    metrics.gauge("edgelm_requests_queued", "Requests waiting for a sequence", lambda: backend.queued)
+    metrics.gauge("edgelm_engine_ready", "1 when the engine answers", lambda: backend.state == "ready")
+
+
+class Worker:
+    """The backend in this process: owns an engine from ``start`` to ``stop``. ``after_step`` is called in its thread
+    whenever something was computed or the state has changed."""
+
+    def __init__(self, model: LoadedModel, metrics: Metrics, *, after_step: Callable[[], None] = lambda: None) -> None:
+        self._model = model
+        self._engine = model.engine
+        self._tokenizer = model.tokenizer
         self._metrics = metrics
-        self._scheduler = Scheduler(engine, tokenizer, metrics)
+        self._after_step = after_step
+        self._scheduler = Scheduler(self._engine, self._tokenizer, metrics)
         self._queue: deque[Job] = deque()
-        self._queue_limit = queue_limit
+        self._queue_limit = QUEUED_PER_SEQUENCE * self._engine.info.sequences
         self._changed = threading.Condition()
         self._state: State = "starting"
         self._stopping = False
         self._abort_message: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        metrics.gauge("edgelm_requests_running", "Generations under way", lambda: self.running)
-        metrics.gauge("edgelm_requests_queued", "Requests waiting for a sequence", lambda: self.queued)
-        metrics.gauge("edgelm_engine_ready", "1 when the engine answers", lambda: self.state == "ready")
+        self._failure: EngineError | None = None
+
+    @property
+    def model(self) -> LoadedModel:
+        return self._model
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._engine.info
 
     @property
     def state(self) -> State:
-        """``ready`` only after the engine computed a first token and as long as it works."""
         return self._state
+
+    @property
+    def failure(self) -> EngineError | None:
+        return self._failure
 
     @property
     def running(self) -> int:
@@ -78,24 +163,20 @@ class Worker:
         self._thread.start()
 
     def submit(self, request: GenerationRequest, deliver: Callable[[JobEvent], None]) -> Job:
-        """Queue a generation. ``deliver`` gets its events in the engine's thread; the last one has a finish reason.
-
-        Raises ``QueueFullError`` and ``NotReadyError``.
-        """
         with self._changed:
             if self._state in {"failed", "stopped"} or self._stopping:
                 raise NotReadyError("the engine is not running")
             free = self._engine.info.sequences - self._scheduler.running
             if len(self._queue) >= self._queue_limit + max(free, 0):
-                self._metrics.refusals.inc()
-                raise QueueFullError(self._retry_after_s())
+                self._metrics.refusals.labels("queue_full").inc()
+                sequences = self._engine.info.sequences
+                raise QueueFullError(retry_after_s(self._scheduler.mean_job_s, len(self._queue), sequences))
             job = Job(request, deliver)
             self._queue.append(job)
             self._changed.notify_all()
         return job
 
     def cancel(self, job: Job) -> None:
-        """End a job before its next token. Cancelling a job that has ended does nothing."""
         with self._changed:
             job.cancelled = True
             if job not in self._queue:
@@ -107,32 +188,32 @@ class Worker:
         self._end_queued(job)
 
     def abort(self, message: str) -> None:
-        """Fail every job, running or queued, with ``message``; used when a drain takes too long."""
         with self._changed:
             self._abort_message = message
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """Finish what was submitted, free the engine and wait until that is done."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait for the end of the thread: after ``stop``, or when the engine failed."""
         if self._thread.ident is not None:
             self._thread.join()
-
-    def _retry_after_s(self) -> int:
-        wait_s = self._scheduler.mean_job_s * (len(self._queue) + 1) / self._engine.info.sequences
-        return max(1, min(RETRY_AFTER_LIMIT_S, math.ceil(wait_s)))
 
     def _run(self) -> None:
         try:
             self._compute_one_token()
             self._state = "ready"
-            info = self._engine.info
-            log_event("ready", {"model": info.model_name, "load_s": round(info.load_s, 3)})
+            log_ready(self._engine.info)
+            self._after_step()
             while self._wait_for_work():
                 self._step()
+                self._after_step()
         except EngineError as error:
+            self._failure = error
             log_event("engine failed", {"reason": error.message}, level=logging.ERROR)
         finally:
             # Reached by an unexpected exception too: then nobody else would ever answer the clients that wait.
@@ -140,6 +221,7 @@ class Worker:
                 self._state = "stopped" if self._stopping and self._state == "ready" else "failed"
             self._fail_all("the engine failed")
             self._engine.close()
+            self._after_step()
 
     def _wait_for_work(self) -> bool:
         """Block until there is something to compute and admit what fits; False when the worker is to end."""
@@ -151,6 +233,7 @@ class Worker:
             message, self._abort_message = self._abort_message, None
         if message is not None:
             self._fail_all(message)
+            self._after_step()
         return self._scheduler.running > 0 or not self._stopping
 
     def _step(self) -> None:

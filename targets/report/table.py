@@ -34,6 +34,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Line], str]], ...] = (
     ("prefill t/s", "prefill_tps", lambda line: pair_text(line.prefill_tps, three_digits)),
     ("decode t/s", "decode_tps", lambda line: pair_text(line.decode_tps, three_digits)),
     ("TTFT", "ttft_s", lambda line: pair_text(line.ttft_s, lambda value: f"{three_digits(value)} s")),
+    ("load", "load_s", lambda line: pair_text(line.load_s, lambda value: f"{three_digits(value)} s")),
     (
         "J/token",
         "joule_per_token",

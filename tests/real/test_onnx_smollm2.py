@@ -12,7 +12,8 @@ from exporter import quality
 from exporter.checkpoint import open_checkpoint, open_source
 from exporter.options import ExportOptions
 from exporter.pipeline import export
-from exporter.tokenizer import compare_files, read_tokenizer
+from exporter.token_identity import compare_files
+from exporter.tokenizer import read_tokenizer
 from runtime.engine import EngineOptions
 from runtime.generate import GenerationRequest, Session, generate
 from runtime.model import open_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -22,15 +24,19 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 START_TIMEOUT_S = 60
 
 
-@pytest.fixture(scope="module")
-def url(smollm2_gguf: Path) -> Iterator[str]:
-    arguments = ["serve", str(smollm2_gguf), "--port", "0", "--parallel", "2", "--context", "512"]
+@pytest.fixture(scope="module", params=[[], ["--in-process"]], ids=["supervised", "in-process"])
+def url(request: pytest.FixtureRequest, smollm2_gguf: Path) -> Iterator[str]:
+    arguments = ["serve", str(smollm2_gguf), "--port", "0", "--parallel", "2", "--context", "512", *request.param]
     command = [sys.executable, "-m", "edgelm", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
             events = (json.loads(line) for line in process.stderr)
-            yield next(event["url"] for event in events if event["event"] == "listening")
+            seen: dict[str, Any] = {}
+            while not {"listening", "ready"} <= set(seen):  # in either order
+                event = next(events)
+                seen[event["event"]] = event
+            yield seen["listening"]["url"]
             process.send_signal(signal.SIGTERM)
             output, log = process.communicate(timeout=60)
             assert process.returncode == 0, log
@@ -113,3 +119,50 @@ def test_a_hostile_prompt_is_only_text(client: openai.OpenAI) -> None:
     for prompt in ("\0\0\0", "🎉" * 20, "\u200b\r\n\t", "<|im_end|>" * 10):
         answer = client.completions.create(model=next(iter(client.models.list())).id, prompt=prompt, max_tokens=2)
         assert answer.usage.prompt_tokens > 0
+
+
+COUNTRY = {
+    "type": "object",
+    "properties": {
+        "capital": {"type": "string", "maxLength": 30},
+        "continent": {"enum": ["Europe", "Asia", "Africa"]},
+        "inhabitants": {"type": "integer", "minimum": 0, "maximum": 10_000_000_000},
+    },
+    "required": ["capital", "continent", "inhabitants"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_schema_holds_a_real_model(client: openai.OpenAI, temperature: float) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "country", "schema": COUNTRY}}
+    answer = client.chat.completions.create(
+        model=next(iter(client.models.list())).id,
+        messages=[{"role": "user", "content": "Tell me about France as JSON."}],
+        response_format=form,
+        temperature=temperature,
+        seed=1,
+        n=2,
+    )
+    for choice in answer.choices:
+        value = json.loads(choice.message.content)
+        assert set(value) == set(COUNTRY["properties"])
+        assert value["continent"] in COUNTRY["properties"]["continent"]["enum"]
+        assert 0 <= value["inhabitants"] <= 10_000_000_000
+        assert choice.finish_reason == "stop"
+
+
+def test_probabilities_of_a_real_model(client: openai.OpenAI) -> None:
+    """Greedy decoding takes the best of the top list, and the list's probabilities are a part of one."""
+    answer = client.completions.create(
+        model=next(iter(client.models.list())).id,
+        prompt="The capital of France is",
+        max_tokens=5,
+        temperature=0,
+        logprobs=20,
+    )
+    told = answer.choices[0].logprobs
+    assert "".join(told.tokens) == answer.choices[0].text
+    for token, logprob, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+        assert max(top.values()) == top[token] == logprob
+        assert 0.2 < sum(math.exp(value) for value in top.values()) <= 1.0001

@@ -72,6 +72,8 @@ def test_proof_is_in_the_manifest(model: Path, place: Path) -> None:
     assert quality.token_identity.identical
     assert 0 <= quality.kl_mean < 0.05
     assert quality.tokens >= 2000
+    assert quality.chat is not None
+    assert quality.chat.answer_tokens > 0
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, kl_mean: float) -> list[Any]:

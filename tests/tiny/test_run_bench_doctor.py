@@ -75,6 +75,21 @@ def test_one_answer_as_json(chat_gguf: Path, capfd: pytest.CaptureFixture[str]) 
     assert document["rss_bytes"] > 0
 
 
+def test_a_schema_holds_the_answer(chat_gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"enum": ["on", "off"]}, "minItems": 2, "maxItems": 3}')
+    arguments = ("run", str(chat_gguf), "hello", "--threads", "1", "--json-schema", str(schema))
+    code, out, _ = edgelm(*arguments, capfd=capfd)
+    assert code == 0
+    assert set(json.loads(out)) <= {"on", "off"}
+    for text, told in (("{", "not JSON"), ("[]", "not a JSON schema"), ('{"type": "banana"}', "Invalid type")):
+        schema.write_text(text)
+        code, out, err = edgelm(*arguments, capfd=capfd)
+        assert (code, out) == (2, "")
+        assert told in err
+        assert "schema.json" in err
+
+
 def test_raw_text_is_continued_and_the_last_line_tells_the_speed(gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, out, err = edgelm("run", str(gguf), "hello", "--raw", "-n", "4", "--threads", "1", capfd=capfd)
     assert code == 0
@@ -185,6 +200,7 @@ def test_a_sweep_with_a_cold_start_is_remembered_and_compared(
     gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.delenv("EDGELM_NO_HISTORY", raising=False)
     paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
     sweep = ("-p", "8,16", "-n", "4", "-r", "5", "--depth", "0,32", "--sequences", "1,2", "--threads", "1", "--cold")
     for path in paths:

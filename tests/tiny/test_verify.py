@@ -105,3 +105,28 @@ def test_reference_of_another_tokenizer_fails(bundle: Path, tmp_path: Path, caps
     other = make_tiny_llama(tmp_path / "other", layers=1, vocab=600)
     assert run_cli(["verify", str(bundle), "--reference", str(other)]) == 3
     assert "do not give the same token ids" in capsys.readouterr().err
+
+
+@pytest.mark.reference
+def test_a_bundle_talks_as_its_source(
+    bundle: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    assert run_cli(["verify", str(bundle), "--eval", str(bundle / "tokenizer.json")]) == 2
+    assert "--eval needs --reference" in capsys.readouterr().err
+    text = tmp_path / "mine.txt"
+    text.write_text("".join(f"Sentence number {number} of a text of my own.\n" for number in range(2000)))
+    assert run_cli(["verify", str(bundle), "--reference", str(source), "--eval", str(text), "--json"]) == 0
+    quality = json.loads(capsys.readouterr().out)["quality"]
+    assert quality["text"] == "mine.txt"
+    assert quality["kl_p90"] is not None
+    chat = quality["chat"]
+    assert chat["compared_with"].startswith("transformers")
+    assert chat["conversations"] >= 4
+    assert 0 < chat["answer_tokens"] <= 160
+    assert chat["stopped"] in (True, False)
+    template = bundle / "chat_template.jinja"
+    template.write_text(template.read_text() + "{{ ' ' }}")
+    renew_hashes(bundle)
+    assert run_cli(["verify", str(bundle), "--reference", str(source)]) == 3
+    assert "renders" in capsys.readouterr().err

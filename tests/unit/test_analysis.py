@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -20,9 +22,16 @@ def test_prediction_goes_through_what_was_measured() -> None:
     analysis = _analysis((0.001, 0.004), (0.003, 0.008), (0.02, 0.04))
     for lost, kl in analysis.knots:
         assert analysis.predicted_kl(lost) == pytest.approx(kl)
-    assert analysis.predicted_kl(0.002) == pytest.approx(0.006)
+    for low, high in pairwise(analysis.knots):  # a line in logarithms: the middle of two is the middle of both
+        assert analysis.predicted_kl((low[0] * high[0]) ** 0.5) == pytest.approx((low[1] * high[1]) ** 0.5)
     assert analysis.predicted_kl(0.0) == pytest.approx(0.002)
-    assert analysis.predicted_kl(0.037) == pytest.approx(0.072)
+    assert analysis.predicted_kl(0.02 * 20 / 3) == pytest.approx(0.2)
+
+
+def test_knots_without_any_loss_are_no_trouble() -> None:
+    analysis = _analysis((0.0, 0.0), (0.01, 0.02))
+    assert analysis.predicted_kl(0.005) == pytest.approx(0.01)
+    assert analysis.predicted_kl(0.02) == pytest.approx(0.04)
 
 
 def test_a_single_knot_predicts_itself() -> None:

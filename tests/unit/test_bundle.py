@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,10 @@ def test_an_existing_output_needs_force_and_must_be_a_bundle(bundle: Path, tmp_p
     with pytest.raises(BundleError, match="not a bundle"), new_bundle(precious, force=True):
         pytest.fail("entered")
     assert (precious / "thesis.txt").exists()
+
+
+def test_hashing_stops_when_asked(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"1234")
+    with pytest.raises(CancelledError):
+        file_record(path, stopped=lambda: True)

@@ -19,6 +19,9 @@ from exporter.checkpoint import open_checkpoint, open_source
 HIDDEN, HEAD, VOCABULARY = 32, 8, 40
 EVEN = (LayerShape(4, 2, 48),) * 4
 COMMON = {"num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 128, "n_layer": 4, "n_head": 4}
+DECODERS = tuple(name for name in available() if not family(name).encoder)
+# What has another meaning when it is left out than when it is there.
+MADE_TO_FIT = {"granitemoehybrid": {"layer_types": ["attention"] * 4, "position_embedding_type": "rope"}}
 
 
 def made(directory: Path, model_type: str, shapes: tuple[LayerShape, ...] = EVEN, **config: Any) -> ModelDescription:
@@ -39,17 +42,21 @@ def made(directory: Path, model_type: str, shapes: tuple[LayerShape, ...] = EVEN
         widths |= {"qkv": query + 2 * key, "feed_forward": shape.feed_forward, "gate_up": 2 * shape.feed_forward}
         for rule in kind.tensors if layer is None else kind.layer_tensors:
             rows = [widths[name] for name in rule.widths]
+            rows[0] *= 2 if rule.half else 1
             name = kind.prefixes[0] + rule.source.format(layer=layer)
             held[f"{name}.weight"] = np.zeros(rows[::-1] if rule.transposed else rows, np.float32)
             if rule.bias == "required":
                 held[f"{name}.bias"] = np.zeros(rows[0], np.float32)
     directory.mkdir(exist_ok=True)
     save_file(held, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps({"head_dim": HEAD, **described}))
+    described = {"head_dim": HEAD, **MADE_TO_FIT.get(model_type, {}), **described}
+    if kind.text_config:
+        described = {"model_type": model_type, kind.text_config: config.get(kind.text_config, described)}
+    (directory / "config.json").write_text(json.dumps(described))
     return describe(open_checkpoint(open_source(str(directory))))
 
 
-@pytest.mark.parametrize("model_type", available())
+@pytest.mark.parametrize("model_type", DECODERS)
 def test_every_name_is_one_that_the_architecture_has(model_type: str, tmp_path: Path) -> None:
     description = made(tmp_path / "m", model_type)
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == description.architecture)
@@ -76,7 +83,7 @@ def test_layers_of_their_own_widths_become_arrays(tmp_path: Path) -> None:
         assert any("deci" in note for note in description.notes)
 
 
-@pytest.mark.parametrize("model_type", sorted(set(available()) - {"llama", "mistral", "qwen2"}))
+@pytest.mark.parametrize("model_type", sorted(set(DECODERS) - {"llama", "mistral", "qwen2"}))
 def test_layers_that_no_graph_can_hold_are_named(model_type: str, tmp_path: Path) -> None:
     shapes = (*EVEN[:2], LayerShape(4, 2, 40), LayerShape(4, 2, 44))
     with pytest.raises(CheckpointError, match="layer 2 has 40, layer 3 has 44, others 48 feed-forward rows") as caught:
@@ -140,6 +147,22 @@ def test_structure_says_what_a_graph_must_do(tmp_path: Path) -> None:
     assert (granite.residual_scale, granite.attention_scale, granite.gated) == (0.2, 0.1, True)
     assert made(tmp_path / "d", "gpt2").structure.rotary is None  # type: ignore[union-attr]
     assert made(tmp_path / "e", "olmo2").structure.query_norm == "all"  # type: ignore[union-attr]
+
+
+def test_layers_that_are_no_attention_are_named(tmp_path: Path) -> None:
+    kinds = ["attention", "mamba", "attention", "attention"]
+    with pytest.raises(CheckpointError, match="it has layers of kind mamba"):
+        made(tmp_path / "g", "granitemoehybrid", layer_types=kinds)
+    with pytest.raises(CheckpointError, match="text_config is no table"):
+        made(tmp_path / "s", "gemma3", text_config=[])
+    with pytest.raises(CheckpointError, match="64 layers for one with attention windows"):
+        made(tmp_path / "e", "exaone4", num_hidden_layers=64)
+
+
+def test_settings_that_published_configurations_leave_out(tmp_path: Path) -> None:
+    settings = {"head_dim": HEAD, "num_hidden_layers": 4, "sliding_window": 16}
+    dimensions = made(tmp_path / "g", "gemma3", text_config=settings).dimensions
+    assert (dimensions.heads, dimensions.kv_heads, dimensions.context_trained) == (4, 2, 131072)
 
 
 def test_pruned_smollm3_must_keep_its_rhythm(tmp_path: Path) -> None:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import threading
 
 import pytest
+from pydantic import TypeAdapter
 
 from edgelm.errors import ContextOverflowError, EngineError, UsageError
 from runtime.generate import (
     PREFILL_STEP_TOKENS,
     GenerationRequest,
+    LikelyToken,
     Session,
     StopScanner,
     TokenEvent,
+    TokenLogprobs,
     answer,
     generate,
 )
 from runtime.sampling import SamplingOptions
-from tests.fake_engine import EOS, VOCABULARY, FakeEngine, FakeTokenizer, next_letter
+from tests.fake_engine import EOS, IM_END, IM_START, VOCABULARY, FakeEngine, FakeTokenizer, next_letter
 
 TOKENIZER = FakeTokenizer()
 
@@ -245,3 +248,38 @@ def test_a_scanner_without_stop_strings_holds_nothing_back() -> None:
     scanner = StopScanner(())
     assert scanner.push("abc") == ("abc", False)
     assert scanner.flush() == ""
+
+
+def test_what_crosses_a_process_border_survives_json() -> None:
+    request = GenerationRequest(
+        prompt=[1, 2],
+        max_tokens=5,
+        sampling=SamplingOptions(
+            temperature=0.5, presence_penalty=0.5, logit_bias=((3, -100.0), (4, 1.5)), seed=2**63 - 1
+        ),
+        stop=("a", "\u2028"),
+        stop_tokens=frozenset({7, 8}),
+        logprobs=3,
+        grammar='start: "ü"',
+        spelled=((9, "[TOOL_CALLS]"),),
+    )
+    likely = LikelyToken(5, -0.1, (0xC3,))
+    event = TokenEvent(5, "é", 0, 0.5, logprobs=TokenLogprobs(likely, (likely, likely)), finish_reason="stop")
+    for value in (request, event):
+        adapter = TypeAdapter(type(value))
+        assert adapter.validate_json(adapter.dump_json(value)) == value
+
+
+def test_special_tokens_that_mark_calls_are_spelled() -> None:
+    request = GenerationRequest([1, 2], 10, stop_tokens=frozenset({EOS}), spelled=((IM_START, "[TOOL_CALLS]"),))
+    engine = FakeEngine(script=[IM_START, ord("["), IM_END, ord("]"), EOS])
+    text = answer(generate(Session(engine), FakeTokenizer(), request), 2).text
+    assert text == "[TOOL_CALLS][]"
+
+
+def test_a_bias_outside_the_vocabulary_is_refused_before_anything_is_computed() -> None:
+    engine = FakeEngine()
+    request = GenerationRequest([1], 1, SamplingOptions(logit_bias=((VOCABULARY, 1.0),)))
+    with pytest.raises(UsageError, match="logit_bias"):
+        generate(Session(engine), FakeTokenizer(), request)
+    assert engine.forward_calls == 0

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from targets.bandwidth import ReadBandwidth, measure_read_bandwidth
+from targets.bandwidth import ForeignLoad, ReadBandwidth, measure_read_bandwidth
 from targets.host import (
     available_memory,
     cpu_layout,
@@ -195,3 +199,27 @@ def test_bandwidth_is_measured_for_every_thread_count() -> None:
     reading = measure_read_bandwidth(2, buffer_bytes=2**22, seconds=0.01)
     assert len(reading.by_threads) == 2
     assert reading.best >= min(reading.by_threads) > 0
+
+
+def test_foreign_load_counts_others_and_not_this_process() -> None:
+    code = "import time\nend = time.monotonic() + 30\nprint('up', flush=True)\nwhile time.monotonic() < end: pass"
+    load = ForeignLoad()
+    end = time.process_time() + 0.3
+    while time.process_time() < end:
+        pass
+    own = load.share()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "up\n"
+            used = psutil.Process(other.pid)
+            load = ForeignLoad()
+            before = sum(used.cpu_times()[:2])
+            while (taken := sum(used.cpu_times()[:2]) - before) < 0.5:
+                time.sleep(0.05)
+            elapsed = time.monotonic() - load._started
+            # At least this one; other processes of the machine may add to it.
+            assert load.share() >= 0.8 * taken / elapsed / (psutil.cpu_count() or 1)
+        finally:
+            other.kill()
+    assert 0 <= own <= 1

@@ -173,3 +173,22 @@ def test_names_of_mixes() -> None:
 def test_contradictions_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         check_options(replace(ExportOptions("x"), **changes))
+
+
+def test_plans_become_a_page_with_a_picture(checkpoint: Checkpoint, profile: TargetProfile) -> None:
+    pytest.importorskip("matplotlib")
+    from targets.compare import compare_plans
+    from targets.report.page import html_page
+
+    found = candidates(ExportOptions("x"), checkpoint, profile)
+    plain = compare_plans("tiny", [(item.plan, item.reason) for item in found], profile)
+    assert [line.kl_mean for line in plain.lines] == [None] * len(found)
+    assert plain.notes == ()
+    measured = [
+        (item.plan.model_copy(update={"predicted_kl": 0.01 * number}), item.reason)
+        for number, item in enumerate(found, start=1)
+    ]
+    page = html_page(compare_plans("tiny", measured, profile))
+    assert "<svg" in page
+    assert "KL is expected, not measured" in page
+    assert f"{found[0].plan.quant} {found[0].plan.bits_per_weight:.2f}" in page

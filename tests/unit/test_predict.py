@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edgelm.errors import ProfileError, UsageError
 from targets.catalogue import BITS, known_model, mix_of, workload_from_figures
-from targets.predict import RunSettings, predict
+from targets.predict import RunSettings, load_text, predict
 from targets.profile import GIB, list_profiles, load_profile
 from targets.validate import COLUMNS, parse_rows, validate
 from targets.workload import TypedWeights, Workload
@@ -227,3 +227,21 @@ def test_no_text_crashes_the_table_reader(junk: str, cells: str) -> None:
     for text in (junk, f"device_id,quant,file_mib,tg_tps\n{cells}"):
         with contextlib.suppress(ProfileError):
             parse_rows(text, "fuzz")
+
+
+def test_loading_takes_reading_from_storage_and_filling_memory() -> None:
+    workload = workload_from_figures(parameters=1.24e9, file_bytes=770 * 2**20, quant="Q4_K_M")
+    board = load_profile("raspberry-pi-5")
+    assert board.storage_read is not None
+    mapped = predict(workload, board, RunSettings(context=512))
+    copied = predict(workload, board, RunSettings(context=512, mmap=False))
+    longer = predict(workload, board, RunSettings(context=8192))
+    assert mapped.load_warm_s is not None
+    assert mapped.load_cold_s is not None
+    assert mapped.load_cold_s - mapped.load_warm_s == pytest.approx(workload.file_bytes / board.storage_read.value)
+    assert 0.1 < mapped.load_warm_s < min(copied.load_warm_s or 0, longer.load_warm_s or 0) < 10
+    assert load_text(mapped) == f"{mapped.load_warm_s:.2g} s from cache, {mapped.load_cold_s:.2g} s from storage"
+    unknown = board.model_copy(update={"storage_read": None})
+    assert predict(workload, unknown, RunSettings(context=512)).load_cold_s is None
+    onnx = predict(replace(workload, format="onnx"), board, RunSettings(context=512))
+    assert (onnx.load_warm_s, load_text(onnx)) == (None, "-")

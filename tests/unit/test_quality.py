@@ -11,7 +11,15 @@ import pytest
 
 from edgelm.errors import ProofError, UsageError
 from edgelm.progress import SILENT
-from exporter.quality import MIN_CONTEXT, Window, compare_logits, compare_models, cut_windows, log_softmax
+from exporter.quality import (
+    MIN_CONTEXT,
+    Window,
+    compare_logits,
+    compare_models,
+    cut_windows,
+    log_softmax,
+    windows_between,
+)
 from runtime.engine import Logits
 
 
@@ -113,3 +121,14 @@ def test_models_are_compared_position_by_position(length: int) -> None:
 def test_models_of_different_vocabularies_are_refused() -> None:
     with pytest.raises(ProofError, match="12 tokens, its reference 11"):
         compare_models(Markov("a", 1.0), Markov("b", 1.0, 12), [Window((1,) * 64, 31)], SILENT)
+
+
+def test_probes_lie_between_the_windows_that_a_proof_counts() -> None:
+    ids = range(10_000)
+    counted = {token for window in cut_windows(ids, 900, length=256) for token in window.tokens}
+    probes = windows_between(ids, 900, length=256, wanted=3)
+    assert [len(probe) for probe in probes] == [256] * 3
+    assert len({token for probe in probes for token in probe}) == 3 * 256
+    assert not counted & {token for probe in probes for token in probe}
+    assert probes[-1][-1] < 10_000
+    assert windows_between(range(1500), 900, length=256, wanted=3) == []

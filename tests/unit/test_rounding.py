@@ -53,3 +53,12 @@ def test_result_can_be_written_into_a_given_buffer() -> None:
     out = np.zeros(96 * 512 // 32 * 18, dtype=np.uint8)
     assert rounding.quantize(rows, "Q4_0", given, out) is out
     np.testing.assert_array_equal(out, rounding.quantize(rows, "Q4_0", given))
+
+
+def test_the_factor_is_that_of_the_inverse() -> None:
+    inputs = np.random.default_rng(3).standard_normal((400, 250))
+    moment = (inputs.T @ inputs).astype(np.float32)
+    found = rounding.compensation(moment).factor.astype(np.float64)
+    damped = moment.astype(np.float64) + rounding.DAMPING * np.trace(moment) / 250 * np.eye(250)
+    assert np.allclose(np.tril(found, -1), 0)
+    np.testing.assert_allclose(found.T @ found @ damped, np.eye(250), atol=1e-5)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from edgelm.errors import EngineError, UsageError
-from runtime.sampling import Sampler, SamplingOptions
+from runtime.sampling import Sampler, SamplingOptions, token_logprobs
 
 Row = npt.NDArray[np.float32]
 
@@ -175,3 +175,61 @@ def test_a_token_is_cheap_at_a_real_vocabulary(options: SamplingOptions) -> None
         return (time.thread_time() - started) / 10
 
     assert min(seconds() for _ in range(15)) < 400e-6  # usually 60 to 150 microseconds
+
+
+def test_presence_and_frequency_count_what_was_generated_and_nothing_else() -> None:
+    """OpenAI's formula: logit - count * frequency - (count > 0) * presence."""
+    row = np.array([3.013, 2.637, 2.271, -5.0], np.float32)
+    sampler = Sampler(SamplingOptions(presence_penalty=0.3, frequency_penalty=0.2))
+    counts = [0, 0, 0, 0]
+    for _ in range(20):
+        expected = max(range(4), key=lambda token: float(row[token]) - 0.2 * counts[token] - 0.3 * (counts[token] > 0))
+        assert sampler.pick(row, [0, 0, 0, 1]) == expected
+        counts[expected] += 1
+    assert counts[3] == 0
+    assert min(counts[:3]) > 0
+
+
+def test_logit_bias_forbids_and_forces() -> None:
+    row = peaked(500, 3)
+    best = int(row.argmax())
+    assert Sampler(SamplingOptions(logit_bias=((best, -100.0),))).pick(row) != best
+    assert Sampler(SamplingOptions(logit_bias=((17, 100.0),))).pick(row) == 17
+    assert row[17] == peaked(500, 3)[17]
+
+
+def test_logprobs_are_of_the_model_and_not_of_the_sampler() -> None:
+    row = peaked(3000, 5)
+    exact = row.astype(np.float64) - math.log(np.exp(row.astype(np.float64)).sum())
+    ranked = np.argsort(-exact)[:7]
+    found = token_logprobs(row, 123, 7)
+    assert [token for token, _ in found] == [123, *ranked]
+    assert [value for _, value in found] == pytest.approx([exact[123], *exact[ranked]], abs=1e-4)
+    assert len(token_logprobs(row, 123, 0)) == 1
+    assert len(token_logprobs(row[:5], 1, 20)) == 6
+
+
+@pytest.mark.reference
+def test_penalties_and_filters_are_those_of_transformers() -> None:
+    torch = pytest.importorskip("torch")
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    row = peaked(400, 8)
+    recent = [int(token) for token in np.argsort(-row)[:6]]
+    options = SamplingOptions(
+        temperature=1.0, top_k=30, min_p=0.01, repetition_penalty=1.4, logit_bias=((recent[0], -1.5), (399, 9.0))
+    )
+    scores = torch.from_numpy(row.copy())[None]
+    ids = torch.tensor([recent])
+    for processor in (
+        processors.SequenceBiasLogitsProcessor({(token,): bias for token, bias in options.logit_bias}),
+        processors.RepetitionPenaltyLogitsProcessor(options.repetition_penalty),
+        processors.TopKLogitsWarper(options.top_k),
+        processors.MinPLogitsWarper(options.min_p),
+    ):
+        scores = processor(ids, scores)
+    expected = torch.softmax(scores[0].double(), -1).numpy()
+    sampler = Sampler(SamplingOptions(**{**_fields(options), "seed": 4}))
+    draws = 20_000
+    counts = np.bincount([sampler.pick(row, recent) for _ in range(draws)], minlength=400) / draws
+    assert set(np.flatnonzero(counts)) <= set(np.flatnonzero(expected))
+    assert np.abs(counts - expected).max() < 0.02

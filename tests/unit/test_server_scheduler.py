@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from fake_engine import EOS, VOCABULARY, FakeEngine, FakeTokenizer, next_letter
 
 from edgelm.errors import EngineError
+from runtime.constraint import choice_grammar
 from runtime.engine import Chunk, EngineInterruptedError, Logits
-from runtime.generate import GenerationRequest, Session, TokenEvent, generate
+from runtime.generate import GenerationRequest, Session, TokenEvent, TokenLogprobs, generate
 from runtime.sampling import SamplingOptions
 from runtime.server.metrics import Metrics
 from runtime.server.scheduler import SHARED_PREFILL_TOKENS, Failure, Job, JobEvent, Scheduler
@@ -45,9 +48,9 @@ def run(made: Scheduler, wanted: list[GenerationRequest]) -> list[list[JobEvent]
     return [events for _, events in jobs]
 
 
-def said(events: list[JobEvent]) -> list[tuple[int | None, str, int, str | None]]:
+def said(events: list[JobEvent]) -> list[tuple[int | None, str, int, str | None, TokenLogprobs | None]]:
     assert all(isinstance(event, TokenEvent) for event in events)
-    return [(e.token, e.text, e.index, e.finish_reason) for e in events if isinstance(e, TokenEvent)]
+    return [(e.token, e.text, e.index, e.finish_reason, e.logprobs) for e in events if isinstance(e, TokenEvent)]
 
 
 REQUESTS = [
@@ -60,6 +63,9 @@ REQUESTS = [
     request("cut inside the emoji", len("Zürich ist größer als Genf. ".encode()) + 2),
     request("drawn", 20, sampling=SamplingOptions(temperature=5.0, top_k=50, seed=3)),
     request("penalised", 20, sampling=SamplingOptions(repetition_penalty=8.0)),
+    request("repelled", 20, sampling=SamplingOptions(presence_penalty=9.0, frequency_penalty=3.0)),
+    request("pulled", 20, sampling=SamplingOptions(logit_bias=((ord("x"), 20.5),))),
+    replace(request("held", 60), grammar=choice_grammar(["Zürich", "Genf", "abcdef", "größer"]), logprobs=2),
     request("long " * 40, 60),
 ]
 
@@ -113,7 +119,11 @@ def test_a_cancelled_job_ends_before_the_next_token_and_says_what_it_held_back()
     made.step()
     assert engine.forward_calls == calls
     assert made.running == 0
-    assert said(events) == [(97, "a", 0, None), (98, "", 1, None), (None, "b", 2, "cancelled")]
+    assert said(events) == [
+        (97, "a", 0, None, None),
+        (98, "", 1, None, None),
+        (None, "b", 2, "cancelled", None),
+    ]
 
 
 def test_a_prompt_goes_where_least_is_lost() -> None:
@@ -214,3 +224,19 @@ def test_the_fake_depends_on_every_token() -> None:
     # Otherwise the comparisons above would not notice a wrongly reused prefix.
     assert next_letter([1, 2, 3]) != next_letter([1, 3, 3])
     assert VOCABULARY > 256
+
+
+@pytest.mark.parametrize(
+    "bad", [{"grammar": "banana"}, {"sampling": SamplingOptions(temperature=-1)}, {"grammar": 'start: "a"'}]
+)
+def test_options_that_make_no_sense_fail_their_job_and_take_no_sequence(bad: dict[str, Any]) -> None:
+    """A grammar may pass on bytes and fail on a vocabulary: here the model has no token that ends an answer."""
+    made = scheduler(FakeEngine(script="ok", sequences=1))
+    wanted = replace(request("ab"), stop_tokens=frozenset(), **bad)
+    wrong, wrong_events = job(wanted)
+    made.admit(wrong)
+    (failure,) = wrong_events
+    assert isinstance(failure, Failure)
+    assert failure.by_request
+    assert made.has_room
+    assert run(made, [request("ab")])[0][-1].finish_reason == "stop"  # type: ignore[union-attr]

@@ -30,13 +30,16 @@ from fake_engine import FakeEngine
 from live_server import fake_model
 from runtime.server.limits import Access
 from runtime.server.logs import start_logging
+from runtime.server.metrics import Metrics
 from runtime.server.serving import bind, serve
+from runtime.server.worker import Worker
 
 start_logging()
 with bind("127.0.0.1", 0) as listener:
     print(listener.getsockname()[1], flush=True)
     engine = FakeEngine(context=4096, step_delay_s=0.02)
-    serve(fake_model(engine), listener, Access(), drain_s=float(sys.argv[1]))
+    metrics = Metrics()
+    serve(Worker(fake_model(engine), metrics), metrics, listener, Access(), drain_s=float(sys.argv[1]))
     assert engine.closed
 """
 
@@ -155,3 +158,19 @@ def test_the_port_of_a_running_server_stops_the_command(capsys: pytest.CaptureFi
     with bind("127.0.0.1", 0) as first:
         assert run_cli(["serve", "missing", "--port", str(first.getsockname()[1])]) == 1
     assert "hint: choose another with --port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--in-process"]])
+def test_a_file_that_is_no_model_ends_the_command_with_its_error(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(100))
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert run_cli(["serve", str(tmp_path / "x.gguf"), "--port", "0", *arguments]) == 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    error = capsys.readouterr().err
+    assert "error: " in error
+    assert "x.gguf" in error

@@ -75,10 +75,10 @@ def test_missing_file_and_unknown_decoder(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="cannot read"):
         JsonTokenizer(tmp_path / "none.json")
     document = json.loads(trained_tokenizer(400))
-    document["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
-    path = tmp_path / "wordpiece.json"
+    document["decoder"] = {"type": "CTC", "pad_token": "_", "word_delimiter_token": "|", "cleanup": True}
+    path = tmp_path / "ctc.json"
     path.write_text(json.dumps(document), encoding="utf-8")
-    with pytest.raises(BundleError, match="WordPiece"):
+    with pytest.raises(BundleError, match="CTC"):
         JsonTokenizer(path)
 
 

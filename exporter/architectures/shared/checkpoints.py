@@ -22,6 +22,7 @@ from exporter.architectures.base import (
     config_count,
     config_number,
 )
+from exporter.architectures.shared.encoders import describe_encoder, encoder_metadata
 from exporter.architectures.shared.family import Family, Rule, Target
 from exporter.architectures.shared.problems import Problems
 from exporter.architectures.shared.rope import RopeDescription, describe_rope
@@ -30,6 +31,7 @@ from exporter.checkpoint import Checkpoint, weight_type
 
 _LAYERS_LIMIT = 512  # llama.cpp's own
 _SHOWN_LAYERS = 3
+_OLDER_NAMES = {"weight": "gamma", "bias": "beta"}  # of norms, in the first checkpoints of BERT
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ class _Source:
         self.prefix = next((item for item in family.prefixes if item + embedding in names), (fitting or [""])[0])
 
     def name(self, rule: Rule, layer: int | None, suffix: str = "weight") -> str:
-        return f"{self.prefix}{rule.source.format(layer=layer)}.{suffix}"
+        stem = f"{self.prefix}{rule.source.format(layer=layer)}"
+        older = f"{stem}.{_OLDER_NAMES[suffix]}"
+        return older if older in self.checkpoint.tensors else f"{stem}.{suffix}"
 
     def shape(self, name: str, *, transposed: bool = False) -> tuple[int, ...] | None:
         header = self.checkpoint.tensors.get(name)
@@ -75,6 +79,7 @@ class _Source:
 def describe_checkpoint(checkpoint: Checkpoint, family: Family) -> ModelDescription:
     """Describe a checkpoint of a family. Raises ``CheckpointError`` with every setting and tensor in the way."""
     problems = Problems(checkpoint.source.location)
+    checkpoint = _text_part(checkpoint, family)
     source = _Source(checkpoint, family)
     _check_settings(source, problems)
     _check_types(source, problems)
@@ -98,6 +103,13 @@ def describe_checkpoint(checkpoint: Checkpoint, family: Family) -> ModelDescript
     assert metadata is not None
     dimensions, notes = _dimensions(sizes, target, structure)
     metadata[Keys.LLM.CONTEXT_LENGTH] = dimensions.context_trained
+    encoder = None
+    if family.encoder:
+        with problems.collect():
+            encoder, told = describe_encoder(checkpoint, dimensions)
+            metadata.update(encoder_metadata(encoder, tensors))
+            notes = (*notes, *told)
+        problems.raise_all()
     if target.windows and any(structure.windows):
         metadata[Keys.Attention.SLIDING_WINDOW] = max(structure.windows)
         metadata[Keys.Attention.SLIDING_WINDOW_PATTERN] = [window > 0 for window in structure.windows]
@@ -110,7 +122,18 @@ def describe_checkpoint(checkpoint: Checkpoint, family: Family) -> ModelDescript
         Keys.General.NAME: checkpoint.source.location.rsplit("/", 1)[-1],
     }
     named = {key.format(arch=target.name): value for key, value in metadata.items()}
-    return ModelDescription(target.name, dimensions, {**general, **named}, tuple(tensors), structure, notes)
+    return ModelDescription(target.name, dimensions, {**general, **named}, tuple(tensors), structure, notes, encoder)
+
+
+def _text_part(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """A checkpoint as a text model: settings of that part, tensors of other parts left out."""
+    if family.text_config is None:
+        return checkpoint
+    settings = checkpoint.config.get(family.text_config)
+    if not isinstance(settings, Mapping):
+        raise CheckpointError(f"{checkpoint.source.location}: config.json: {family.text_config} is no table")
+    tensors = {name: item for name, item in checkpoint.tensors.items() if not name.startswith(family.left_out)}
+    return replace(checkpoint, config={**family.defaults, **settings}, tensors=tensors)
 
 
 # --- settings and sizes
@@ -155,7 +178,7 @@ def _sizes(source: _Source, problems: Problems) -> _Sizes | None:
     with problems.collect():
         heads = source.count("num_attention_heads")
     with problems.collect():
-        context = source.count("max_position_embeddings", 2048)
+        context = source.count("max_position_embeddings", 2048) - _skipped_positions(source)
     if layers is not None and layers > _LAYERS_LIMIT:
         problems.add(f"{layers} layers; the engine takes {_LAYERS_LIMIT}")
         return None
@@ -164,7 +187,7 @@ def _sizes(source: _Source, problems: Problems) -> _Sizes | None:
         told = f"tensor {source.name(embedding, None)} has the shape {shape}"
         if shape is None:
             told = f"it has no tensor {source.name(embedding, None)}"
-        problems.add(told, hint="is it a causal language model of this family?")
+        problems.add(told, hint=_wrong_kind(family))
         return None
     if layers is None or heads is None or context is None:
         return None
@@ -182,6 +205,21 @@ def _sizes(source: _Source, problems: Problems) -> _Sizes | None:
         tied=family.tied if tied is None else bool(tied),
         shapes=tuple(_layer_shape(source, layer, head_size, problems) for layer in range(layers)),
     )
+
+
+def _wrong_kind(family: Family) -> str:
+    return f"is it {'an encoder' if family.encoder else 'a causal language model'} of this family?"
+
+
+def _skipped_positions(source: _Source) -> int:
+    """Rows of the table of positions that no text uses: they count from the padding's own number."""
+    if source.family.first_position is None:
+        return 0
+    name, default = source.family.first_position
+    value = source.checkpoint.config.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+        raise CheckpointError(f"{source.checkpoint.source.location}: config.json: {name} is {value!r}, which is no id")
+    return value + 1
 
 
 def _layer_shape(source: _Source, layer: int, head_size: int, problems: Problems) -> LayerShape | None:
@@ -278,7 +316,7 @@ def _dimensions(sizes: _Sizes, target: Target, structure: Structure) -> tuple[Di
         feed_forward=shapes[0].feed_forward,
         vocabulary=sizes.vocabulary,
         context_trained=context,
-        tied=sizes.tied and target.head != "required",
+        tied=sizes.tied and target.head != "required" and structure.causal,
         uneven=shapes if len(set(shapes)) > 1 else (),
     )
     return dimensions, tuple(notes)
@@ -304,7 +342,7 @@ def _tensors(source: _Source, target: Target, sizes: _Sizes, problems: Problems)
         found += _head(source, target, sizes, missing)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        problems.add(f"it has no tensor {missing[0]}{more}", hint="is it a causal language model of this family?")
+        problems.add(f"it has no tensor {missing[0]}{more}", hint=_wrong_kind(family))
     _refuse_leftovers(source, used | {source.head_name()}, problems)
     return found
 
@@ -342,19 +380,32 @@ def _mapped(
     actual = source.shape(weight, transposed=rule.transposed) or (0,) * len(rule.widths)
     padded = (*actual, *(0,) * len(rule.widths))
     shape = tuple(widths.get(width, padded[axis]) for axis, width in enumerate(rule.widths))
-    interleave = head if rule.rotary and target.adjacent else 0
+    skipped = _skipped_positions(source) if rule.target == MODEL_TENSOR.POS_EMBD else 0
+    skipped = shape[0] if rule.half == 2 else skipped
+    interleave = head if rule.rotary and target.adjacent and not source.family.adjacent else 0
     split = head if rule.split else 0
     bias = source.name(rule, layer, "bias")
     if rule.bias == "required" or (rule.bias == "optional" and bias in source.checkpoint.tensors):
         yield TensorDescription(f"{name}.bias", bias, shape[:1], interleave, split=split)
     yield TensorDescription(
-        f"{name}.weight", weight, shape, interleave, split=split, transposed=rule.transposed, offset=rule.offset
+        f"{name}.weight",
+        weight,
+        shape,
+        interleave,
+        split=split,
+        transposed=rule.transposed,
+        offset=rule.offset,
+        skipped=skipped,
     )
 
 
 def _check_shape(source: _Source, rule: Rule, description: TensorDescription, problems: Problems) -> None:
     transposed = rule.transposed and len(description.shape) == 2
     actual = source.shape(description.source_name, transposed=transposed)
+    if actual and rule.half:
+        actual = (actual[0] // 2 if actual[0] % 2 == 0 else actual[0], *actual[1:])
+    elif actual and description.skipped:
+        actual = (actual[0] - description.skipped, *actual[1:])
     if actual != description.shape:
         wanted = description.shape[::-1] if transposed else description.shape
         shown = actual[::-1] if transposed and actual else actual
@@ -378,7 +429,9 @@ def _scaled(item: TensorDescription, scale: float) -> TensorDescription:
 
 
 def _head(source: _Source, target: Target, sizes: _Sizes, missing: list[str]) -> Iterator[TensorDescription]:
-    """The output matrix: its own, or the embedding once more where the graph insists on one."""
+    """The output matrix: its own, or the embedding once more where the graph insists on one; none of an encoder."""
+    if source.family.encoder:
+        return
     name = f"{TENSOR_NAMES[MODEL_TENSOR.OUTPUT]}.weight"
     shape = (sizes.vocabulary, sizes.hidden)
     if sizes.tied and target.head == "required":
@@ -434,6 +487,8 @@ def _structure(source: _Source, sizes: _Sizes, rope: RopeDescription | None, win
         ),
         residual_scale=numbers.get(Keys.LLM.RESIDUAL_SCALE, 1.0),
         logit_divisor=numbers.get(Keys.LLM.LOGIT_SCALE, 1.0),
+        norm_after_rotation=family.norm_after_rotation,
+        causal=not family.encoder,
     )
 
 

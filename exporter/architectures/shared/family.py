@@ -21,9 +21,10 @@ LAYER = "model.layers.{layer}."
 class Rule:
     """One tensor of a model or, with ``{layer}`` in ``source``, of each layer; names without their suffix.
 
-    ``widths`` are (rows, columns) in the artefact: vocabulary, hidden, positions, query, key, qkv, feed_forward,
-    gate_up or head. ``rotary`` rows belong to heads that rotate, ``is_query`` ones take a family's query scale.
-    ``split`` and ``offset`` are those of ``TensorDescription``, ``transposed`` too. ``optional`` may be absent.
+    ``widths`` are (rows, columns) in the artefact: vocabulary, hidden, positions, types (of tokens: as many as there
+    are), query, key, qkv, feed_forward, gate_up or head. ``rotary`` rows belong to heads that rotate, ``is_query`` ones
+    take a family's query scale. ``split`` and ``offset`` are those of ``TensorDescription``, ``transposed`` too.
+    ``optional`` may be absent.
     """
 
     source: str
@@ -36,6 +37,7 @@ class Rule:
     offset: float = 0.0
     is_query: bool = False
     optional: bool = False
+    half: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +98,17 @@ class Family:
     means; the first is the default). ``ignored`` are endings of buffers that follow from the configuration.
     ``scaled_embedding``: the graph multiplies it by the root of the hidden size. ``query_scalar`` is (setting, default)
     of what attention scores are divided by the root of, where the graph divides by that of the head size. ``check``
-    names what else stands in the way.
+    names what else stands in the way. ``adjacent``: the source's own rows have rotation partners side by side.
+    ``norm_after_rotation``: of queries and keys. ``text_config`` names the part of config.json that counts;
+    ``defaults`` stand in for settings that it leaves out; tensors that begin with ``left_out`` are not the text's.
+    ``encoder``: attention sees all tokens and there is no head. ``first_position``
+    is (setting, default) of the number before that of the first position, where rows up to it belong to no text.
     """
 
     targets: tuple[Target, ...]
     tensors: tuple[Rule, ...]
     layer_tensors: tuple[Rule, ...]
-    head: str | None = "lm_head"
+    head: str = "lm_head"
     prefixes: tuple[str, ...] = ("",)
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -121,6 +127,13 @@ class Family:
     query_scalar: tuple[str, float] | None = None
     skipped_rotation: Callable[[Checkpoint, int], tuple[int, ...]] | None = None
     check: Callable[[Checkpoint], list[str]] | None = None
+    adjacent: bool = False
+    norm_after_rotation: bool = False
+    text_config: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    encoder: bool = False
+    first_position: tuple[str, int] | None = None
 
 
 SILU = {"hidden_act": ("silu", "swish")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from gguf.constants import MODEL_TENSOR, TENSOR_NAMES, Keys
 
 from edgelm.errors import CheckpointError
 from exporter.architectures.base import Dimensions, LayerShape, ModelDescription, TensorDescription
+from exporter.architectures.shared.encoders import encoder_of_gguf
 from exporter.checkpoint import Checkpoint
 
 _NOT_OURS = ("tokenizer.", "split.", "quantize.")
@@ -25,7 +27,11 @@ def describe_gguf(checkpoint: Checkpoint) -> ModelDescription:
     if metadata.get(Keys.LLM.EXPERT_COUNT.format(arch=architecture), 0):
         raise CheckpointError(f"{checkpoint.source.location} is a mixture of experts, which is not supported")
     tensors = tuple(TensorDescription(name, name, item.shape) for name, item in checkpoint.tensors.items())
-    return ModelDescription(architecture, _dimensions(checkpoint, metadata), metadata, tensors)
+    dimensions = _dimensions(checkpoint, metadata)
+    encoder = encoder_of_gguf(checkpoint, dimensions)
+    if encoder is not None:
+        dimensions = replace(dimensions, tied=False)
+    return ModelDescription(architecture, dimensions, metadata, tensors, encoder=encoder)
 
 
 def _dimensions(checkpoint: Checkpoint, metadata: dict[str, Any]) -> Dimensions:

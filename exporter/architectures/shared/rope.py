@@ -41,6 +41,8 @@ def describe_rope(checkpoint: Checkpoint, settings: RopeSettings, target: Target
     if not 0 < size <= head_size or size % 2:
         raise CheckpointError(f"{checkpoint.source.location}: {size} of the {head_size} elements of a head rotate")
     theta = _setting(checkpoint, table, settings.theta)
+    if table.get("alpha") and "dynamic" in (table.get("rope_type"), table.get("type")):
+        theta *= positive_number(checkpoint, table, "alpha") ** (size / (size - 2))  # Hunyuan's, of any length
     metadata: dict[str, Any] = {Keys.Rope.DIMENSION_COUNT: size, Keys.Rope.FREQ_BASE: theta}
     local_theta = None
     if settings.local_theta is not None:

@@ -1,0 +1,261 @@
+"""The front of ``--quant auto`` against llama-quantize's presets with importance matrix: size against KL, two texts.
+
+    make peers
+    python benchmarks/auto_front.py MODEL --peers .cache/peers/bin --work DIR --chat CHAT.txt
+    python benchmarks/auto_front.py --plot docs/front.svg
+
+MODEL is a Hugging Face directory whose weights lie on no quantised grid. Presets are made by llama-quantize with an
+importance matrix of llama-imatrix from 40 x 512 tokens of the calibration text; ours by the export itself. Every
+artefact is measured by our proof against transformers in float32, whose logits are kept in memory (100 MB per window of
+512 tokens). Rows are written as they come; an artefact that DIR holds is not made again. Needs no quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import RESULTS, edgelm, run, save
+
+from edgelm.progress import SILENT
+from exporter import damage, pipeline, quality
+from exporter.architectures import describe
+from exporter.checkpoint import open_checkpoint, open_source
+from exporter.gguf import write_gguf
+from exporter.options import ExportOptions
+from exporter.reference import BATCH, EngineModel, ScoringModel, open_reference
+from exporter.texts import calibration_text, evaluation_text, read_text
+from exporter.token_identity import open_tokenizer
+from exporter.tokenizer import load_tokenizer
+from runtime.engine import EngineOptions, Logits
+from runtime.engines import load_engine
+from targets.profile import load_profile
+
+PRESETS = ("Q3_K_S", "Q3_K_M", "IQ4_XS", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0")
+NAME = "auto_front"
+
+
+class Remembered:
+    """The reference's logits of all windows, computed once."""
+
+    def __init__(self, original: ScoringModel, windows: Sequence[quality.Window]) -> None:
+        self.name, self.vocabulary = original.name, original.vocabulary
+        self._held: list[Logits] = []
+        for window in windows:
+            original.reset()
+            tokens = window.tokens[:-1]
+            steps = (tokens[start : start + BATCH] for start in range(0, len(tokens), BATCH))
+            self._held.append(np.concatenate([original.append(step) for step in steps]))
+        self._window, self._position = -1, 0
+
+    def reset(self) -> None:
+        """The next window."""
+        self._window, self._position = (self._window + 1) % len(self._held), 0
+
+    def append(self, tokens: Sequence[int]) -> Logits:
+        self._position += len(tokens)
+        return self._held[self._window][self._position - len(tokens) : self._position]
+
+
+def windows_of(checkpoint: Any, chat: Path | None, tokens: int) -> dict[str, list[quality.Window]]:
+    words = load_tokenizer(checkpoint, SILENT)
+    encoder = open_tokenizer(words.tokenizer_json, "tokenizer.json")
+    texts = {"documentation": evaluation_text()} | ({} if chat is None else {"chat": read_text(chat)})
+    found = {}
+    for name, text in texts.items():
+        ids = encoder.encode(text.content, add_special_tokens=False).ids
+        found[name] = quality.cut_windows(ids, tokens, length=quality.WINDOW, name=name)
+    return found
+
+
+def measured(path: Path, references: dict[str, tuple[ScoringModel, list[quality.Window]]]) -> dict[str, Any]:
+    engine = load_engine(path, EngineOptions(context=quality.WINDOW, batch=BATCH, all_logits=True))
+    row: dict[str, Any] = {"bytes": path.stat().st_size}
+    try:
+        for name, (reference, windows) in references.items():
+            kl = quality.compare_models(reference, EngineModel(engine), windows, SILENT).kl
+            row |= {f"kl_{name}": float(kl.mean()), f"tokens_{name}": len(kl)}
+    finally:
+        engine.close()
+    return row
+
+
+def presets(arguments: argparse.Namespace, work: Path) -> list[tuple[dict[str, Any], Path]]:
+    """Artefacts of llama-quantize, made where they are missing."""
+    base, imatrix = work / "bf16", arguments.imatrix or work / "imatrix.gguf"
+    if not base.exists():
+        run(edgelm("export", str(arguments.model), "-o", str(base), "--quant", "BF16", "--no-verify"))
+    if not imatrix.exists():
+        (work / "calibration.txt").write_text(calibration_text().content, encoding="utf-8")
+        tool = [str(arguments.peers / "llama-imatrix"), "-m", str(base / "model.gguf"), "-o", str(imatrix)]
+        run([*tool, "-f", str(work / "calibration.txt"), "-c", "512", "--chunks", "40", "-t", "2"])
+    found = []
+    for name in arguments.presets:
+        path = work / f"preset-{name}.gguf"
+        if not path.exists():
+            tool = [str(arguments.peers / "llama-quantize"), "--imatrix", str(imatrix)]
+            subprocess.run([*tool, str(base / "model.gguf"), str(path), name, "2"], check=True, capture_output=True)
+        found.append(({"side": "llama-quantize --imatrix", "name": name}, path))
+    return found
+
+
+def own_points(arguments: argparse.Namespace, work: Path) -> list[tuple[dict[str, Any], Path]]:
+    """Artefacts of the front, made where they are missing: the same rounding and writing as an export's."""
+    options = ExportOptions(str(arguments.model), quant="auto")
+    checkpoint = open_checkpoint(open_source(options.source))
+    found_types = pipeline.measure_types(options, checkpoint, SILENT)
+    front = found_types.points(options, load_profile(options.target))
+    count = min(arguments.points, len(front))
+    taken = [front[round(index * (len(front) - 1) / max(count - 1, 1))] for index in range(count)]
+    description, words = describe(checkpoint), load_tokenizer(checkpoint, SILENT)
+    quantizers = None
+    found = []
+    for point in dict.fromkeys(taken):
+        path = work / f"auto-{point.plan.artifact_bytes}-{found_types.analysis.key[:8]}.gguf"
+        if not path.exists():
+            quantizers = quantizers or damage.quantizers(found_types.analysis.statistics)
+            metadata = {**description.metadata, **words.gguf_metadata}
+            write_gguf(path, checkpoint, description.tensors, point.plan.tensors, metadata, quantizers=quantizers)
+        lost = damage.total(found_types.analysis.damages, {item.name: item.type for item in point.plan.tensors})
+        knots = list(found_types.analysis.knots)
+        row = {"side": "edgelm auto", "name": f"{point.plan.artifact_bytes / 1e6:.1f} MB"}
+        found.append(({**row, "kl_predicted": point.kl, "damage_sum": lost, "knots": knots}, path))
+    return found
+
+
+def measure_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    work = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint = open_checkpoint(open_source(str(arguments.model)))
+    artefacts = presets(arguments, work) if arguments.presets else []
+    artefacts += own_points(arguments, work) if arguments.points else []
+    texts = windows_of(checkpoint, arguments.chat, arguments.tokens)
+    with open_reference(checkpoint, quality.WINDOW, "auto", SILENT) as original:
+        references: dict[str, tuple[ScoringModel, list[quality.Window]]] = {
+            name: (Remembered(original, windows), windows) for name, windows in texts.items()
+        }
+    rows = []
+    for head, path in artefacts:
+        rows.append({**head, **measured(path, references), "reference": references["documentation"][0].name})
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        save(NAME, rows)
+        if not arguments.keep:
+            path.unlink()
+    if not arguments.keep:
+        shutil.rmtree(work / "bf16", ignore_errors=True)
+    return rows
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of this script, or of a table with the columns artefact, bytes, kl_documentation, kl_chat, kl_predicted."""
+    if path.suffix == ".jsonl":
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [row for row in map(json.loads, lines) if "machine" not in row]
+    found = []
+    with path.open(encoding="utf-8", newline="") as stream:
+        for entry in csv.DictReader(stream):
+            theirs = entry["artefact"].startswith("llama-quantize")
+            if "fast" in entry["artefact"]:
+                continue  # made under limits of speed: no points of this front
+            side, name = entry["artefact"].rsplit(" ", 1) if theirs else ("edgelm auto", entry["artefact"])
+            row: dict[str, Any] = {"side": side, "name": name, "bytes": int(entry["bytes"])}
+            row |= {key: float(entry[key]) for key in ("kl_documentation", "kl_chat")}
+            found.append(row if theirs else row | {"kl_predicted": float(entry["kl_predicted"])})
+    return found
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Sizes, KL, and for our points how far prediction was off; then each preset against our front at its size."""
+    texts = [name.removeprefix("kl_") for name in rows[0] if name.startswith("kl_") and name != "kl_predicted"]
+    print("| artefact | MB | " + " | ".join(f"KL {name}" for name in texts) + " | predicted | error |")
+    print("|---" * (4 + len(texts)) + "|")
+    errors = []
+    for row in sorted(rows, key=lambda row: row["bytes"]):
+        cells = [f"{row['side']} {row['name']}", f"{row['bytes'] / 1e6:.1f}"]
+        cells += [f"{row[f'kl_{name}']:.5f}" for name in texts]
+        if "kl_predicted" in row:
+            errors.append(100 * (row["kl_predicted"] / row["kl_documentation"] - 1))
+            cells += [f"{row['kl_predicted']:.5f}", f"{errors[-1]:+.0f} %"]
+        print("| " + " | ".join(cells) + " |")
+    if errors:
+        print(f"prediction: worst {max(map(abs, errors)):.0f} %, {sum(abs(error) <= 25 for error in errors)} of")
+        print(f"{len(errors)} within 25 %")
+    for name in texts:
+        for row in rows:
+            ours = at_size([item for item in rows if "kl_predicted" in item], row["bytes"], name)
+            if "kl_predicted" not in row and ours is not None:
+                told = f"{row['name']} ({row['bytes'] / 1e6:.1f} MB), {name}: ours / theirs"
+                print(f"{told} {ours / row[f'kl_{name}']:.2f}{'  LOST' if ours >= row[f'kl_{name}'] else ''}")
+
+
+def at_size(ours: Sequence[dict[str, Any]], size_bytes: int, text: str) -> float | None:
+    """Our KL at a size: between two points of the front in the logarithm of KL; None beyond its ends."""
+    points = sorted((row["bytes"], float(np.log(row[f"kl_{text}"]))) for row in ours)
+    if not points or not points[0][0] <= size_bytes <= points[-1][0]:
+        return None
+    return float(np.exp(np.interp(size_bytes, [size for size, _ in points], [kl for _, kl in points])))
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    texts = [name.removeprefix("kl_") for name in rows[0] if name.startswith("kl_") and name != "kl_predicted"]
+    figure = Figure(figsize=(5.2 * len(texts), 4.4), layout="constrained")
+    FigureCanvasSVG(figure)
+    for index, text in enumerate(texts):
+        axes = figure.add_subplot(1, len(texts), index + 1)
+        ours = sorted((row for row in rows if "kl_predicted" in row), key=lambda row: row["bytes"])
+        theirs = [row for row in rows if "kl_predicted" not in row]
+        sizes = [row["bytes"] / 1e6 for row in ours]
+        axes.plot(sizes, [row[f"kl_{text}"] for row in ours], "o-", color="#0b6e4f", label="edgelm --quant auto")
+        if text == "documentation":
+            predicted = [row["kl_predicted"] for row in ours]
+            axes.plot(sizes, predicted, ":", color="#0b6e4f", alpha=0.7, label="predicted for it")
+        places = [(row["bytes"] / 1e6, row[f"kl_{text}"]) for row in theirs]
+        axes.plot(*zip(*places, strict=True), "s", color="#b3452c", label="llama-quantize --imatrix")
+        for row, place in zip(theirs, places, strict=True):
+            axes.annotate(row["name"], place, (4, 3), textcoords="offset points", fontsize=7)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("artefact, MB")
+        axes.set_ylabel("mean KL, nats/token")
+        axes.set_title(f"text: {text}", fontsize=10)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, nargs="?", help="left out: show the rows that are there")
+    parser.add_argument("--peers", type=Path, default=Path(".cache/peers/bin"))
+    parser.add_argument("--work", type=Path, default=Path("auto-front"))
+    parser.add_argument("--imatrix", type=Path, help="importance matrix that is there already")
+    parser.add_argument("--chat", type=Path, help="a second evaluation text")
+    parser.add_argument("--presets", nargs="*", default=PRESETS)
+    parser.add_argument("--points", type=int, default=10)
+    parser.add_argument("--tokens", type=int, default=quality.MIN_TOKENS, help="counted predictions per text")
+    parser.add_argument("--keep", action="store_true", help="keep the artefacts")
+    parser.add_argument("--plot", type=Path, help="draw the rows")
+    parser.add_argument("--rows", type=Path, default=RESULTS / f"{NAME}.jsonl", help="rows to show, .jsonl or .csv")
+    arguments = parser.parse_args()
+    rows = measure_all(arguments) if arguments.model is not None else read_rows(arguments.rows)
+    show(rows)
+    if arguments.plot is not None:
+        plot(rows, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

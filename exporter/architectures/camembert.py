@@ -1,0 +1,5 @@
+"""CamemBERT, a French RoBERTa."""
+
+from exporter.architectures.roberta import FAMILY
+
+__all__ = ["FAMILY"]

@@ -1,0 +1,191 @@
+"""What the server and its engine process say to one another: small frozen values, as JSON.
+
+JSON and not pickle: a process that a hostile model file has taken over must not be able to run code in the server.
+The values inside are the project's own dataclasses, so a field added to one of them travels by itself. Knows neither
+sockets nor processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from edgelm.bundle import Manifest
+from runtime.engine import EngineInfo, EngineOptions
+from runtime.generate import GenerationRequest, TokenEvent
+from runtime.server.metrics import Observation
+from runtime.server.scheduler import Failure
+from runtime.supervisor import FrameError
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """First message to the engine process: which model, and how."""
+
+    path: str
+    options: EngineOptions
+    kind: Literal["load"] = "load"
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Queue a generation under a number of the server's choice."""
+
+    job: int
+    request: GenerationRequest
+    kind: Literal["submit"] = "submit"
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """End a generation before its next token."""
+
+    job: int
+    kind: Literal["cancel"] = "cancel"
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Fail everything that is running or waiting."""
+
+    message: str
+    kind: Literal["abort"] = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Finish what was submitted and end."""
+
+    kind: Literal["stop"] = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """Tokenize: answered by ``Encoded`` with the same number."""
+
+    call: int
+    text: str
+    special: bool
+    kind: Literal["encode"] = "encode"
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Text of token ids, or with ``raw`` their bytes: answered by ``Decoded`` with the same number."""
+
+    call: int
+    ids: list[int]
+    special: bool = False
+    raw: bool = False
+    kind: Literal["decode"] = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids, or in ``refusal`` why there are none."""
+
+    call: int
+    ids: list[int]
+    refusal: str | None = None
+    kind: Literal["encoded"] = "encoded"
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """The text, or the bytes in hexadecimal digits."""
+
+    call: int
+    text: str
+    kind: Literal["decoded"] = "decoded"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The model was loaded; what the server has to know of it. ``template`` is the chat template's source."""
+
+    name: str
+    info: EngineInfo
+    template: str | None
+    special_tokens: dict[str, str]
+    stop_tokens: frozenset[int]
+    bos: int | None
+    manifest: Manifest | None
+    kind: Literal["loaded"] = "loaded"
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The engine computed its first token."""
+
+    kind: Literal["ready"] = "ready"
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The model cannot be loaded or computes nonsense; an ``EdgelmError`` in words. The process ends."""
+
+    message: str
+    hint: str | None
+    exit_code: int
+    kind: Literal["refused"] = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One event of a job: a token or its failure. ``queue_s`` are the seconds it waited for a sequence."""
+
+    job: int
+    queue_s: float
+    token: TokenEvent | None = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What came of one step: events in order, and what was counted on the way; how many jobs are running now."""
+
+    running: int
+    deliveries: list[Delivery]
+    observations: list[Observation]
+    kind: Literal["progress"] = "progress"
+
+
+ToEngine = Load | Submit | Cancel | Abort | Stop | Encode | Decode
+FromEngine = Loaded | Ready | Refused | Progress | Encoded | Decoded
+
+_Message = TypeVar("_Message")
+_EXACT = ConfigDict(ser_json_inf_nan="constants")
+_TO_ENGINE: TypeAdapter[ToEngine] = TypeAdapter(Annotated[ToEngine, Field(discriminator="kind")], config=_EXACT)
+_FROM_ENGINE: TypeAdapter[FromEngine] = TypeAdapter(Annotated[FromEngine, Field(discriminator="kind")], config=_EXACT)
+
+
+def pack_to_engine(message: ToEngine) -> bytes:
+    """A message of the server as JSON."""
+    return _TO_ENGINE.dump_json(message)
+
+
+def pack_from_engine(message: FromEngine) -> bytes:
+    """A message of the engine process as JSON."""
+    return _FROM_ENGINE.dump_json(message)
+
+
+def unpack_to_engine(frame: bytes) -> ToEngine:
+    """The server's message in a frame. Raises ``FrameError``."""
+    return _unpack(_TO_ENGINE, frame)
+
+
+def unpack_from_engine(frame: bytes) -> FromEngine:
+    """The engine process's message in a frame; it may come from a process that was taken over, so nothing is taken for
+    granted. Raises ``FrameError``."""
+    return _unpack(_FROM_ENGINE, frame)
+
+
+def _unpack(adapter: TypeAdapter[_Message], frame: bytes) -> _Message:
+    try:
+        return adapter.validate_json(frame)
+    except ValidationError as error:
+        # Values are left out: they may be words of a client.
+        places = {".".join(map(str, item["loc"])): item["type"] for item in error.errors(include_input=False)}
+        raise FrameError(f"not a message: {places}") from None
