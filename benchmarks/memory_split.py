@@ -112,6 +112,7 @@ def main() -> None:
             for context in map(int, arguments.contexts.split(",")):
                 row = split(path, context, group)
                 rows.append(row)
+                written = save("memory_split", rows)  # after every row: a run may be cut short
                 mb = {name: round((value or 0) / 1e6, 1) for name, value in row.items() if name.endswith("_bytes")}
                 print(f"{path.name} {context}: {row['gap']:+.2%} of smaps_rollup, {mb}", flush=True)
     finally:
@@ -121,7 +122,7 @@ def main() -> None:
     gaps = [abs(row["cgroup_gap"]) for row in rows if row["cgroup_gap"] is not None]
     if gaps:
         print(f"largest gap between cgroup and smaps_rollup, anonymous: {max(gaps):.2%}")
-    print(f"raw rows: {save('memory_split', rows)}")
+    print(f"raw rows: {written}")
 
 
 if __name__ == "__main__":
