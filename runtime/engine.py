@@ -7,7 +7,7 @@ Token ids in, logits out; sequences can be truncated. No text, no HTTP, no sampl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -40,7 +40,12 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What a loaded engine says of itself. Sizes in bytes."""
+    """What a loaded engine says of itself. Sizes in bytes.
+
+    ``buffers`` are sizes that it announced while loading, as far as it does: ``weights_copied`` (weights repacked or
+    read instead of mapped) and ``compute`` (reserved, used as far as touched). ``waiting`` tells how its threads wait
+    for one another, ``waiting_reason`` why.
+    """
 
     engine: str
     versions: dict[str, str]
@@ -57,6 +62,9 @@ class EngineInfo:
     parameters: int
     load_s: float
     system: str
+    buffers: dict[str, int] = field(default_factory=dict)
+    waiting: str | None = None
+    waiting_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
