@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from runtime.memory import MemorySnapshot, snapshot, swapped_in_pages
+from runtime.memory import MemorySnapshot, snapshot
+from runtime.sensors import THROTTLE_FLAGS, Reading, Sensors
 from runtime.server.metrics import Gauge, Metrics
 from runtime.server.worker import KvUse, State
-from targets.host import available_memory
 
 FRESH_S = 0.5
 """Reading the split of a large process walks all its pages; many readers share one reading."""
@@ -45,25 +45,25 @@ class Shown(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Reading:
+class _Look:
     """Memory of the server and of its engines' processes together, and the machine's state."""
 
     at_s: float
     server: MemorySnapshot
     engine: MemorySnapshot | None
-    available_bytes: int
+    machine: Reading
     major_faults: int
-    swapped_in_pages: int | None
 
 
 class Figures:
     """Shows one backend. Thread-safe; reading takes milliseconds of a thread, so not in the event loop."""
 
-    def __init__(self, backend: Shown, metrics: Metrics) -> None:
+    def __init__(self, backend: Shown, metrics: Metrics, sensors: Sensors | None = None) -> None:
         self._backend = backend
+        self._sensors = sensors or Sensors()
         self._metrics = metrics
         self._lock = threading.Lock()
-        self._last: _Reading | None = None
+        self._last: _Look | None = None
         metrics.gauges(self._gauges)
 
     def document(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Figures:
         ``time_s`` is a clock that never jumps: two documents tell the rates between them.
         """
         backend, reading, metrics = self._backend, self._read(), self._metrics
-        kv = backend.kv
+        kv, machine = backend.kv, reading.machine
         return {
             "time_s": time.monotonic(),
             "state": backend.state,
@@ -86,28 +86,33 @@ class Figures:
             "memory": {
                 "server": _split(reading.server),
                 "engine": None if reading.engine is None else _split(reading.engine),
-                "available_bytes": reading.available_bytes,
+                "available_bytes": machine.available_bytes,
             },
-            "machine": {"major_faults": reading.major_faults, "swapped_in_pages": reading.swapped_in_pages},
+            "machine": {
+                "temperature_c": machine.temperature_c,
+                "clock_mhz": machine.clock_mhz,
+                "throttled": None if machine.throttle is None else list(machine.throttle.now),
+                "major_faults": reading.major_faults,
+                "swapped_in_pages": machine.swapped_in_pages,
+            },
             "engine_deaths": metrics.total(metrics.engine_deaths),
         }
 
-    def _read(self) -> _Reading:
+    def _read(self) -> _Look:
         with self._lock:
             if self._last is None or time.monotonic() - self._last.at_s > FRESH_S:
                 self._last = self._read_anew()
             return self._last
 
-    def _read_anew(self) -> _Reading:
+    def _read_anew(self) -> _Look:
         engines = [found for pid in self._backend.engine_pids if (found := _of_process(pid)) is not None]
         server = snapshot()
-        return _Reading(
+        return _Look(
             at_s=time.monotonic(),
             server=server,
             engine=_together(engines) if engines else None,
-            available_bytes=int(available_memory().value),
+            machine=self._sensors.read(),
             major_faults=server.major_faults + sum(engine.major_faults for engine in engines),
-            swapped_in_pages=swapped_in_pages(),
         )
 
     def _gauges(self) -> Iterator[Gauge]:
@@ -126,12 +131,25 @@ class Figures:
             yield Gauge("edgelm_kv_tokens", "Tokens kept in the KV cache, of running requests and earlier", kv.tokens)
             yield Gauge("edgelm_kv_capacity_tokens", "Tokens that the KV cache has room for", kv.capacity_tokens)
             yield Gauge("edgelm_kv_bytes", "Memory set aside for the KV cache", kv.reserved_bytes)
-        yield Gauge("edgelm_available_memory_bytes", "Memory that can still be taken", reading.available_bytes)
         text = "Pages that server and engine had to read from disk since they started"
         yield Gauge("edgelm_major_faults", text, reading.major_faults)
-        if reading.swapped_in_pages is not None:
-            text = "Pages that the machine has read back from swap since it booted"
-            yield Gauge("edgelm_swapped_in_pages", text, reading.swapped_in_pages)
+        yield from _machine_gauges(reading.machine)
+
+
+def _machine_gauges(machine: Reading) -> Iterator[Gauge]:
+    known = {
+        "edgelm_available_memory_bytes": ("Memory that the machine can still give", machine.available_bytes),
+        "edgelm_swapped_in_pages": ("Pages read back from swap since the machine booted", machine.swapped_in_pages),
+        "edgelm_temperature_celsius": ("Temperature of the CPU", machine.temperature_c),
+        "edgelm_clock_megahertz": ("Clock of the fastest core", machine.clock_mhz),
+        "edgelm_throttle_events": ("How often the CPU was slowed down by heat", machine.throttle_events),
+    }
+    for name, (text, value) in known.items():
+        if value is not None:
+            yield Gauge(name, text, value)
+    for flag in THROTTLE_FLAGS if machine.throttle is not None else ():
+        text = "1 while the board's firmware slows it down for this reason"
+        yield Gauge("edgelm_throttled", text, flag in machine.throttle.now, (("reason", flag),))
 
 
 def _split(memory: MemorySnapshot) -> dict[str, int | None]:

@@ -176,7 +176,7 @@ function drawMemory({ server, engine, available_bytes }) {
   });
   find("memory").querySelector("svg").replaceChildren(...bars);
   tell("memory", shares.map(([, bytes]) => (bytes / 1e6).toFixed(0)).join("+") + " MB");
-  find("memory-name").textContent = `RAM: server+engine+files, ${megabytes(available_bytes)} free`;
+  find("memory-name").textContent = `RAM: server+engine+files` + (available_bytes ? `, ${megabytes(available_bytes)} free` : "");
   const held = (process) => process?.pss_bytes ?? process?.rss_bytes ?? 0;
   peak_bytes = Math.max(peak_bytes, held(server) + held(engine));
 }

@@ -16,9 +16,13 @@ from fake_engine import FakeEngine
 from live_server import LiveServer, fake_model, live_server
 from prometheus_client.parser import text_string_to_metric_families
 
+from runtime.sensors import Sensors
 from runtime.server import page as page_module
+from runtime.server.figures import Figures
 from runtime.server.limits import Access
 from runtime.server.logs import LOGGER, JsonLines, log_event
+from runtime.server.metrics import Metrics
+from runtime.server.worker import Worker
 
 SECRET = "a-very-secret-prompt"
 
@@ -162,3 +166,30 @@ def test_every_answer_carries_the_protective_headers(server: LiveServer) -> None
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["cache-control"] == "no-store"
         assert "server" not in headers
+
+
+def test_a_board_that_tells_its_state(tmp_path: Path) -> None:
+    """A made-up Raspberry Pi: hot, slowed down, and not lacking voltage."""
+    for name, text in {
+        "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
+        "sys/class/thermal/thermal_zone0/temp": "81250\n",
+        "sys/devices/system/cpu/online": "0\n",
+        "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "1500000\n",
+        "sys/devices/platform/soc/soc:firmware/get_throttled": "4\n",
+        "proc/vmstat": "pswpin 12\n",
+        "proc/meminfo": "MemAvailable:     512 kB\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    metrics = Metrics()
+    figures = Figures(Worker(fake_model(FakeEngine()), metrics), metrics, Sensors(tmp_path))
+    machine = figures.document()["machine"]
+    assert (machine["temperature_c"], machine["clock_mhz"], machine["throttled"]) == (81.25, 1500, ["throttled"])
+    families = text_string_to_metric_families(metrics.text().decode())
+    found = {(sample.name, *sample.labels.values()): sample.value for family in families for sample in family.samples}
+    assert found["edgelm_temperature_celsius",] == 81.25
+    assert found["edgelm_clock_megahertz",] == 1500
+    assert found["edgelm_throttled", "throttled"] == 1
+    assert found["edgelm_throttled", "under-voltage"] == 0
+    assert found["edgelm_swapped_in_pages",] == 12
+    assert found["edgelm_available_memory_bytes",] == 512 * 1024

@@ -69,7 +69,7 @@ def test_settings_reach_the_request_and_wrong_ones_are_told(tab: Browser, server
     tab.value("document.getElementById('system').value = 'Be brief.'")
     tab.type("Hi")
     tab.press("Enter")
-    assert tab.wait("document.getElementById('status').textContent.startsWith('first token')")
+    assert tab.wait("document.getElementById('status').textContent.endsWith('tokens/s')")
     assert tab.value("document.querySelector('.assistant').textContent.length") == 5
     assert tab.wait(
         "document.querySelector('#compared td:last-child').textContent !== '–'"
