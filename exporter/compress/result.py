@@ -17,9 +17,10 @@ from typing import Any
 from edgelm.bundle import FileRecord, Record
 from edgelm.errors import CheckpointError, UsageError
 from exporter.checkpoint import Checkpoint
+from exporter.given_types import STUDENT_RECORD
 from exporter.tokenizer import SourceTokenizer
 
-RECORD_NAME = "compress.json"
+RECORD_NAME = STUDENT_RECORD
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
     "chat_template.jinja", "chat_template.json",
@@ -55,6 +56,9 @@ class CompressRecord(Record):
     tokens: int
     settings: dict[str, Any]
     trained_for: str | None
+    types: dict[str, str] | None
+    """By GGUF name, what it was trained for: ``edgelm export --types-from`` takes them."""
+    remarks: tuple[str, ...]
     comparisons: tuple[Comparison, ...]
     elapsed_s: float
     tool_versions: dict[str, str]
@@ -105,6 +109,9 @@ def write_student(
 
     student.to(torch.float32 if record.trained_for else torch.bfloat16)
     student.config.dtype = student.dtype
+    if checkpoint.source.kind == "gguf":  # whose configuration was made up from its dimensions
+        for name in ("bos", "eos"):
+            setattr(student.config, f"{name}_token_id", words.gguf_metadata.get(f"tokenizer.ggml.{name}_token_id"))
     student.generation_config = GenerationConfig()  # the teacher's file replaces it
     student.save_pretrained(directory, safe_serialization=True)
     write_tokenizer(directory, checkpoint, words)
