@@ -119,6 +119,7 @@ class _Run:
     state: Path
     progress: Progress
     comparisons: list[Comparison] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
 
 
 def proposal(options: CompressOptions, progress: Progress = SILENT) -> tuple[Shape, Shape, Proposal | None, list[str]]:
@@ -185,6 +186,7 @@ def compress(
             )
             with result.new_directory(destination, force=force) as staging:
                 result.write_student(staging, student, checkpoint, words, record)
+                result.write_curve(staging, run.curve)
     shutil.rmtree(state, ignore_errors=True)
     return Student(destination, record)
 
@@ -426,6 +428,7 @@ def _train(run: _Run, teacher: Any, student: Any, corpus: Corpus, layers: tuple[
     if steps:
         trainer = Trainer(teacher, student, corpus, _training(run.options, steps, layers), run.state / "distil")
         trainer.run(run.progress)
+        run.curve += [{"stage": "distil", **asdict(item)} for item in trainer.curve]
     return steps * step_tokens
 
 
@@ -460,7 +463,9 @@ def _finish(
     step_tokens = options.batch * int(corpus.windows.shape[1])
     steps = max(1, options.finish_tokens // step_tokens)
     training = _training(options, steps, layers, rate=0.25)
-    Trainer(teacher, student, corpus, training, run.state / "finish", quantizer).run(run.progress)
+    trainer = Trainer(teacher, student, corpus, training, run.state / "finish", quantizer)
+    trainer.run(run.progress)
+    run.curve += [{"stage": "finish", **asdict(item)} for item in trainer.curve]
     with quantizer.applied():
         _compare(run, f"finished for {plan.quant}", teacher, student, held_out)
     return _Finished(plan.quant, {item.name: item.type for item in plan.tensors}, steps * step_tokens)

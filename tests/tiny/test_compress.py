@@ -437,8 +437,10 @@ def test_a_compression_killed_in_either_training_ends_as_if_it_had_not_been(
     assert resumed.record.model_dump(exclude=unlike) == whole.record.model_dump(exclude=unlike)
     assert resumed.record.tokens == 1024 + 768
     assert any("neurons: rows of 70" in remark for remark in resumed.record.remarks)
-    ours, theirs = ((item.path / "model.safetensors").read_bytes() for item in (resumed, whole))
-    assert ours == theirs
+    for name in ("model.safetensors", "training.jsonl"):
+        assert (resumed.path / name).read_bytes() == (whole.path / name).read_bytes()
+    steps = [json.loads(line) for line in (whole.path / "training.jsonl").read_text().splitlines()]
+    assert [item["stage"] for item in steps] == ["distil"] * 4 + ["finish"] * 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
 
 
