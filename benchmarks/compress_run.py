@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--kill-after", type=int, help="step whose state has to be on disk (half of all)")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     wanted = {"layers": arguments.layers, "tokens": arguments.tokens, "length": arguments.length}
@@ -50,11 +51,10 @@ def main() -> None:
     typed += [text for name, value in wanted.items() for text in (f"--{name}", str(value))]
     commands = {name: edgelm(*typed, "-o", str(arguments.work / name)) for name in ("whole", "killed")}
     steps = arguments.tokens // (arguments.batch * arguments.length)
+    state = arguments.work / ".killed.training/distil/state.json"
 
     through = run(commands["whole"])
-    reached = killed_in_the_middle(
-        commands["killed"], arguments.work / ".killed.training/distil/state.json", steps // 2
-    )
+    reached = killed_in_the_middle(commands["killed"], state, arguments.kill_after or steps // 2)
     resumed = run(commands["killed"])
 
     curves, weights = (
