@@ -19,12 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
 from edgelm.bundle import MANIFEST_NAME, Bundle, FileRecord, file_record, open_bundle
-from edgelm.errors import DeployError, EdgelmError
+from edgelm.errors import DeployError, EdgelmError, ProfileError
 from edgelm.progress import Progress
-from edgelm.report import Report
+from edgelm.report import Report, parse_report
 from edgelm.units import format_bytes
 from targets.remote import Remote
 
@@ -292,9 +290,9 @@ def _bench(remote: Remote, command: str, target: str, say: Say) -> Report:
     say("measuring on the device")
     output = remote.run(f'{command} bench "$1" -p 128 -n 32 -r 3 --json', target, timeout_s=BENCH_TIMEOUT_S)
     try:
-        return Report.model_validate_json(output)
-    except ValidationError as error:
-        raise DeployError(f"{remote.destination} gave no valid report: {error.errors()[0]['msg']}") from error
+        return parse_report(output, f"the report of {remote.destination}")
+    except ProfileError as error:
+        raise DeployError(error.message, hint=error.hint) from error
 
 
 def _release(remote: Remote, root: str, identity: str, program: _Program, options: DeployOptions) -> str:

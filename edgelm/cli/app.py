@@ -27,6 +27,7 @@ COMMANDS = {
     "compress": ("edgelm.cli.compress", "Prune and distil a model until it fits its device."),
     "targets": ("edgelm.cli.targets", "List, show, detect and check device profiles."),
     "deploy": ("edgelm.cli.deploy", "Put a bundle into service on a board, over ssh."),
+    "history": ("edgelm.cli.history", "List earlier measurements and regressions."),
     "doctor": ("edgelm.cli.doctor", "Tell what this machine can do and what is wrong."),
 }
 INTERRUPTED = 130

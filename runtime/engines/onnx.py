@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -25,14 +24,15 @@ import numpy.typing as npt
 from edgelm.errors import BundleError, EngineError, UsageError
 from runtime.engine import Chunk, Engine, EngineInfo, EngineInterruptedError, EngineOptions, Logits, check_chunks
 from runtime.engines.onnx_foreign import ForeignOnnxEngine, check_foreign_options, understand
+from runtime.memory import resident_range, snapshot
 from runtime.onnx_header import FLOAT, OnnxModel, read_onnx_model
-from targets.host import default_threads, read_limits
+from runtime.waiting import Waiting, choose_waiting
+from targets.host import default_threads
 
 GRAPH = "decoder-1"
 PREFILL_STEP = 128
 """Tokens per step of a long prompt: as fast as larger steps on CPUs, and activations stay small."""
 _MAX_SEQUENCES = 256
-_QUIET_LOAD = 0.5  # load average per core up to which cores count as idle
 _BINDINGS_KEPT = 16
 _PAST = re.compile(r"past_key_values\.([0-9]{1,4})\.key")
 _CONTROL_INPUTS = ("input_ids", "seqlens_k", "total_sequence_length", "logit_rows")
@@ -57,11 +57,10 @@ class _Shape:
 
 @dataclass(frozen=True, slots=True)
 class _Threads:
-    """Threads and whether they wait spinning, with the reason."""
+    """Threads and how they wait for one another."""
 
     count: int
-    spinning: bool
-    reason: str
+    waiting: Waiting
 
 
 def load_any_engine(path: Path, options: EngineOptions) -> Engine:
@@ -76,7 +75,7 @@ def _load_foreign(path: Path, model: OnnxModel, options: EngineOptions) -> Forei
     check_foreign_options(options, graph, path)
     threads = _choose_threads(options)
     started = time.perf_counter()
-    runtime = _load_library()
+    runtime = load_library()
     session = _open_session(runtime, path, threads)
     info = EngineInfo(
         engine="onnxruntime",
@@ -93,7 +92,10 @@ def _load_foreign(path: Path, model: OnnxModel, options: EngineOptions) -> Forei
         kv_bytes=8 * sum(graph.heads) * graph.head_size * options.context * options.sequences,
         parameters=graph.parameters,
         load_s=time.perf_counter() - started,
-        system=f"CPUExecutionProvider, {threads.reason}, caches that grow (a graph that EdgeLM did not export)",
+        system=f"CPUExecutionProvider, {threads.count} threads, {threads.waiting.reason}, "
+        "caches that grow (a graph that EdgeLM did not export)",
+        waiting=threads.waiting.kind,
+        waiting_reason=threads.waiting.reason,
     )
     run_options = runtime.RunOptions()
     run_options.log_severity_level = 4
@@ -117,7 +119,8 @@ def load_engine(path: Path, options: EngineOptions) -> OnnxEngine:
             hint=f"use --context {shape.context_limit} or less, or export with a longer --context",
         )
     started = time.perf_counter()
-    runtime = _load_library()
+    runtime = load_library()
+    before_bytes = snapshot().anonymous_bytes
     session = _open_session(runtime, path, threads)
     info = EngineInfo(
         engine="onnxruntime",
@@ -134,7 +137,10 @@ def load_engine(path: Path, options: EngineOptions) -> OnnxEngine:
         kv_bytes=4 * shape.kv_elements_per_token * options.context * options.sequences,
         parameters=shape.parameters,
         load_s=time.perf_counter() - started,
-        system=f"CPUExecutionProvider, {threads.reason}",
+        system=f"CPUExecutionProvider, {threads.count} threads, {threads.waiting.reason}",
+        buffers={"weights_copied": max(snapshot().anonymous_bytes - before_bytes, 0)},
+        waiting=threads.waiting.kind,
+        waiting_reason=threads.waiting.reason,
     )
     return OnnxEngine(runtime, session, info, shape, options)
 
@@ -179,10 +185,7 @@ def _check_options(options: EngineOptions) -> None:
 
 
 def _choose_threads(options: EngineOptions) -> _Threads:
-    """One session has one pool of threads: decode and prefill share it.
-
-    Spinning wins while every thread has an idle core and halves the speed when it has not.
-    """
+    """One session has one pool of threads: decode and prefill share it."""
     asked = {count for count in (options.threads_decode, options.threads_prefill) if count}
     if len(asked) > 1:
         raise UsageError(
@@ -192,21 +195,7 @@ def _choose_threads(options: EngineOptions) -> _Threads:
         )
     choice, _ = default_threads()
     count = asked.pop() if asked else int(choice.value)
-    limits = read_limits()
-    cores = min(len(limits.cpus), int(choice.value))
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    spinning = False
-    if count == 1:
-        why = "no spinning: one thread has nobody to wait for"
-    elif limits.quota is not None:
-        why = "no spinning: a CPU quota counts waiting too"
-    elif count > cores:
-        why = f"no spinning: {cores} cores are usable"
-    elif busy > _QUIET_LOAD * cores:
-        why = f"no spinning: others keep {busy:.1f} cores busy"
-    else:
-        spinning, why = True, "spinning: every thread has an idle core"
-    return _Threads(count, spinning, f"{count} threads, {why}")
+    return _Threads(count, choose_waiting(count))
 
 
 def _read_shape(path: Path, model: OnnxModel) -> _Shape:
@@ -256,7 +245,8 @@ def _count(path: Path, model: OnnxModel, key: str) -> int:
     return int(value)
 
 
-def _load_library() -> Any:
+def load_library() -> Any:
+    """The ``onnxruntime`` module. Raises ``EngineError`` when it cannot be imported."""
     try:
         return importlib.import_module("onnxruntime")
     except (ImportError, OSError) as error:
@@ -276,7 +266,7 @@ def _open_session(runtime: Any, path: Path, threads: _Threads) -> Any:
     settings.inter_op_num_threads = 1
     settings.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
     settings.log_severity_level = 4  # what goes wrong is raised; stderr is not ours to write to
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads.spinning else "0")
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads.waiting.kind == "spin" else "0")
     # Packed weights are allocated once and never freed: an arena would round each of them up and keep the slack.
     settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     try:
@@ -482,6 +472,12 @@ class OnnxEngine:
         if not 0 <= length <= held:
             raise EngineError(f"cannot truncate sequence {sequence} of {held} tokens to {length}")
         self._lengths[sequence] = length
+
+    def resident_kv_bytes(self) -> int:
+        """What tokens were written to: the rest of the cache was never touched."""
+        arrays = [array for pair in self.caches for array in pair]
+        found = [resident_range(array.ctypes.data, array.nbytes) for array in arrays]
+        return sum(size for size in found if size is not None) if None not in found else self._info.kv_bytes
 
     def interrupt(self) -> None:
         """See ``Engine.interrupt``. Takes effect before the next operator of the graph."""

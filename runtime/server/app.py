@@ -25,9 +25,10 @@ from runtime.engine import EngineInfo
 from runtime.model import PromptingModel
 from runtime.server.answering import Generation, GenerationResponse, unavailable
 from runtime.server.errors import ApiError
+from runtime.server.exposition import CONTENT_TYPE
 from runtime.server.limits import Access, Guard, parse_json
 from runtime.server.logs import log_event
-from runtime.server.metrics import CONTENT_TYPE, Metrics
+from runtime.server.metrics import Metrics
 from runtime.server.ollama import error_document
 from runtime.server.openai import ChatRequest, CompletionRequest, parse_request
 from runtime.server.page import Page

@@ -27,8 +27,9 @@ from runtime.encoder import Vectors
 from runtime.server.app import guarded
 from runtime.server.embedding_worker import EmbeddingJob, EmbeddingWorker
 from runtime.server.errors import ApiError
+from runtime.server.exposition import CONTENT_TYPE
 from runtime.server.limits import Access, parse_json, prompt_characters_limit
-from runtime.server.metrics import CONTENT_TYPE, Metrics
+from runtime.server.metrics import Metrics
 from runtime.server.replies import model_document
 from runtime.server.worker import NotReadyError, QueueFullError
 

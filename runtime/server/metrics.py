@@ -1,18 +1,17 @@
 """What the server counts, as Prometheus reads it: one registry per server, no global state.
 
-Names and buckets live here; who observes what lives where it happens. Knows nothing of requests' contents.
+Names and buckets live here; who observes what lives where it happens. Knows nothing of requests' contents. The engine's
+process forwards what it observes and so does not load Prometheus' library.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import psutil
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
-
-CONTENT_TYPE = CONTENT_TYPE_LATEST
+if TYPE_CHECKING:
+    from runtime.server.exposition import Exposition
 
 # Wide enough for a Raspberry Pi that prefills for a minute and for a GPU that decodes in two milliseconds.
 _WAIT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -58,10 +57,8 @@ class Metrics:
     """
 
     def __init__(self, forward: Callable[[Observation], None] | None = None) -> None:
+        self._exposition = _exposition() if forward is None else None
         self._record = forward or self.apply
-        self._counters: dict[str, Counter] = {}
-        self._histograms: dict[str, Histogram] = {}
-        self.registry = CollectorRegistry(auto_describe=True)
         self.requests = self._counter("edgelm_http_requests", "Answered HTTP requests", ("route", "status"))
         self.generations = self._counter("edgelm_generations", "Ended generations by reason", ("reason",))
         self.refusals = self._counter("edgelm_refusals", "Requests refused for want of a place, by reason", ("reason",))
@@ -80,35 +77,33 @@ class Metrics:
             "edgelm_queue_wait_seconds", "From the queueing of a request to its first computation", _WAIT_BUCKETS_S
         )
         self.batch_tokens = self._histogram("edgelm_batch_tokens", "Tokens computed in one engine call", _BATCH_BUCKETS)
-        process = psutil.Process()
-        self.gauge(
-            "edgelm_process_resident_memory_bytes", "Resident memory of the server", lambda: process.memory_info().rss
-        )
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A gauge that is read when it is asked for, so that it can never be stale."""
-        Gauge(name, text, registry=self.registry).set_function(read)
+        if self._exposition is not None:
+            self._exposition.add_gauge(name, text, read)
 
     def apply(self, observation: Observation) -> None:
         """Count one observation. Raises ``ValueError`` when it is of no instrument of this server."""
-        name, labels, value = observation.name, observation.labels, observation.value
-        if name in self._counters:
-            counter = self._counters[name]
-            (counter.labels(*labels) if labels else counter).inc(value)
-        elif name in self._histograms:
-            histogram = self._histograms[name]
-            (histogram.labels(*labels) if labels else histogram).observe(value)
-        else:
-            raise ValueError(f"there is no instrument {name!r}")
+        if self._exposition is not None:
+            self._exposition.count(observation.name, observation.labels, observation.value)
 
     def text(self) -> bytes:
         """The exposition of everything, for ``/metrics``."""
-        return generate_latest(self.registry)
+        return b"" if self._exposition is None else self._exposition.text()
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Instrument:
-        self._counters[name] = Counter(name, text, labels, registry=self.registry)
+        if self._exposition is not None:
+            self._exposition.add_counter(name, text, labels)
         return Instrument(name, self._record)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Instrument:
-        self._histograms[name] = Histogram(name, text, registry=self.registry, buckets=buckets)
+        if self._exposition is not None:
+            self._exposition.add_histogram(name, text, buckets)
         return Instrument(name, self._record)
+
+
+def _exposition() -> Exposition:
+    from runtime.server.exposition import Exposition
+
+    return Exposition()

@@ -35,7 +35,7 @@ from runtime.server.limits import (
 from runtime.server.logs import log_event
 from runtime.server.metrics import Metrics
 from runtime.server.supervised import SupervisedWorker
-from runtime.server.worker import Backend, Worker, show_backend
+from runtime.server.worker import QUEUED_PER_SEQUENCE, Backend, Worker, show_backend
 
 DRAIN_S = 30.0
 KEEP_ALIVE_S = 5
@@ -46,13 +46,20 @@ _WILDCARDS = frozenset({"0.0.0.0", "::"})  # noqa: S104 - recognised here, bound
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """Where and for whom to serve. ``allowed_hosts`` are names beyond loopback's and the address itself."""
+    """Where and for whom to serve. ``allowed_hosts`` are names beyond loopback's and the address itself,
+    ``per_client`` is how many requests one address may have under way."""
 
     host: str = "127.0.0.1"
     port: int = 8080
     allowed_hosts: tuple[str, ...] = ()
     key_file: Path | None = None
+    per_client: int | None = None
     drain_s: float = DRAIN_S
+
+
+def default_per_client(sequences: int) -> int:
+    """Half of the requests that can run or wait: no single client can take all places."""
+    return max(1, sequences * (1 + QUEUED_PER_SEQUENCE) // 2)
 
 
 def resolve_access(options: ServerOptions) -> Access:
@@ -66,11 +73,11 @@ def resolve_access(options: ServerOptions) -> Access:
     own = frozenset() if options.host in _WILDCARDS else frozenset({options.host.lower()})
     hosts = LOOPBACK_NAMES | own | {name.lower().removesuffix(".") for name in options.allowed_hosts}
     if options.key_file is None:
-        return Access(hosts)
+        return Access(hosts, per_client=options.per_client)
     key, created = read_or_create_key(options.key_file)
     if created:
         log_event("API key generated", {"file": str(options.key_file)})
-    return Access(hosts, key)
+    return Access(hosts, key, options.per_client)
 
 
 def bind(host: str, port: int) -> socket.socket:
