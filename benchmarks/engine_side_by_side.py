@@ -2,7 +2,7 @@
 
 Needs ``make peers`` and GGUF files (any bundle's ``model.gguf``).
 
-    python benchmarks/engine_side_by_side.py a.gguf b.gguf --peers .cache/peers --rounds 15
+    python benchmarks/engine_side_by_side.py a.gguf b.gguf --peers .cache/peers --rounds 15 --depths 0,2048
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from measure import edgelm, run, save
 PROMPT, GENERATED = 512, 128
 
 
-def ours(model: Path, threads: int, repetitions: int) -> dict[str, float]:
-    counts = ["-p", str(PROMPT), "-n", str(GENERATED), "-r", str(repetitions)]
-    limits = ["--threads", str(threads), "--threads-prefill", str(threads), "--json"]
+def ours(model: Path, depth: int, threads: int, repetitions: int) -> dict[str, float]:
+    counts = ["-p", str(PROMPT), "-n", str(GENERATED), "-r", str(repetitions), "--depth", str(depth)]
+    # Both sides wait for their threads as libgomp does by itself.
+    limits = ["--threads", str(threads), "--threads-prefill", str(threads), "--no-history", "--json"]
     report = json.loads(run(edgelm("bench", str(model), *counts, *limits)).stdout)
     return {"prefill_tps": report["prefill_tps"]["median"], "decode_tps": report["decode_tps"]["median"]}
 
 
-def llama_bench(binary: Path, model: Path, threads: int, repetitions: int) -> dict[str, float]:
-    counts = ["-p", str(PROMPT), "-n", str(GENERATED), "-r", str(repetitions), "-t", str(threads)]
+def llama_bench(binary: Path, model: Path, depth: int, threads: int, repetitions: int) -> dict[str, float]:
+    counts = ["-p", str(PROMPT), "-n", str(GENERATED), "-r", str(repetitions), "-t", str(threads), "-d", str(depth)]
     entries = json.loads(run([str(binary), "-m", str(model), *counts, "-fa", "1", "-o", "json"]).stdout)
     rates = {("prefill_tps" if entry["n_prompt"] else "decode_tps"): entry["samples_ts"] for entry in entries}
     return {name: statistics.median(samples) for name, samples in rates.items()}
@@ -39,23 +40,36 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=Path(".cache/peers"))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--repetitions", type=int, default=1, help="inside one process; its median is one sample")
+    parser.add_argument("--depths", default="0")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     binary = arguments.peers / "build" / "bin" / "llama-bench"
+    if not binary.exists():
+        binary = arguments.peers / "bin" / "llama-bench"
+    threads, repetitions = arguments.threads, arguments.repetitions
+    cases = [(model, depth) for model in arguments.models for depth in map(int, arguments.depths.split(","))]
+    names = case_names(arguments.models)
     rows: list[dict[str, Any]] = []
     for number in range(arguments.rounds):
-        for model in arguments.models:
+        for model, depth in cases:
             # Who goes first alternates, so that a drifting machine favours neither.
             for side in ("edgelm", "llama-bench") if number % 2 else ("llama-bench", "edgelm"):
                 rates = (
-                    ours(model, arguments.threads, arguments.repetitions)
+                    ours(model, depth, threads, repetitions)
                     if side == "edgelm"
-                    else llama_bench(binary, model, arguments.threads, arguments.repetitions)
+                    else llama_bench(binary, model, depth, threads, repetitions)
                 )
-                rows.append({"round": number, "model": model.stem, "side": side, "threads": arguments.threads, **rates})
+                case = f"{names[model]} @ d{depth}"
+                rows.append({"round": number, "model": case, "side": side, "threads": threads, **rates})
         path = save("engine_side_by_side", rows)
-    summarise(rows, [model.stem for model in arguments.models])
+    summarise(rows, [f"{names[model]} @ d{depth}" for model, depth in cases])
     print(f"raw rows: {path}")
+
+
+def case_names(models: list[Path]) -> dict[Path, str]:
+    """Short names; files of bundles are all called the same, so their directories are taken."""
+    stems = [model.stem for model in models]
+    return {model: model.stem if stems.count(model.stem) == 1 else model.parent.name for model in models}
 
 
 def summarise(rows: list[dict[str, Any]], models: list[str]) -> None:

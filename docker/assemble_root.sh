@@ -10,13 +10,14 @@ mkdir -p "$root"
 for package in "$scratch"/*.deb; do dpkg-deb -x "$package" "$root"; done
 rm -r "$scratch"
 
-# Documentation, translations, character sets, tools of libc and modules that nothing here imports. Licences stay.
+# Documentation, translations, character sets, tools of libc and modules that nothing here imports. Licences stay, and so
+# does pydoc_data: its text is what exports are proven on.
 cd "$root"
 find usr/share/doc -type f ! -name copyright -delete
 rm -rf usr/share/man usr/share/lintian usr/share/locale usr/share/binfmts usr/share/bug usr/share/info usr/share/gcc \
   usr/share/gdb usr/share/applications usr/share/pixmaps usr/lib/aarch64-linux-gnu/gconv usr/sbin sbin etc/python3.11 \
   usr/lib/aarch64-linux-gnu/audit
-for module in lib2to3 ensurepip pydoc_data idlelib tkinter turtledemo distutils; do rm -rf "usr/lib/python3.11/$module"; done
+for module in lib2to3 ensurepip idlelib tkinter turtledemo distutils; do rm -rf "usr/lib/python3.11/$module"; done
 find . -type d -empty -delete
 
 # Modules whose libraries (libcrypt, libdb, libnsl) are not in the list, and nothing here imports them.

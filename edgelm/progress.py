@@ -16,6 +16,9 @@ class Stage(Protocol):
     def advance(self, amount: int = 1) -> None:
         """Tell that ``amount`` more units of the stage's total are done."""
 
+    def tell(self, text: str) -> None:
+        """Show a short figure beside the stage, in place of the last one."""
+
 
 class Progress(Protocol):
     """Receives stages: ``with progress.stage("quantising", total_bytes, unit="bytes") as stage: stage.advance(n)``."""
@@ -27,6 +30,9 @@ class Progress(Protocol):
 
 class _Silent:
     def advance(self, amount: int = 1) -> None:
+        """Nobody listens."""
+
+    def tell(self, text: str) -> None:
         """Nobody listens."""
 
     @contextmanager

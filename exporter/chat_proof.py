@@ -15,8 +15,8 @@ from typing import Any
 from edgelm.bundle import ChatProof
 from edgelm.errors import BundleError, ProofError, UsageError
 from edgelm.progress import Progress
-from exporter.architectures import describe
 from exporter.checkpoint import Checkpoint
+from exporter.quality import artifact_context
 from exporter.tokenizer import SourceTokenizer
 from runtime.chat import ChatTemplate
 from runtime.engine import EngineOptions
@@ -71,7 +71,7 @@ def prove_chat(
                         hint="no bundle is good whose prompts differ: every answer would be spoilt",
                     )
             stage.advance()
-        context = min(_CONTEXT, describe(checkpoint).dimensions.context_trained)
+        context = min(_CONTEXT, artifact_context(artifact, checkpoint))
         text, tokens, stopped = _smoke(directory, artifact, template, words, context)
         stage.advance()
     return ChatProof(

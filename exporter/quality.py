@@ -77,7 +77,7 @@ def measure(
     too short, ``EngineError`` when a model cannot be run and ``ProofError`` when the artefact computes no numbers.
     """
     text = evaluation_text(evaluation)
-    windows = _windows(text, checkpoint, _context_limit(artifact_path, checkpoint), tokens)
+    windows = _windows(text, checkpoint, artifact_context(artifact_path, checkpoint), tokens)
     length = max(len(window.tokens) for window in windows)
     with open_reference(checkpoint, length, reference, progress) as original:
         engine = load_engine(artifact_path, EngineOptions(context=length, batch=BATCH, all_logits=True))
@@ -179,7 +179,7 @@ def log_softmax(logits: Logits) -> Doubles:
     return shifted
 
 
-def _context_limit(artifact_path: Path, checkpoint: Checkpoint) -> int:
+def artifact_context(artifact_path: Path, checkpoint: Checkpoint) -> int:
     """The longest context of an artefact, which for an ONNX file may be less than the model was trained for."""
     if artifact_path.suffix != ".onnx":
         return describe(checkpoint).dimensions.context_trained

@@ -96,9 +96,10 @@ class TransformersModel:
         import torch
 
         with torch.inference_mode():
-            output = self.model(torch.tensor([list(tokens)]), past_key_values=self._cache, use_cache=True)
+            ids = torch.tensor([list(tokens)], device=self.model.device)
+            output = self.model(ids, past_key_values=self._cache, use_cache=True)
         self._cache = output.past_key_values
-        logits: Logits = output.logits[0].float().numpy()
+        logits: Logits = output.logits[0].float().cpu().numpy()
         return logits
 
 

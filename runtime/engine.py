@@ -7,14 +7,15 @@ Token ids in, logits out; sequences can be truncated. No text, no HTTP, no sampl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from edgelm.errors import ContextOverflowError, EngineError
 
+KvType = Literal["f32", "f16", "q8_0"]
 Logits = npt.NDArray[np.float32]
 
 
@@ -32,14 +33,19 @@ class EngineOptions:
     threads_decode: int = 0
     threads_prefill: int = 0
     batch: int = 512
-    kv_type: Literal["f32", "f16", "q8_0"] = "f16"
+    kv_type: KvType = "f16"
     mmap: bool = True
     all_logits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What a loaded engine says of itself. Sizes in bytes."""
+    """What a loaded engine says of itself. Sizes in bytes.
+
+    ``buffers`` are sizes that it announced while loading, as far as it does: ``weights_copied`` (weights repacked or
+    read instead of mapped) and ``compute`` (reserved, used as far as touched). ``waiting`` tells how its threads wait
+    for one another, ``waiting_reason`` why.
+    """
 
     engine: str
     versions: dict[str, str]
@@ -56,6 +62,9 @@ class EngineInfo:
     parameters: int
     load_s: float
     system: str
+    buffers: dict[str, int] = field(default_factory=dict)
+    waiting: str | None = None
+    waiting_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +117,18 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the model. Calling it twice is allowed, any other use afterwards is not."""
+        ...
+
+
+@runtime_checkable
+class PrefixCopier(Protocol):
+    """An engine that can give one sequence what another one holds, for less than computing it again."""
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Let ``target`` hold the first ``length`` tokens of ``source`` instead of what it held.
+
+        Raises ``EngineError`` when the model's state cannot be cut there; ``target`` is empty then.
+        """
         ...
 
 

@@ -18,7 +18,7 @@ from typing import Literal
 from edgelm.bundle import Bundle, Choice
 from edgelm.errors import BundleError, DoesNotFitError, UsageError
 from edgelm.units import format_bytes
-from runtime.engine import EngineOptions
+from runtime.engine import EngineOptions, KvType
 from runtime.gguf_header import GGUFHeader, read_gguf_header, workload_from_gguf
 from runtime.model import artifact_of, memory_for_model, planned_context
 from targets.calibration import Family, calibration
@@ -41,7 +41,7 @@ SERVER_BYTES = 50 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the user fixed. Zero means: decide.
+    """What the user fixed. Zero or None means: decide.
 
     ``process`` tells where the engine may run: in one of its own beside the server (``any``: decide), or only in this
     one (``own``), as all commands but ``serve`` do.
@@ -51,6 +51,7 @@ class Asked:
     sequences: int = 1
     threads_decode: int = 0
     threads_prefill: int = 0
+    kv_type: KvType | None = None
     process: Literal["any", "own"] = "own"
 
 
@@ -108,6 +109,8 @@ def choose_settings(path: Path, target: str, asked: Asked) -> Settings:
     profile = _cpu_profile(target)
     decode, prefill = _threads(profile, asked)
     model = _open(path, profile, asked)
+    if asked.kv_type is not None:
+        model = replace(model, q8_cache=False)
     free = memory_for_model()
     if profile.available is None and profile.usable_ram_bytes < int(free.value):
         free = Choice(value=profile.usable_ram_bytes, reason=profile.usable_ram_reason)
@@ -116,14 +119,29 @@ def choose_settings(path: Path, target: str, asked: Asked) -> Settings:
         sequences=asked.sequences,
         threads_decode=int(decode.value),
         threads_prefill=int(prefill.value if model.workload.format == "gguf" else decode.value),
+        kv_type=asked.kv_type or "f16",
     )
     first = _Way(options, in_process=asked.process == "own")
     way = _fitting(model, first, free, shorten=asked.context == 0)
     reasons = _reasons(model, way, free, decode, prefill)
+    if asked.kv_type is not None:
+        reasons["kv_type"] = Choice(value=asked.kv_type, reason="asked for")
     if asked.process == "any":
         why = f"memory is short ({free.reason})" if way.in_process else "its crash would not end the server"
         reasons["engine"] = Choice(value="in the server's process" if way.in_process else "a process", reason=why)
     return Settings(way.options, way.in_process, MappingProxyType(reasons))
+
+
+def predicted_bytes(path: Path, options: EngineOptions, *, in_process: bool) -> int:
+    """Resident bytes that serving the model at ``path`` with ``options`` is predicted to take on this machine.
+
+    A context of 0 is the plan's. An encoder computes whole texts at once, so that its batch counts as its context.
+    Raises what opening the model raises.
+    """
+    profile = _cpu_profile(AUTO)
+    model = _open(path, profile, Asked(options.context))
+    way = _Way(replace(options, context=model.context), in_process)
+    return model.needs(way)
 
 
 def choose_encoder_threads(target: str) -> Choice:

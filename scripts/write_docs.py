@@ -1,4 +1,4 @@
-"""Write the parts of docs/ that are generated: the command reference from every ``--help``, and the architectures.
+"""Write the parts of docs/ that are generated: command reference, schema of reports, architectures.
 
 ``--parity`` and ``--onnx-parity`` measure every architecture anew, as GGUF and as ONNX, which needs torch and
 transformers. Tests compare the files with what
@@ -7,6 +7,7 @@ this prints, so that they cannot drift.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -17,6 +18,7 @@ os.environ["COLUMNS"] = "100"  # click wraps help to the terminal's width; the d
 from click.testing import CliRunner
 
 from edgelm.cli.app import COMMANDS, cli
+from edgelm.report import report_schema
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = """# The command line
@@ -78,6 +80,8 @@ def main() -> None:
     if "--onnx-parity" in sys.argv[1:]:
         (ROOT / "docs" / "onnx-architectures.md").write_text(onnx_architectures(), encoding="utf-8")
     (ROOT / "docs" / "cli.md").write_text(cli_reference(), encoding="utf-8")
+    schema = json.dumps(report_schema(), indent=2)
+    (ROOT / "docs" / "report.schema.json").write_text(schema + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from edgelm.bundle import MANIFEST_NAME, Bundle, ExportPlan, Prediction, Quality
 from edgelm.errors import EdgelmError, UsageError
 from edgelm.report import Report, Samples, read_report
 from targets.catalogue import workload_from_figures
+from targets.changes import Change, changes_between, unlike
 from targets.predict import RunSettings, predict
 from targets.profile import TargetProfile, load_profile
 from targets.workload import Workload, workload_from_plan
@@ -63,7 +64,10 @@ class Line(Record):
 
 
 class Comparison(Record):
-    """The table, what it was measured with, the index of the best row per column, and remarks."""
+    """The table, what it was measured with, the index of the best row per column, and remarks.
+
+    ``changes`` judge the second of exactly two reports against the first; ``unlike`` says what else they differ in.
+    """
 
     prompt_tokens: int
     generated_tokens: int | None
@@ -71,6 +75,8 @@ class Comparison(Record):
     lines: tuple[Line, ...]
     best: dict[str, int]
     notes: tuple[str, ...]
+    changes: tuple[Change, ...] = ()
+    unlike: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +128,7 @@ def compare(sources: Sequence[Path], targets: Sequence[str]) -> Comparison:
             lines.append(_planned_line(model, bundle, run, notes))
         lines += [_predicted_line(model, profile, run) for profile in profiles]
     lines = _with_quality(lines, [model for model, _ in models], reports, notes)
+    pair = len(reports) == 2 and not bundles
     return Comparison(
         prompt_tokens=run.prompt_tokens,
         generated_tokens=run.generated_tokens,
@@ -129,6 +136,8 @@ def compare(sources: Sequence[Path], targets: Sequence[str]) -> Comparison:
         lines=tuple(lines),
         best=best_lines(lines),
         notes=tuple(dict.fromkeys(notes)),
+        changes=changes_between(reports[0][1], reports[1][1]) if pair else (),
+        unlike=unlike(reports[0][1], reports[1][1]) if pair else (),
     )
 
 
@@ -291,8 +300,15 @@ def _measured_line(report: Report) -> Line:
         load_s=Pair(predicted=predicted.load_warm_s if predicted else None, measured=report.load_s),
         fits=predicted.fits if predicted else None,
         fit_reason=predicted.fit_reason if predicted else "",
+        joule_per_token=_joule_per_token(report),
         spoilt=None if report.valid else "; ".join(report.warnings) or "the report says that it is not valid",
     )
+
+
+def _joule_per_token(report: Report) -> float | None:
+    """Measured while decoding, of whatever the power source covers."""
+    decode = next((item for item in report.measurements if item.kind == "decode"), None)
+    return None if decode is None or decode.power_w is None else decode.power_w / decode.tps.median
 
 
 def _planned_line(model: _Model, bundle: Bundle, run: _Run, notes: list[str]) -> Line:

@@ -246,7 +246,7 @@ def read_limits(root: Path = ROOT) -> Limits:
     total = _memory_total(root)
     free = meminfo(root).get("MemAvailable") or int(psutil.virtual_memory().available)
     available = Choice(value=free, reason=f"MemAvailable says {free / GB:.2f} GB of {total / GB:.2f} GB")
-    for directory, version in _cgroups(root):
+    for directory, version in cgroup_directories(root):
         granted = _quota(directory, version)
         if granted is not None and (quota is None or granted < quota):
             quota, quota_source = granted, "cgroup cpu.max" if version == 2 else "cgroup cpu.cfs_quota_us"
@@ -263,7 +263,7 @@ def read_limits(root: Path = ROOT) -> Limits:
     return Limits(cpus, quota, quota_source, limit, limit_source, available)
 
 
-def _cgroups(root: Path) -> list[tuple[Path, int]]:
+def cgroup_directories(root: Path) -> list[tuple[Path, int]]:
     """Directories of this process's cgroups from the innermost to the root, v2 and v1 controllers."""
     found: list[tuple[Path, int]] = []
     mount = root / "sys/fs/cgroup"

@@ -38,13 +38,24 @@ def measure_storage(directory: Path, *, size_bytes: int = SIZE_BYTES) -> float:
         ) from error
 
 
-def _timed(name: str, direct: int) -> float:
+def read_rate(path: Path, size_bytes: int) -> float | None:
+    """Bytes per second of the first ``size_bytes`` of a file, past the page cache; None where that is not possible.
+
+    Raises ``OSError`` where the file system refuses (tmpfs has no storage).
+    """
+    direct = getattr(os, "O_DIRECT", None)
+    return None if direct is None else _timed(str(path), direct, size_bytes)
+
+
+def _timed(name: str, direct: int, limit_bytes: int | None = None) -> float:
     descriptor = os.open(name, os.O_RDONLY | direct)
     try:
         with mmap.mmap(-1, PIECE_BYTES) as buffer:  # O_DIRECT wants an aligned buffer; mappings are
             total, started = 0, time.perf_counter()
             while count := os.readv(descriptor, [buffer]):
                 total += count
+                if limit_bytes is not None and total >= limit_bytes:
+                    break
             return total / (time.perf_counter() - started)
     finally:
         os.close(descriptor)

@@ -22,10 +22,13 @@ COMMANDS = {
     "verify": ("edgelm.cli.verify", "Check a bundle's hashes and header, or prove it again."),
     "run": ("edgelm.cli.run", "Answer one prompt, or chat."),
     "serve": ("edgelm.cli.serve", "Serve a bundle over an OpenAI-compatible API."),
+    "service": ("edgelm.cli.service", "Write the systemd unit that keeps a server alive."),
     "bench": ("edgelm.cli.bench", "Measure speed and memory of a bundle on this machine."),
     "compare": ("edgelm.cli.compare", "Put bundles, reports and targets side by side."),
+    "compress": ("edgelm.cli.compress", "Prune and distil a model until it fits its device."),
     "targets": ("edgelm.cli.targets", "List, show, detect and check device profiles."),
     "deploy": ("edgelm.cli.deploy", "Put a bundle into service on a board, over ssh."),
+    "history": ("edgelm.cli.history", "List earlier measurements and regressions."),
     "doctor": ("edgelm.cli.doctor", "Tell what this machine can do and what is wrong."),
 }
 INTERRUPTED = 130

@@ -2,135 +2,221 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgelm.cli.console import print_json, print_table, stderr_progress
+from edgelm.cli.bench_page import print_report
+from edgelm.cli.console import print_json, stderr_progress
 from edgelm.errors import UsageError
-from edgelm.units import format_bytes
 
 if TYPE_CHECKING:
-    from edgelm.report import Report, Samples
+    from edgelm.progress import Progress
+    from edgelm.report import Report
+    from runtime.bench import BenchOptions
+    from runtime.engine import KvType
+
+INTERRUPTED = 130
+
+
+class Counts(click.ParamType[tuple[int, ...]]):
+    """``512`` or ``128,512,2048``; ``auto`` where it is allowed, as an empty tuple."""
+
+    name = "N[,N...]"
+
+    def __init__(self, least: int, *, auto: bool = False) -> None:
+        self._least, self._auto = least, auto
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        if self._auto and value == "auto":
+            return ()
+        if not re.fullmatch(r"\d{1,7}(,\d{1,7})*", str(value)):
+            self.fail(f"'{value}' is no number and no list such as 128,512", param, ctx)
+        counts = tuple(int(part) for part in str(value).split(","))
+        if min(counts) < self._least:
+            self.fail(f"{min(counts)} is less than {self._least}", param, ctx)
+        return counts
+
+
+class Seconds(click.ParamType[float]):
+    """``90``, ``30s``, ``5m`` or ``1h`` as seconds."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)([smh]?)", str(value))
+        if match is None or float(match[1]) == 0:
+            self.fail(f"'{value}' is no time; write for example 30s or 5m", param, ctx)
+        return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+class Repetitions(click.ParamType[int]):
+    """A number, or ``auto`` as 0."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value == "auto":
+            return 0
+        if not re.fullmatch(r"\d{1,4}", str(value)) or not 1 <= int(value) <= 1000:
+            self.fail(f"'{value}' is neither 'auto' nor between 1 and 1000", param, ctx)
+        return int(value)
 
 
 @click.command(short_help="Measure speed and memory of a bundle on this machine.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("-p", "--prompt-tokens", type=click.IntRange(min=0), default=512, show_default=True)
+@click.option("-p", "--prompt-tokens", type=Counts(0), default="512", show_default=True)
 @click.option("-n", "--generated-tokens", type=click.IntRange(min=0), default=128, show_default=True)
-@click.option("-r", "--repetitions", type=click.IntRange(1, 1000), default=5, show_default=True)
-@click.option("--threads", type=click.IntRange(1, 512), help="Threads for decode [default: asks the machine].")
+@click.option(
+    "-r",
+    "--repetitions",
+    type=Repetitions(),
+    default=5,
+    show_default=True,
+    help="auto: until medians are known to 2 %.",
+)
+@click.option("--max-time", type=Seconds(), help="Start no round of repetitions after this [default for auto: 60s].")
+@click.option(
+    "--threads",
+    type=Counts(1, auto=True),
+    help="For decode; a list sweeps, auto tries and takes the fastest [default: asks the machine].",
+)
 @click.option("--threads-prefill", type=click.IntRange(1, 512), help="Threads for prefill [default: as --threads].")
-@click.option("--depth", type=click.IntRange(min=0), default=0, show_default=True, help="Tokens already in the cache.")
+@click.option(
+    "--kv-type",
+    type=click.Choice(["f16", "q8_0"]),
+    default="f16",
+    show_default=True,
+    help="Type of the KV cache; q8_0 takes half the memory (llama.cpp only).",
+)
+@click.option(
+    "--write-profile", type=click.Path(path_type=Path, dir_okay=False), help="Keep what auto found in this profile."
+)
+@click.option("--depth", type=Counts(0), default="0", show_default=True, help="Tokens already in the cache.")
+@click.option("--sequences", type=Counts(1), default="1", show_default=True, help="Sequences decoded together.")
+@click.option("--sustained", type=Seconds(), help="Decode this long besides, and show the speed over time.")
+@click.option("--cold", is_flag=True, help="Also start without the page cache.")
+@click.option("--wait", type=click.Choice(["auto", "spin", "passive"]), default="auto", help="How threads wait.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the report (JSON) here.")
-@click.option("--json", "as_json", is_flag=True, help="The report on stdout.")
-@click.option("--markdown", is_flag=True, help="A Markdown table on stdout.")
+@click.option("--json", "shape", flag_value="json", help="The report on stdout.")
+@click.option("--jsonl", "shape", flag_value="jsonl", help="A JSON line per point, with llama-bench's names.")
+@click.option("--csv", "shape", flag_value="csv", help="The same as CSV.")
+@click.option("--markdown", "shape", flag_value="markdown", help="A Markdown table with llama-bench's columns.")
+@click.option("--no-history", is_flag=True, help="Do not remember this run (see: edgelm history).")
 def command(
     bundle: Path,
-    prompt_tokens: int,
+    prompt_tokens: tuple[int, ...],
     generated_tokens: int,
     repetitions: int,
-    threads: int | None,
+    max_time: float | None,
+    threads: tuple[int, ...] | None,
     threads_prefill: int | None,
-    depth: int,
+    kv_type: KvType,
+    write_profile: Path | None,
+    depth: tuple[int, ...],
+    sequences: tuple[int, ...],
+    sustained: float | None,
+    cold: bool,
+    wait: str,
     output: Path | None,
-    as_json: bool,
-    markdown: bool,
-) -> None:
-    """Measure prefill, decode, time to first token, load time and memory of BUNDLE (a bundle or a .gguf file).
+    shape: str | None,
+    no_history: bool,
+) -> int:
+    """Measure prefill, decode, time to first token, starts and memory of BUNDLE (a bundle or a .gguf file).
 
-    A run that something disturbed is reported with a warning and marked as not valid.
+    Lists make a sweep: every prompt and the generated tokens are measured at every depth. A run that something
+    disturbed (throttling, a CPU quota, other programs, swapping, Ctrl-C) is labelled with the reason and not valid.
 
     \b
     Example:
       edgelm bench bundle -o report.json
-      edgelm bench bundle -p 128 -n 64 --depth 1024 --markdown
+      edgelm bench bundle -p 128,512 --depth 0,2048 -r auto --markdown
+      edgelm bench bundle --threads auto --write-profile me.toml
+      edgelm bench bundle --sustained 5m
     """
     from runtime.bench import BenchOptions, bench
+    from runtime.waiting import ask
 
-    if as_json and markdown:
-        raise UsageError("--json and --markdown exclude each other")
     if output is not None and not output.parent.is_dir():
         raise UsageError(f"the directory of {output} does not exist")
+    if write_profile is not None and threads != ():
+        raise UsageError("--write-profile needs --threads auto", hint="only then are thread counts tried")
+    if wait != "auto":
+        ask("spin" if wait == "spin" else "passive")
     options = BenchOptions(
-        prompt_tokens=prompt_tokens,
+        prompts=prompt_tokens,
         generated_tokens=generated_tokens,
+        depths=depth,
+        sequences=sequences,
+        threads_decode=threads or (0,),
+        threads_prefill=threads_prefill or 0,
         repetitions=repetitions,
-        depth=depth,
-        threads_decode=threads or 0,
-        threads_prefill=threads_prefill or threads or 0,
+        kv_type=kv_type,
+        max_time_s=max_time or (60.0 if repetitions == 0 else None),
+        sustained_s=sustained or 0.0,
+        cold=cold,
     )
-    report = bench(bundle, options, stderr_progress())
+    progress = stderr_progress()
+    if threads == ():
+        options = _with_best_threads(bundle, options, write_profile, progress)
+    report = bench(bundle, options, progress)
     if output is not None:
         output.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    if as_json:
+    if not no_history:
+        _remember(report)
+    _show(report, shape)
+    for label in report.labels:
+        click.echo(f"warning: {label.kind}: {label.reason}", err=True)
+    for note in report.notes:
+        click.echo(f"note: {note}", err=True)
+    return INTERRUPTED if report.settings.stopped_by == "interrupt" else 0
+
+
+def _with_best_threads(
+    bundle: Path, options: BenchOptions, write_profile: Path | None, progress: Progress
+) -> BenchOptions:
+    from dataclasses import replace
+
+    from runtime.bench import best_threads
+    from targets.report.threads import keep_threads
+
+    found = best_threads(bundle, options, progress)
+    for count, prefill, decode in found.tried:
+        click.echo(f"{count} threads: prefill {prefill:.1f} tok/s, decode {decode:.1f} tok/s", err=True)
+    click.echo(f"taken: {found.decode} for decode, {found.prefill} for prefill", err=True)
+    if write_profile is not None:
+        keep_threads(write_profile, found.decode, found.prefill, bundle.name)
+        click.echo(f"wrote {write_profile}", err=True)
+    return replace(options, threads_decode=(found.decode,), threads_prefill=options.threads_prefill or found.prefill)
+
+
+def _remember(report: Report) -> None:
+    from targets.history import remember, wanted
+
+    if not wanted():
+        return
+    try:
+        remember(report)
+    except OSError as error:
+        click.echo(f"note: not remembered: {error.filename}: {error.strerror}", err=True)
+
+
+def _show(report: Report, shape: str | None) -> None:
+    from targets.report.bench_table import csv_text, json_lines, markdown
+
+    if shape == "json":
         print_json(report.model_dump(mode="json"))
-    elif markdown:
-        click.echo(_markdown(_rows(report)))
+    elif shape == "jsonl":
+        click.echo(json_lines(report))
+    elif shape == "csv":
+        click.echo(csv_text(report))
+    elif shape == "markdown":
+        click.echo(markdown(report))
     else:
-        _print(report)
-    for warning in report.warnings:
-        click.echo(f"warning: {warning}", err=True)
-
-
-def _rows(report: Report) -> list[tuple[str, str, str]]:
-    """Figure, measured, predicted."""
-    from targets.predict import load_text
-
-    settings, memory, predicted = report.settings, report.memory, report.predicted
-    depth = f" at depth {settings.depth}" if settings.depth else ""
-    rows = [
-        (
-            f"prefill {settings.prompt_tokens}{depth} (tok/s)",
-            _samples(report.prefill_tps),
-            _rate(predicted.prefill_tps if predicted else None),
-        ),
-        (
-            f"decode {settings.generated_tokens}{depth} (tok/s)",
-            _samples(report.decode_tps),
-            _rate(predicted.decode_tps if predicted else None),
-        ),
-        ("time to first token (s)", _samples(report.ttft_s, digits=3), "-"),
-        ("load (s)", f"{report.load_s:.2f}", load_text(predicted) if predicted else "-"),
-        (
-            "memory, peak resident",
-            format_bytes(memory.rss_peak_bytes),
-            format_bytes(predicted.ram_bytes) if predicted else "-",
-        ),
-        ("  anonymous / file", f"{format_bytes(memory.anonymous_bytes)} / {format_bytes(memory.file_bytes)}", "-"),
-        ("  weights / KV cache", f"{format_bytes(memory.weights_bytes)} / {format_bytes(memory.kv_bytes)}", "-"),
-    ]
-    return [(figure, measured, said) for figure, measured, said in rows if measured != "-"]
-
-
-def _samples(samples: Samples | None, digits: int = 1) -> str:
-    if samples is None:
-        return "-"
-    return f"{samples.median:.{digits}f} ({samples.p5:.{digits}f} to {samples.p95:.{digits}f})"
-
-
-def _rate(tps: float | None) -> str:
-    return "-" if tps is None else f"{tps:.1f}"
-
-
-def _markdown(rows: list[tuple[str, str, str]]) -> str:
-    lines = ["| figure | measured | predicted |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| {figure.strip()} | {measured} | {said} |" for figure, measured, said in rows)])
-
-
-def _print(report: Report) -> None:
-    from rich.table import Table
-
-    settings = report.settings
-    threads = f"{settings.threads_decode} threads"
-    if settings.threads_prefill != settings.threads_decode:
-        threads = f"{settings.threads_decode} threads for decode, {settings.threads_prefill} for prefill"
-    valid = "" if report.valid else ", NOT VALID"
-    table = Table(title=f"{report.model.name} {report.model.quant} on {report.host.cpu}, {threads}{valid}")
-    table.add_column("figure")
-    table.add_column("measured: median (5 % to 95 %)", justify="right")
-    table.add_column("predicted", justify="right")
-    for row in _rows(report):
-        table.add_row(*row)
-    print_table(table)
+        print_report(report)

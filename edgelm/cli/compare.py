@@ -24,6 +24,9 @@ def command(
 ) -> None:
     """Put bundles and reports side by side, on the machines that measured them and on any target.
 
+    Of exactly two reports the second is judged against the first, figure by figure: faster, slower or no difference
+    (Mann-Whitney test and the interval of the change), and never from a run that a label calls spoilt.
+
     A figure reads "measured (predicted, error)" where a report measured it, "~predicted" elsewhere; * marks the best of
     a column. Reports come from 'edgelm bench -o' on any machine; nothing has to be installed where they are compared.
     The page of --html works offline and needs matplotlib: pip install 'edgelm[report]'.
@@ -35,8 +38,8 @@ def command(
     """
     from edgelm.errors import UsageError
     from targets.compare import compare
+    from targets.report.table import changes_lines, remarks
     from targets.report.table import markdown as as_markdown
-    from targets.report.table import remarks
 
     if markdown and as_json:
         raise UsageError("--markdown and --json exclude each other")
@@ -50,6 +53,8 @@ def command(
         click.echo(as_markdown(comparison))
     else:
         _print(comparison)
+    for line in changes_lines(comparison, as_markdown=markdown):
+        click.echo(line)
     for note in remarks(comparison):
         click.echo(note, err=not markdown)
 

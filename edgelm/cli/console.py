@@ -56,6 +56,9 @@ class _RichStage:
     def advance(self, amount: int = 1) -> None:
         self._bar.advance(self._task, amount)
 
+    def tell(self, text: str) -> None:
+        self._bar.update(self._task, told=text)
+
 
 class _RichBars:
     def __init__(self, console: Console) -> None:
@@ -69,9 +72,10 @@ class _RichBars:
             BarColumn(),
             amount,
             TextColumn(unit if unit != "bytes" else ""),
+            TextColumn("{task.fields[told]}"),
         )
         with RichProgress(*columns, TimeRemainingColumn(), console=self._console) as bar:
-            yield _RichStage(bar, bar.add_task(name, total=total))
+            yield _RichStage(bar, bar.add_task(name, total=total, told=""))
 
 
 def stderr_progress() -> Progress:

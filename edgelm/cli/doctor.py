@@ -18,20 +18,23 @@ _STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "broken": "bold r
 
 @click.command(short_help="Tell what this machine can do and what is wrong.")
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.option("--profile", metavar="ID|FILE", help="Expect the speed of this profile [default: as detected].")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def command(bundle: Path | None, as_json: bool) -> int:
+def command(bundle: Path | None, profile: str | None, as_json: bool) -> int:
     """Check this machine and its engine, and BUNDLE (a bundle or a .gguf file) when one is given.
 
-    The engine runs in a child process, so a crash is reported and not suffered. Exit 1 when something is broken.
+    The engine runs in a child process, so a crash is reported and not suffered. Exit 1 when something is broken. With a
+    BUNDLE its speed is set against the profile's, and causes of a shortfall that can be seen are named.
 
     \b
     Example:
       edgelm doctor
-      edgelm doctor bundle --json
+      edgelm doctor bundle --profile raspberry-pi-5 --json
     """
     from runtime.doctor import diagnose
+    from targets.profile import load_profile
 
-    diagnosis = diagnose(bundle)
+    diagnosis = diagnose(bundle, load_profile(profile) if profile else None)
     if as_json:
         findings = [asdict(finding) for finding in diagnosis.findings]
         engine = asdict(diagnosis.engine) if diagnosis.engine else None

@@ -16,6 +16,7 @@ from edgelm.errors import ContextOverflowError, UsageError
 from edgelm.units import format_bytes
 
 if TYPE_CHECKING:
+    from runtime.engine import KvType
     from runtime.generate import Answer, Session
     from runtime.model import LoadedModel
     from runtime.sampling import SamplingOptions
@@ -57,6 +58,11 @@ class _Settings:
     metavar="auto|ID|FILE",
     help="Settle threads, context and memory for this machine (auto) or a profile, and tell why.",
 )
+@click.option(
+    "--kv-type",
+    type=click.Choice(["f16", "q8_0"]),
+    help="Type of the KV cache; q8_0 takes half the memory (llama.cpp only).  [default: f16, or as --target decides]",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of streamed text.")
 def command(
     bundle: Path,
@@ -76,6 +82,7 @@ def command(
     threads_prefill: int | None,
     context: int | None,
     target: str | None,
+    kv_type: KvType | None,
     as_json: bool,
 ) -> None:
     """Answer PROMPT with the model in BUNDLE (a bundle or a .gguf file), or chat when no PROMPT is given.
@@ -118,11 +125,14 @@ def command(
     check_sampling(sampling)
     grammar = "" if json_schema is None else _grammar(json_schema)
     options = EngineOptions(
-        context=context or 0, threads_decode=threads or 0, threads_prefill=threads_prefill or threads or 0
+        context=context or 0,
+        threads_decode=threads or 0,
+        threads_prefill=threads_prefill or threads or 0,
+        kv_type=kv_type or "f16",
     )
     if target is not None:
         settled = choose_settings(
-            bundle, target, Asked(context or 0, 1, options.threads_decode, options.threads_prefill)
+            bundle, target, Asked(context or 0, 1, options.threads_decode, options.threads_prefill, kv_type)
         )
         for name, line in settled.lines().items():
             click.echo(f"{name} {line}", err=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from runtime.engine import EngineOptions
+    from runtime.engine import EngineOptions, KvType
 
 
 @click.command(short_help="Serve a bundle over an OpenAI-compatible API.")
@@ -42,9 +42,19 @@ if TYPE_CHECKING:
     "--allowed-host", "allowed_hosts", multiple=True, metavar="NAME", help="Another name clients may use; repeatable."
 )
 @click.option(
+    "--per-client",
+    type=click.IntRange(min=1),
+    help="Requests that one address beyond loopback may have under way [default: half of all places].",
+)
+@click.option(
+    "--kv-type",
+    type=click.Choice(["f16", "q8_0"]),
+    help="Type of the KV cache; q8_0 takes half the memory (llama.cpp only).  [default: f16, or as --target decides]",
+)
+@click.option(
     "--in-process",
     is_flag=True,
-    help="Run the engine in the server's own process: less memory, but a crash of the engine ends the server.",
+    help="Run the engine in the server's own process: about 35 MB less memory, but its crash ends the server.",
 )
 def command(
     bundle: Path,
@@ -55,6 +65,8 @@ def command(
     target: str | None,
     api_key_file: Path | None,
     allowed_hosts: tuple[str, ...],
+    per_client: int | None,
+    kv_type: KvType | None,
     in_process: bool,
 ) -> None:
     """Serve BUNDLE (a bundle or a bare .gguf file) over an OpenAI-compatible API until SIGTERM or Ctrl-C.
@@ -73,21 +85,23 @@ def command(
     from runtime.engine import EngineOptions
     from runtime.server.logs import start_logging
     from runtime.server.metrics import Metrics
-    from runtime.server.serving import ServerOptions, bind, make_backend, resolve_access, serve
+    from runtime.server.serving import ServerOptions, bind, default_per_client, make_backend, resolve_access, serve
 
-    options = ServerOptions(host, port, allowed_hosts, api_key_file)
+    options = ServerOptions(host, port, allowed_hosts, api_key_file, per_client or default_per_client(parallel))
     start_logging()
     access = resolve_access(options)
     with bind(host, port) as listener:
         metrics = Metrics()
-        engine = EngineOptions(context=context or 0, sequences=parallel)
+        engine = EngineOptions(context=context or 0, sequences=parallel, kv_type=kv_type or "f16")
         if target is not None:
-            engine, in_process = _settled(bundle, target, engine, in_process)
+            engine, in_process = _settled(bundle, target, engine, in_process, fixed_type=kv_type is not None)
         serve(make_backend(bundle, engine, metrics, in_process=in_process), metrics, listener, access)
 
 
-def _settled(bundle: Path, target: str, options: EngineOptions, in_process: bool) -> tuple[EngineOptions, bool]:
-    """What ``--target`` decides beside what was asked for, told in the log."""
+def _settled(
+    bundle: Path, target: str, options: EngineOptions, in_process: bool, *, fixed_type: bool
+) -> tuple[EngineOptions, bool]:
+    """What ``--target`` decides beside what was asked for, told in the log; whether the engine runs in this process."""
     from runtime.model import holds_encoder
     from runtime.server.logs import log_event
     from runtime.settings import Asked, choose_encoder_threads, choose_settings
@@ -97,7 +111,12 @@ def _settled(bundle: Path, target: str, options: EngineOptions, in_process: bool
         threads = choose_encoder_threads(target)
         log_event("settings", {"threads": f"{threads.value}: {threads.reason}"})
         return replace(options, threads_prefill=int(threads.value)), in_process
-    asked = Asked(options.context, options.sequences, process="own" if in_process else "any")
+    asked = Asked(
+        options.context,
+        options.sequences,
+        kv_type=options.kv_type if fixed_type else None,
+        process="own" if in_process else "any",
+    )
     settings = choose_settings(bundle, target, asked)
     log_event("settings", settings.lines())
     return settings.options, settings.in_process

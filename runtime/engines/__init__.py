@@ -22,6 +22,21 @@ def load_engine(path: Path, options: EngineOptions) -> Engine:
     return llamacpp.load_engine(path, options)
 
 
+def load_library(path: Path) -> None:
+    """Load the library of the engine that a model file needs, and no model: its memory is not the model's.
+
+    Raises ``EngineError``.
+    """
+    if path.suffix == ".onnx":
+        from runtime.engines import onnx
+
+        onnx.load_library()
+        return
+    from runtime.engines import llamacpp
+
+    llamacpp.load_library()
+
+
 def load_encoder(path: Path, options: EncoderOptions) -> Encoder:
     """Load a model file of an encoder with the engine of its format.
 

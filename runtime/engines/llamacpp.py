@@ -26,6 +26,7 @@ from runtime.engines.llamacpp_inputs import InputSquares
 from runtime.gguf_header import read_gguf_header, workload_from_gguf
 from runtime.libllama import import_declarations
 from runtime.tokenizer import ends_added
+from runtime.waiting import decided, prepare_openmp
 from targets.host import default_threads
 
 _KV_BYTES_PER_ELEMENT = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}  # ggml blocks: q8_0 is 32 int8 and one f16 scale
@@ -35,10 +36,15 @@ _LOG_WARN, _LOG_ERROR, _LOG_CONTINUE = 3, 4, 5  # enum ggml_log_level
 _NO_SLOT, ABORTED = 1, 2  # return values of llama_decode and llama_encode
 
 
+# Buffers that llama.cpp announces while loading: "load_tensors:   CPU_REPACK model buffer size =    56.95 MiB".
+_BUFFER = re.compile(r"(\w+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")
+
+
 class _Log:
-    """Keeps llama.cpp's latest warnings and errors instead of letting it write to stderr."""
+    """Keeps llama.cpp's latest warnings and errors instead of letting it write to stderr, and the sizes of buffers."""
 
     def __init__(self) -> None:
+        self.buffers: dict[str, int] = {}
         self._lines: deque[tuple[int, str]] = deque(maxlen=24)
         self._level = 0
         self.callback: Any = None
@@ -47,12 +53,24 @@ class _Log:
         if level != _LOG_CONTINUE:
             self._level = level
         if self._level not in (_LOG_WARN, _LOG_ERROR):
+            self._note_buffer(text)
             return
         line = text.decode("utf-8", "replace").rstrip("\n")
         if level == _LOG_CONTINUE and self._lines:
             self._lines[-1] = (self._level, self._lines[-1][1] + line)
         elif line.strip():
             self._lines.append((self._level, line.strip()))
+
+    def _note_buffer(self, text: bytes) -> None:
+        match = _BUFFER.search(text.decode("utf-8", "replace")) if b"buffer size" in text else None
+        if match is None:
+            return
+        place, purpose, mib = match[1], match[2], float(match[3])
+        if purpose == "model":
+            name = "weights_mapped" if place.endswith("_Mapped") else "weights_copied"
+        else:
+            name = {"KV": "kv", "compute": "compute", "output": "compute"}[purpose]
+        self.buffers[name] = self.buffers.get(name, 0) + int(mib * 2**20)
 
     def take(self) -> str:
         """The collected errors in one line, oldest first, or the warnings when there are none; then starts anew."""
@@ -73,6 +91,7 @@ def load_library() -> Any:
     global _library
     with _library_lock:
         if _library is None:
+            prepare_openmp()
             try:
                 library = import_declarations()
             except ImportError as error:
@@ -219,6 +238,7 @@ def load_engine(path: Path, options: EngineOptions, observer: InputSquares | Non
     library = load_library()
     started = time.perf_counter()
     _log.take()
+    _log.buffers = {}
     model = load_weights(library, path, options)
     try:
         context = _create_context(library, model, path, options, threads, observer)
@@ -338,6 +358,7 @@ def _describe(
     vocab = library.llama_model_get_vocab(model)
     kv_bytes = kv_elements_per_token * _KV_BYTES_PER_ELEMENT[options.kv_type] * library.llama_n_ctx(loaded.context)
     kernels = kernel_set()
+    waiting = decided()
     return EngineInfo(
         engine="llama.cpp",
         versions={
@@ -358,6 +379,9 @@ def _describe(
         parameters=library.llama_model_n_params(model),
         load_s=load_s,
         system=library.llama_print_system_info().decode().strip(),
+        buffers={"weights_copied": 0, **_log.buffers},
+        waiting=None if waiting is None else waiting.kind,
+        waiting_reason="" if waiting is None else waiting.reason,
     )
 
 
@@ -530,6 +554,20 @@ class LlamaCppEngine:
         if length < held:
             self._forget(length, sequence)
 
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """See ``runtime.engine.PrefixCopier``. Sequences have separate caches, of which llama.cpp copies the whole."""
+        held = self.length(source)
+        self.length(target)
+        if self._loaded is None:
+            raise EngineError("the engine is closed")
+        if source == target or not 0 <= length <= held:
+            raise EngineError(f"cannot copy {length} tokens of sequence {source}, which holds {held}, to {target}")
+        library = self._loaded.library
+        library.llama_memory_seq_rm(self._memory, target, -1, -1)
+        library.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        self._lengths[target] = held
+        self._forget(length, target)
+
     def _forget(self, length: int, sequence: int) -> None:
         self._lengths[sequence] = length
         loaded = self._loaded
@@ -543,6 +581,10 @@ class LlamaCppEngine:
                 f"models of architecture {self._info.architecture} cannot be truncated to {length} tokens, "
                 f"sequence {sequence} was cleared"
             )
+
+    def resident_kv_bytes(self) -> int:
+        """All of the cache: llama.cpp clears it when it makes it, so every page was touched."""
+        return self._info.buffers.get("kv", self._info.kv_bytes)
 
     def interrupt(self) -> None:
         """See ``Engine.interrupt``. Takes effect within one operation of the graph."""

@@ -31,6 +31,7 @@ from runtime.engines.onnx_session import (
     open_session,
     runtime_errors,
 )
+from runtime.memory import resident_range, snapshot
 from runtime.onnx_header import FLOAT, OnnxModel, read_onnx_model
 
 GRAPH = "decoder-1"
@@ -88,7 +89,10 @@ def _load_foreign(path: Path, model: OnnxModel, options: EngineOptions) -> Forei
         kv_bytes=8 * sum(graph.heads) * graph.head_size * options.context * options.sequences,
         parameters=graph.parameters,
         load_s=time.perf_counter() - started,
-        system=f"CPUExecutionProvider, {threads.reason}, caches that grow (a graph that EdgeLM did not export)",
+        system=f"CPUExecutionProvider, {threads.count} threads, {threads.waiting.reason}, "
+        "caches that grow (a graph that EdgeLM did not export)",
+        waiting=threads.waiting.kind,
+        waiting_reason=threads.waiting.reason,
     )
     run_options = runtime.RunOptions()
     run_options.log_severity_level = 4
@@ -113,6 +117,7 @@ def load_engine(path: Path, options: EngineOptions) -> OnnxEngine:
         )
     started = time.perf_counter()
     runtime = load_library()
+    before_bytes = snapshot().anonymous_bytes
     session = open_session(runtime, path, threads)
     info = EngineInfo(
         engine="onnxruntime",
@@ -129,7 +134,10 @@ def load_engine(path: Path, options: EngineOptions) -> OnnxEngine:
         kv_bytes=4 * shape.kv_elements_per_token * options.context * options.sequences,
         parameters=shape.parameters,
         load_s=time.perf_counter() - started,
-        system=f"CPUExecutionProvider, {threads.reason}",
+        system=f"CPUExecutionProvider, {threads.count} threads, {threads.waiting.reason}",
+        buffers={"weights_copied": max(snapshot().anonymous_bytes - before_bytes, 0)},
+        waiting=threads.waiting.kind,
+        waiting_reason=threads.waiting.reason,
     )
     return OnnxEngine(runtime, session, info, shape, options)
 
@@ -422,6 +430,12 @@ class OnnxEngine:
         if not 0 <= length <= held:
             raise EngineError(f"cannot truncate sequence {sequence} of {held} tokens to {length}")
         self._lengths[sequence] = length
+
+    def resident_kv_bytes(self) -> int:
+        """What tokens were written to: the rest of the cache was never touched."""
+        arrays = [array for pair in self.caches for array in pair]
+        found = [resident_range(array.ctypes.data, array.nbytes) for array in arrays]
+        return sum(size for size in found if size is not None) if None not in found else self._info.kv_bytes
 
     def interrupt(self) -> None:
         """See ``Engine.interrupt``. Takes effect before the next operator of the graph."""

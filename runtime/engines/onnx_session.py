@@ -6,48 +6,27 @@ Knows no graphs. Importing this module does not load the library.
 from __future__ import annotations
 
 import importlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgelm.errors import EngineError
-from targets.host import default_threads, read_limits
-
-_QUIET_LOAD = 0.5  # load average per core up to which cores count as idle
+from runtime.waiting import Waiting, choose_waiting
+from targets.host import default_threads
 
 
 @dataclass(frozen=True, slots=True)
 class SessionThreads:
-    """Threads and whether they wait spinning, with the reason."""
+    """Threads and how they wait for one another."""
 
     count: int
-    spinning: bool
-    reason: str
+    waiting: Waiting
 
 
 def choose_threads(asked: int) -> SessionThreads:
-    """Threads of a session, ``asked`` or as the host has cores (0), and whether they wait spinning.
-
-    Spinning wins while every thread has an idle core and halves the speed when it has not.
-    """
-    choice, _ = default_threads()
-    count = asked or int(choice.value)
-    limits = read_limits()
-    cores = min(len(limits.cpus), int(choice.value))
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    spinning = False
-    if count == 1:
-        why = "no spinning: one thread has nobody to wait for"
-    elif limits.quota is not None:
-        why = "no spinning: a CPU quota counts waiting too"
-    elif count > cores:
-        why = f"no spinning: {cores} cores are usable"
-    elif busy > _QUIET_LOAD * cores:
-        why = f"no spinning: others keep {busy:.1f} cores busy"
-    else:
-        spinning, why = True, "spinning: every thread has an idle core"
-    return SessionThreads(count, spinning, f"{count} threads, {why}")
+    """Threads of a session, ``asked`` or as the host has cores (0), and how they wait as the machine is now."""
+    count = asked or int(default_threads()[0].value)
+    return SessionThreads(count, choose_waiting(count))
 
 
 def load_library() -> Any:
@@ -72,7 +51,7 @@ def open_session(runtime: Any, path: Path, threads: SessionThreads) -> Any:
     settings.inter_op_num_threads = 1
     settings.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
     settings.log_severity_level = 4  # what goes wrong is raised; stderr is not ours to write to
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads.spinning else "0")
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads.waiting.kind == "spin" else "0")
     # Packed weights are allocated once and never freed: an arena would round each of them up and keep the slack.
     settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     try:

@@ -62,7 +62,7 @@ class Session:
     @property
     def system(self) -> str:
         """Where and how it computes, in words."""
-        return f"CPUExecutionProvider, {self.threads.reason}"
+        return f"CPUExecutionProvider, {self.threads.count} threads, {self.threads.waiting.reason}"
 
     def begin(self) -> None:
         """Forget interruptions of what was computed before. Raises ``EngineError`` when it is closed."""

@@ -93,25 +93,31 @@ class EngineProcess:
             self._tokenizing.submit(self._answer, message, model)
 
     def _submit(self, message: wire.Submit, model: LoadedModel) -> None:
-        number = message.job
+        number, ended = message.job, False
         with contextlib.suppress(ConstraintError):  # told to the request when its turn comes
             prepare_grammar(message.request, model.tokenizer, model.info.vocabulary)
 
         def deliver(event: JobEvent) -> None:
+            nonlocal ended
             failure = event if isinstance(event, Failure) else None
             token = None if isinstance(event, Failure) else event
-            # Without the lock the first events could come before the job is known here.
             with self._lock:
-                job = self._jobs[number]
-                self._deliveries.append(wire.Delivery(number, job.queue_s, token, failure))
+                job = self._jobs.get(number)
+                queue_s = job.queue_s if job is not None else 0.0  # so early that it cannot have waited
+                self._deliveries.append(wire.Delivery(number, queue_s, token, failure))
                 if token is None or token.finish_reason is not None:
-                    del self._jobs[number]
+                    ended = True
+                    self._jobs.pop(number, None)
 
+        # Not under the lock: the worker delivers while it holds a lock of its own.
+        try:
+            job = self._worker.submit(message.request, deliver)
+        except (NotReadyError, QueueFullError) as error:
+            deliver(Failure(error.message))
+            return
         with self._lock:
-            try:
-                self._jobs[number] = self._worker.submit(message.request, deliver)
-            except (NotReadyError, QueueFullError) as error:
-                self._deliveries.append(wire.Delivery(number, 0.0, failure=Failure(error.message)))
+            if not ended:
+                self._jobs[number] = job
 
     def _answer(self, message: wire.Encode | wire.Decode, model: LoadedModel) -> None:
         if isinstance(message, wire.Encode):
@@ -138,7 +144,7 @@ class EngineProcess:
             if not self._deliveries and not self._observations:
                 return
             observations = [self._observations.popleft() for _ in range(len(self._observations))]
-            progress = wire.Progress(self._worker.running, self._deliveries, observations)
+            progress = wire.Progress(self._worker.running, self._deliveries, observations, self._worker.kv_tokens)
             self._deliveries = []
             # Sent under the lock: events of one job must not overtake one another.
             self._say(progress)

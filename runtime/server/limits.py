@@ -14,6 +14,7 @@ import ipaddress
 import os
 import secrets
 import stat
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,10 +107,15 @@ def _children(item: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may talk to the server. ``hosts`` are lower-case names; ``key`` None means that no key is needed."""
+    """Who may talk to the server. ``hosts`` are lower-case names; ``key`` None means that no key is needed.
+
+    ``per_client`` is how many requests with a body one address may have under way; loopback addresses are one user's
+    programs, or a proxy with many users behind it, and are not counted. None counts nobody.
+    """
 
     hosts: frozenset[str] = LOOPBACK_NAMES
     key: bytes | None = None
+    per_client: int | None = None
 
 
 class Guard:
@@ -123,6 +129,7 @@ class Guard:
         self._app = app
         self._access = access
         self._refuse = refuse
+        self._under_way: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -137,11 +144,36 @@ class Guard:
             if scope["path"] != OPEN_ROUTE:
                 self._check_key(scope, headers)
             body = await _read_body(headers, receive)
+            client = self._enter(scope)
         except ApiError as error:
             await self._refuse(error, scope["path"])(scope, receive, send)
-        else:
+            return
+        try:
             if body is not None:
                 await self._app(scope, _replay(body, receive), send)
+        finally:
+            self._leave(client)
+
+    def _enter(self, scope: Scope) -> str | None:
+        """Count a request that may cost the engine something; its client's address when it counts."""
+        host = str((scope.get("client") or ("",))[0])
+        if self._access.per_client is None or scope["method"] != "POST" or is_loopback(host):
+            return None
+        if self._under_way[host] >= self._access.per_client:
+            raise ApiError(
+                429,
+                f"{self._access.per_client} requests from your address are under way, more are not taken",
+                code="client_limit",
+                headers={"Retry-After": "1"},
+            )
+        self._under_way[host] += 1
+        return host
+
+    def _leave(self, client: str | None) -> None:
+        if client is not None:
+            self._under_way[client] -= 1
+            if not self._under_way[client]:
+                del self._under_way[client]
 
     def _check_host(self, scope: Scope, headers: Headers) -> None:
         """DNS rebinding reaches a loopback server under the attacker's name, so unknown names are refused."""

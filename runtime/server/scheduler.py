@@ -14,13 +14,16 @@ from typing import Literal
 
 from edgelm.errors import EdgelmError, EngineError, UsageError
 from runtime.constraint import ConstraintError
-from runtime.engine import Chunk, Engine, Logits
+from runtime.engine import Chunk, Engine, Logits, PrefixCopier
 from runtime.generate import Continuation, GenerationRequest, Session, Step, TokenEvent
 from runtime.server.metrics import Metrics
 from runtime.tokenizer import TextTokenizer
 
 BATCH_TOKENS = 512
 SHARED_PREFILL_TOKENS = 128
+# llama.cpp copies a whole cache, used or not: some milliseconds for a small model and tenths of a second for a large
+# one, always less than computing this many tokens.
+COPY_GAIN_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,9 @@ class _Run:
     pending: Sequence[int]
     cached_tokens: int
     index: int = 0
+    first_token_s: float = 0.0
     last_token_s: float = 0.0
+    intervals: int = 0
 
 
 class Scheduler:
@@ -90,6 +95,12 @@ class Scheduler:
         return len(self._runs)
 
     @property
+    def kv_tokens(self) -> int:
+        """Tokens that all sequences hold; may be asked from any thread."""
+        sessions = [*self._free, *(run.session for run in list(self._runs))]
+        return sum(len(session.tokens) for session in sessions)
+
+    @property
     def has_room(self) -> bool:
         return bool(self._free)
 
@@ -109,20 +120,34 @@ class Scheduler:
             self._metrics.generations.labels("failed").inc()
             job.deliver(failure_of(error))
             return
-        session = min(self._free, key=lambda free: len(free.tokens) - 2 * _common_prefix(free.tokens, prompt))
-        # The last token of the prompt is always computed, because its logits choose the first answer token.
-        cached = min(_common_prefix(session.tokens, prompt), len(prompt) - 1)
-        try:
-            self._engine.truncate(cached, session.sequence)
-        except EngineError:
-            # Recurrent models cannot go back to the middle of a sequence; what is left of it is what counts.
-            cached = self._engine.length(session.sequence)
-        del session.tokens[cached:]
+        session = min(self._free, key=lambda free: (_loss(free, prompt), free.sequence))
+        cached = self._take_prefix(session, prompt)
         self._free.remove(session)
         job.admitted_s = time.monotonic()
         self._metrics.queue_wait_s.observe(job.queue_s)
         self._metrics.cached_tokens.inc(cached)
         self._runs.append(_Run(job, session, continuation, prompt[cached:], cached))
+
+    def _take_prefix(self, session: Session, prompt: Sequence[int]) -> int:
+        """Leave in a free sequence what the prompt begins with, from wherever it can be had; tells how much that is."""
+        # The last token of the prompt is always computed, because its logits choose the first answer token.
+        cached = min(_common_prefix(session.tokens, prompt), len(prompt) - 1)
+        others = [run.session for run in self._runs] + [free for free in self._free if free is not session]
+        best = max(others, key=lambda other: _common_prefix(other.tokens, prompt), default=session)
+        copied = min(_common_prefix(best.tokens, prompt), len(prompt) - 1)
+        engine = self._engine
+        try:
+            if isinstance(engine, PrefixCopier) and copied - cached >= COPY_GAIN_TOKENS:
+                engine.copy_prefix(best.sequence, session.sequence, copied)
+                session.tokens[:] = best.tokens[:copied]
+            else:
+                engine.truncate(cached, session.sequence)
+        except EngineError:
+            # Recurrent models cannot go back to the middle of a sequence; what is left of it is what counts.
+            pass
+        cached = engine.length(session.sequence)
+        del session.tokens[cached:]
+        return cached
 
     def step(self) -> None:
         """End what was cancelled, compute one batch, deliver its tokens.
@@ -135,6 +160,7 @@ class Scheduler:
         if not batch:
             return
         logits = self._engine.forward([chunk for _, chunk in batch])
+        self._metrics.batch_requests.observe(len(batch))
         self._metrics.batch_tokens.observe(sum(len(chunk.tokens) for _, chunk in batch))
         rows = iter(logits)
         for run, chunk in batch:
@@ -186,8 +212,13 @@ class Scheduler:
         now = time.monotonic()
         if run.index == 0:
             self._metrics.ttft_s.observe(now - run.job.submitted_s)
+            run.first_token_s = now
+            computed, since = len(run.job.request.prompt) - run.cached_tokens, run.job.admitted_s or run.job.submitted_s
+            if now > since:
+                self._metrics.prefill_rate.observe(computed / (now - since))
         else:
             self._metrics.inter_token_s.observe(now - run.last_token_s)
+            run.intervals += 1
         run.last_token_s = now
 
     def _fail_one(self, run: _Run, failure: Failure) -> None:
@@ -200,6 +231,8 @@ class Scheduler:
 
     def _end(self, run: _Run, step: Step) -> None:
         self._release(run)
+        if run.last_token_s > run.first_token_s:
+            self._metrics.decode_rate.observe(run.intervals / (run.last_token_s - run.first_token_s))
         self._metrics.generations.labels(step.finish_reason or "stop").inc()
         self._deliver(run, step)
 
@@ -227,6 +260,14 @@ class Scheduler:
             )
         )
         run.index += 1
+
+
+def _loss(free: Session, prompt: Sequence[int]) -> int:
+    """Tokens that a sequence would lose by taking a prompt, less those that it saves.
+
+    Among equals the lowest number is taken: llama.cpp computes sequences together up to the highest one in use.
+    """
+    return len(free.tokens) - 2 * _common_prefix(free.tokens, prompt)
 
 
 def _common_prefix(held: Sequence[int], prompt: Sequence[int]) -> int:

@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from runtime.embedding import open_encoder
 from runtime.encoder import EncoderOptions
 from runtime.engine import EngineOptions
 from runtime.model import artifact_of, holds_encoder, open_model
+from runtime.notify import Notifier
 from runtime.server.app import create_app
 from runtime.server.embedding_worker import EmbeddingWorker
 from runtime.server.embeddings import create_embedding_app
@@ -37,7 +39,7 @@ from runtime.server.metrics import Metrics
 from runtime.server.supervised import SupervisedWorker
 from runtime.server.task_worker import TaskWorker
 from runtime.server.tasks import create_task_app
-from runtime.server.worker import Backend, Worker, show_backend
+from runtime.server.worker import QUEUED_PER_SEQUENCE, Backend, Worker
 from runtime.tasks import TaskOptions, holds_task, open_task
 
 DRAIN_S = 30.0
@@ -49,13 +51,20 @@ _WILDCARDS = frozenset({"0.0.0.0", "::"})  # noqa: S104 - recognised here, bound
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """Where and for whom to serve. ``allowed_hosts`` are names beyond loopback's and the address itself."""
+    """Where and for whom to serve. ``allowed_hosts`` are names beyond loopback's and the address itself,
+    ``per_client`` is how many requests one address may have under way."""
 
     host: str = "127.0.0.1"
     port: int = 8080
     allowed_hosts: tuple[str, ...] = ()
     key_file: Path | None = None
+    per_client: int | None = None
     drain_s: float = DRAIN_S
+
+
+def default_per_client(sequences: int) -> int:
+    """Half of the requests that can run or wait: no single client can take all places."""
+    return max(1, sequences * (1 + QUEUED_PER_SEQUENCE) // 2)
 
 
 def resolve_access(options: ServerOptions) -> Access:
@@ -69,11 +78,11 @@ def resolve_access(options: ServerOptions) -> Access:
     own = frozenset() if options.host in _WILDCARDS else frozenset({options.host.lower()})
     hosts = LOOPBACK_NAMES | own | {name.lower().removesuffix(".") for name in options.allowed_hosts}
     if options.key_file is None:
-        return Access(hosts)
+        return Access(hosts, per_client=options.per_client)
     key, created = read_or_create_key(options.key_file)
     if created:
         log_event("API key generated", {"file": str(options.key_file)})
-    return Access(hosts, key)
+    return Access(hosts, key, options.per_client)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -112,6 +121,20 @@ class _DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._backend = backend
         self._drain_s = drain_s
+        self._notifier = Notifier()
+        self._told_state = ""
+        self._told_alive_s = 0.0
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called by uvicorn ten times a second in the event loop: what is told from here proves that it turns."""
+        state, now = self._backend.state, time.monotonic()
+        if state != self._told_state:
+            self._told_state = state
+            self._notifier.send(*(["READY=1"] if state == "ready" else []), f"STATUS={state}")
+        if self._notifier.watchdog_s is not None and now - self._told_alive_s >= self._notifier.watchdog_s:
+            self._told_alive_s = now
+            self._notifier.send("WATCHDOG=1")
+        return await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -122,6 +145,8 @@ class _DrainingServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         facts = {"running": self._backend.running, "queued": self._backend.queued, "deadline_s": self._drain_s}
         log_event("draining", facts)
+        # A stopping service is no longer watched by systemd's watchdog but by its time to stop.
+        self._notifier.send("STOPPING=1", "STATUS=draining")
         deadline = asyncio.get_running_loop().call_later(
             self._drain_s, self._backend.abort, "the server is stopping and the drain deadline has passed"
         )
@@ -139,7 +164,6 @@ def make_server(backend: Served, metrics: Metrics, access: Access, *, drain_s: f
     elif isinstance(backend, TaskWorker):
         app = create_task_app(backend, metrics, access)
     else:
-        show_backend(backend, metrics)
         app = create_app(backend, metrics, access)
     config = uvicorn.Config(
         app,

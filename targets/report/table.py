@@ -38,10 +38,15 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Line], str]], ...] = (
     (
         "J/token",
         "joule_per_token",
-        lambda line: "-" if line.joule_per_token is None else f"~{three_digits(line.joule_per_token)}",
+        lambda line: "-" if line.joule_per_token is None else _joules(line, line.joule_per_token),
     ),
     ("fits", "", lambda line: line.fits or "-"),
 )
+
+
+def _joules(line: Line, value: float) -> str:
+    """Of a run with a power sensor, or a rated power over a predicted speed."""
+    return f"{'~' if line.decode_tps.measured is None else ''}{three_digits(value)}"
 
 
 def headings(comparison: Comparison) -> list[str]:
@@ -93,3 +98,18 @@ def pair_text(pair: Pair, shown: Callable[[float], str]) -> str:
 def three_digits(value: float) -> str:
     """A number as people compare numbers: three significant digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def changes_lines(comparison: Comparison, *, as_markdown: bool) -> list[str]:
+    """The second of two reports against the first, a line per figure; nothing for other comparisons."""
+    lines = []
+    for item in comparison.changes:
+        interval = "" if item.interval is None else f" ({item.interval[0]:+.1%} to {item.interval[1]:+.1%})"
+        before, after = (
+            format_bytes(value) if item.figure.endswith("(bytes)") else three_digits(value)
+            for value in (item.before, item.after)
+        )
+        figure = item.figure.partition(" (")[0]
+        lines.append(f"{figure}: {before} -> {after}, {item.change:+.1%}{interval}: {item.verdict} ({item.reason})")
+    lines += [f"differs besides: {text}" for text in comparison.unlike]
+    return ["", *(f"- {line}" for line in lines)] if as_markdown and lines else lines

@@ -118,6 +118,23 @@ def test_truncate_and_compute_again_equals_fresh(engine: LlamaCppEngine) -> None
     assert close_to(again, fresh)
 
 
+def test_a_copied_prefix_computes_what_the_source_would(engine: LlamaCppEngine) -> None:
+    engine.forward([Chunk(2, TOKENS[:7], "none")])  # to be overwritten
+    engine.forward([Chunk(0, TOKENS[:40], "none")])
+    engine.copy_prefix(0, 2, 30)
+    assert (engine.length(0), engine.length(2)) == (40, 30)
+    # The source goes on and is cut back before the copy is used: neither may notice the other.
+    engine.truncate(10, 0)
+    changed = engine.forward([Chunk(0, TOKENS[50:55]), Chunk(2, TOKENS[30:35])]).copy()
+    engine.truncate(0, 1)
+    assert close_to(changed[0], engine.forward([Chunk(1, TOKENS[:10] + TOKENS[50:55])])[0])
+    engine.truncate(0, 1)
+    assert close_to(changed[1], engine.forward([Chunk(1, TOKENS[:35])])[0])
+    for source, target, length in ((0, 0, 1), (0, 1, 99), (0, 9, 1), (9, 0, 1)):
+        with pytest.raises(EngineError):
+            engine.copy_prefix(source, target, length)
+
+
 def test_overflow_is_refused_before_anything_is_computed(engine: LlamaCppEngine) -> None:
     engine.forward([Chunk(0, TOKENS, "none")])
     with pytest.raises(ContextOverflowError, match="holds 60 tokens and cannot take 41 more: the context is 100"):

@@ -86,8 +86,8 @@ def test_it_generates_and_stops_where_the_source_says(bundle: Bundle) -> None:
 
 
 def test_bench_measures_it_and_predicts_beside(bundle: Bundle) -> None:
-    report = bench(bundle.path, BenchOptions(prompt_tokens=16, generated_tokens=4, repetitions=2))
-    assert (report.model.format, report.engine["name"]) == ("onnx", "onnxruntime")
+    report = bench(bundle.path, BenchOptions(prompts=(16,), generated_tokens=4, repetitions=2))
+    assert (report.model.format, report.engine.name) == ("onnx", "onnxruntime")
     assert report.model.artifact_bytes == bundle.manifest.artifact_bytes
     assert report.predicted is not None
     assert report.decode_tps is not None

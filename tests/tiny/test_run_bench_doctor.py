@@ -17,10 +17,10 @@ from edgelm.cli.app import run_cli
 from edgelm.errors import BundleError
 from edgelm.report import read_report
 from runtime.bench import BenchOptions, bench
-from runtime.doctor import cpu_features
 from runtime.engine import EngineOptions
 from runtime.model import generation_end, open_model
 from runtime.probe import ProbeError, probe, write_tiny_gguf
+from runtime.shortfall import build_findings
 from tests.fake_engine import CHATML
 
 pytestmark = pytest.mark.tiny
@@ -181,19 +181,72 @@ def test_bench_writes_a_report(gguf: Path, tmp_path: Path, capfd: pytest.Capture
     assert read_report(path).model_dump(mode="json") == document
 
 
+def test_a_quantised_cache_is_half_as_large(gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    kv_bytes = {}
+    for kv_type in ("f16", "q8_0"):
+        arguments = ["bench", str(gguf), "-p", "8", "-n", "4", "-r", "1", "--threads", "1", "--json"]
+        assert run_cli([*arguments, "--kv-type", kv_type]) == 0
+        report = json.loads(capfd.readouterr().out)
+        assert report["settings"]["kv_type"] == kv_type
+        kv_bytes[kv_type] = report["memory"]["kv_bytes"]
+    assert kv_bytes["q8_0"] == kv_bytes["f16"] * 34 // 64
+
+
 def test_bench_as_markdown_and_as_a_table(gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ("bench", str(gguf), "-p", "8", "-n", "4", "-r", "1", "--threads", "1")
     code, out, _ = edgelm(*arguments, "--markdown", capfd=capfd)
     assert code == 0
-    assert out.splitlines()[1] == "|---|---|---|"
-    assert "| prefill 8 (tok/s) |" in out
+    assert out.startswith("| model | size | params | backend | threads | test | t/s |")
+    assert "| CPU | 1 | pp8 |" in out
     code, out, _ = edgelm(*arguments, capfd=capfd)
-    assert "weights / KV cache" in out
+    assert "weights, mapped" in out
+    assert "warm start: open" in out
+    code, out, _ = edgelm(*arguments, "--jsonl", capfd=capfd)
+    assert [json.loads(line)["n_prompt"] for line in out.splitlines()] == [8, 0]
+    code, out, _ = edgelm(*arguments, "--csv", capfd=capfd)
+    assert '"n_prompt","n_gen","n_depth"' in out.splitlines()[0]
+    assert len(out.splitlines()) == 3
+
+
+def test_a_sweep_with_a_cold_start_is_remembered_and_compared(
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.delenv("EDGELM_NO_HISTORY", raising=False)
+    paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    sweep = ("-p", "8,16", "-n", "4", "-r", "5", "--depth", "0,32", "--sequences", "1,2", "--threads", "1", "--cold")
+    for path in paths:
+        assert edgelm("bench", str(gguf), *sweep, "-o", path, "--json", capfd=capfd)[0] == 0
+    report = read_report(Path(paths[0]))
+    assert len(report.measurements) == 2 * (2 + 2)
+    assert {item.kind for item in report.starts} <= {"cold", "warm"}
+    assert len(report.starts) == 2
+    assert report.model.sha256 is not None
+    parts = report.memory.parts
+    assert parts is not None
+    assert abs(parts.unexplained_bytes) < 0.03 * (report.memory.rss_steady_bytes or 0)
+    assert report.conditions is not None
+    assert report.conditions.readings > 16
+    code, out, _ = edgelm("history", str(gguf), "--json", capfd=capfd)
+    runs = json.loads(out)["runs"]
+    assert (code, len(runs)) == (0, 2)
+    again = tmp_path / "again.json"
+    assert edgelm("history", "--run", runs[0]["id"], "-o", str(again), capfd=capfd)[0] == 0
+    assert read_report(again) == report
+    assert edgelm("bench", str(gguf), *sweep, "--no-history", "--json", capfd=capfd)[0] == 0
+    assert len(json.loads(edgelm("history", "--json", capfd=capfd)[1])["runs"]) == 2
+    code, out, _ = edgelm("compare", *paths, "--json", capfd=capfd)
+    changes = {change["figure"]: change for change in json.loads(out)["changes"]}
+    assert code == 0
+    assert len(changes) == len(report.measurements) + 1
+    # Speeds depend on what else runs here, memory does not.
+    assert changes["peak RSS (bytes)"]["verdict"] == "no difference"
+    assert changes["tg4 x2 @ d32 (tok/s)"]["p_value"] is not None
 
 
 def test_bench_refuses_what_does_not_fit_the_model(gguf: Path) -> None:
     with pytest.raises(Exception, match="trained for 512"):
-        bench(gguf, BenchOptions(prompt_tokens=600, generated_tokens=1, threads_decode=1, threads_prefill=1))
+        bench(gguf, BenchOptions(prompts=(600,), generated_tokens=1, threads_decode=(1,)))
 
 
 def test_doctor_tells_what_it_looked_at(gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -255,12 +308,14 @@ def test_an_engine_that_crashes_while_it_is_imported_is_told(
 
 def test_cpu_features_that_lie_idle_are_told() -> None:
     system = "CPU : SSE3 = 1 | AVX = 1 | AVX2 = 1 | FMA = 1 | F16C = 1 | LLAMAFILE = 1 |"
-    assert cpu_features(("avx", "avx2", "fma"), system).status == "ok"
-    finding = cpu_features(("avx", "avx2", "avx512_vnni", "amx_int8"), system)
+    assert [item.status for item in build_findings(("avx", "avx2", "fma"), system)] == ["ok"]
+    finding, amx = build_findings(("avx", "avx2", "avx512_vnni", "amx_int8"), system)
     assert finding.status == "warning"
     assert "avx512_vnni" in finding.detail
     assert "amx" not in finding.detail
-    assert cpu_features(("neon", "dotprod"), "CPU : NEON = 1 | ARM_FMA = 1 | DOTPROD = 1 |").status == "ok"
+    assert (amx.name, amx.status) == ("amx", "note")
+    arm = build_findings(("neon", "dotprod"), "CPU : NEON = 1 | ARM_FMA = 1 | DOTPROD = 1 | BLAS = 1 |")
+    assert [(item.name, item.status) for item in arm] == [("cpu features", "ok"), ("blas", "note")]
 
 
 def test_a_bare_file_gets_a_context_it_was_trained_for(gguf: Path, chat_gguf: Path) -> None:

@@ -26,7 +26,17 @@ from edgelm.bundle import (
 )
 from edgelm.cli.app import run_cli
 from edgelm.errors import BundleError, ProfileError, UsageError
-from edgelm.report import HostRecord, MemoryRecord, ModelRecord, Report, Samples, Settings
+from edgelm.report import (
+    EngineRecord,
+    HostRecord,
+    Label,
+    Measurement,
+    MemoryRecord,
+    ModelRecord,
+    Report,
+    Samples,
+    Settings,
+)
 from targets.compare import compare, pareto
 from targets.workload import workload_from_plan
 
@@ -124,7 +134,7 @@ def report(path: Path, name: str = "m", **changes: Any) -> Path:
             sha256=changes.pop("sha256", None),
         ),
         settings=settings,
-        engine={},
+        engine=EngineRecord(name="llama.cpp", versions={}, system=""),
         prefill_tps=samples["p"],
         decode_tps=samples["d"],
         ttft_s=None,
@@ -137,6 +147,7 @@ def report(path: Path, name: str = "m", **changes: Any) -> Path:
         ),
         valid=changes.pop("valid", True),
         warnings=changes.pop("warnings", ()),
+        measurements=changes.pop("measurements", ()),
     )
     path.write_text(document.model_dump_json(), encoding="utf-8")
     return path
@@ -272,3 +283,65 @@ def test_the_targets_commands_speak_json(tmp_path: Path, capsys: pytest.CaptureF
     assert 'id = "me"' in capsys.readouterr().out
     assert run_cli(["targets", "predict", "nowhere", *figures]) == 1
     assert capsys.readouterr().err.startswith("error: there is no target 'nowhere'")
+
+
+def points(*tps: float, labels: tuple[Label, ...] = ()) -> tuple[Measurement, ...]:
+    """One decode point with these samples."""
+    samples = Samples(median=sorted(tps)[len(tps) // 2], p5=min(tps), p95=max(tps), samples=tps)
+    return (
+        Measurement(
+            kind="decode",
+            tokens=128,
+            depth=0,
+            sequences=1,
+            threads=2,
+            tps=samples,
+            started_s=0,
+            seconds=1,
+            labels=labels,
+        ),
+    )
+
+
+BASE = (100.0, 101.0, 99.0, 100.5, 99.5, 100.2)
+
+
+@pytest.mark.parametrize(
+    ("after", "verdict"),
+    [
+        ((100.1, 99.4, 100.9, 100.6, 99.8, 99.9), "no difference"),
+        ((102.1, 102.4, 101.9, 102.6, 101.8, 102.2), "no difference"),  # certain, and too little to mean anything
+        ((80.1, 79.4, 80.9, 80.6, 79.8, 79.9), "slower"),
+        ((120.1, 119.4, 120.9, 120.6, 119.8, 119.9), "faster"),
+        ((80.0, 79.0, 81.0), "undecided"),
+        ((80.0, 130.0, 95.0, 105.0, 140.0, 70.0), "no difference"),
+    ],
+)
+def test_the_second_report_is_judged_against_the_first(
+    tmp_path: Path, after: tuple[float, ...], verdict: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [
+        report(tmp_path / "a.json", measurements=points(*BASE)),
+        report(tmp_path / "b.json", measurements=points(*after)),
+    ]
+    change = compare(paths, []).changes[0]
+    assert (change.figure, change.verdict) == ("tg128 (tok/s)", verdict)
+    assert run_cli(["compare", *map(str, paths)]) == 0
+    assert f": {verdict} (" in capsys.readouterr().out
+
+
+def test_a_report_does_not_differ_from_itself(tmp_path: Path) -> None:
+    path = report(tmp_path / "a.json", measurements=points(*BASE))
+    result = compare([path, path], [])
+    assert {change.verdict for change in result.changes} == {"no difference"}
+    assert result.unlike == ()
+
+
+def test_spoilt_runs_are_shown_and_not_judged(tmp_path: Path) -> None:
+    label = Label(kind="throttled", reason="too hot")
+    paths = [
+        report(tmp_path / "a.json", measurements=points(*BASE)),
+        report(tmp_path / "b.json", measurements=points(50, 51, 52, 50, labels=(label,))),
+    ]
+    change = compare(paths, []).changes[0]
+    assert (change.verdict, change.reason) == ("spoilt", "labelled throttled")

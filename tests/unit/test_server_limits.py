@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,14 @@ from fake_engine import FakeEngine, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_server import LiveServer, fake_model, live_server
+from starlette.responses import JSONResponse
+from starlette.types import Message, Receive, Scope, Send
 
 from edgelm.errors import EdgelmError, UsageError
 from runtime.server import limits
+from runtime.server.app import refusal
 from runtime.server.errors import ApiError
-from runtime.server.limits import Access, is_loopback, parse_json, read_or_create_key, split_host
+from runtime.server.limits import Access, Guard, is_loopback, parse_json, read_or_create_key, split_host
 from runtime.server.serving import ServerOptions, resolve_access
 
 KEY = b"correct-horse-battery-staple"
@@ -64,6 +69,61 @@ def test_loopback_names_are_answered(server: LiveServer, host: str) -> None:
 
 def test_a_listed_host_is_answered(locked: LiveServer) -> None:
     assert locked.request("GET", "/health/live", headers={"Host": "Edge.Example:8080"})[0] == 200
+
+
+def call_guard(guard: Guard, client: str, method: str = "POST") -> Coroutine[Any, Any, int]:
+    """One request from ``client`` straight into the middleware; its status."""
+
+    async def call() -> int:
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        statuses: list[int] = []
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        headers = [(b"host", b"localhost")]
+        scope = {"type": "http", "method": method, "path": "/x", "raw_path": b"/x", "query_string": b""}
+        await guard({**scope, "headers": headers, "client": (client, 5), "server": ("10.1.1.1", 80)}, receive, send)
+        return statuses[0]
+
+    return call()
+
+
+def test_one_address_cannot_take_all_places() -> None:
+    async def scenario() -> None:
+        release = asyncio.Event()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await release.wait()
+            await JSONResponse({})(scope, receive, send)
+
+        guard = Guard(app, Access(per_client=2), refusal)
+        waiting = [asyncio.create_task(call_guard(guard, "10.0.0.1")) for _ in range(2)]
+        waiting += [asyncio.create_task(call_guard(guard, address)) for address in ["10.0.0.2", *["127.0.0.1"] * 5]]
+        await asyncio.sleep(0)
+        assert await call_guard(guard, "10.0.0.1") == 429
+        release.set()
+        assert await asyncio.gather(*waiting) == [200] * 8
+        assert await call_guard(guard, "10.0.0.1") == 200
+        assert not guard._under_way
+
+    asyncio.run(scenario())
+
+
+def test_connections_beyond_the_limit_get_a_plain_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.server.serving.CONNECTION_LIMIT", 5)
+    with live_server(fake_model(FakeEngine(context=512))) as small, ExitStack() as held:
+        connections = [
+            held.enter_context(socket.create_connection(("127.0.0.1", small.port), timeout=10)) for _ in range(6)
+        ]
+        connections[-1].sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connections[-1].recv(4096).startswith(b"HTTP/1.1 503 ")
+        for connection in connections:
+            connection.close()
+        assert wait_until(lambda: small.request("GET", "/health/live")[0] == 200)
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost.evil.example", "file://", ""])

@@ -138,6 +138,62 @@ def test_a_prompt_goes_where_least_is_lost() -> None:
     assert events[0].cached_tokens == len("a long conversation with a system prompt") - 1
 
 
+def test_the_lowest_free_sequence_is_taken_whatever_the_order_of_release() -> None:
+    engine = FakeEngine(sequences=3)
+    made = scheduler(engine)
+    run(made, [request("a", 1), request("b", 2), request("c", 3)])
+    for session in (0, 1, 2):
+        engine.truncate(0, session)
+    made.fail(Failure("all sequences are empty now"))
+    made._free.reverse()
+    run(made, [request("d", 2)])
+    assert engine.calls[-1][0][0] == 0
+
+
+class _Copying(FakeEngine):
+    copies: list[tuple[int, int, int]]
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        self.copies.append((source, target, length))
+        self.truncate(0, target)
+        self.held[target] = self.held[source][:length]
+
+
+def test_a_prefix_that_another_sequence_holds_is_copied_even_while_it_runs() -> None:
+    engine = _Copying(sequences=2)
+    engine.copies = []
+    made = scheduler(engine)
+    system = "a system prompt that is longer than forty tokens: "
+    wanted = [request(system + "one", 9), request(system + "two", 9)]
+    first, first_events = job(wanted[0])
+    second, second_events = job(wanted[1])
+    made.admit(first)
+    made.step()
+    made.admit(second)
+    while made.running:
+        made.step()
+    assert engine.copies == [(0, 1, len(system))]
+    for events, one in ((first_events, wanted[0]), (second_events, wanted[1])):
+        assert said(events) == said(list(generate(Session(FakeEngine()), FakeTokenizer(), one)))
+    assert isinstance(second_events[0], TokenEvent)
+    assert second_events[0].cached_tokens == len(system)
+
+
+def test_a_short_prefix_is_computed_and_not_copied() -> None:
+    engine = _Copying(sequences=2)
+    engine.copies = []
+    made = scheduler(engine)
+    first, _ = job(request("short: one", 9))
+    second, events = job(request("short: two", 9))
+    made.admit(first)
+    made.step()
+    made.admit(second)
+    while made.running:
+        made.step()
+    assert engine.copies == []
+    assert said(events) == said(list(generate(Session(FakeEngine()), FakeTokenizer(), request("short: two", 9))))
+
+
 def test_one_engine_failure_fails_all_and_leaves_clean_sequences() -> None:
     engine = FakeEngine(sequences=2, fail_at=2)
     made = scheduler(engine)

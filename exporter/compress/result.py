@@ -1,0 +1,184 @@
+"""The student on disk: a Hugging Face directory with a model card that says how it was made and what it lost.
+
+``compress.json`` holds the same as a table for programs, ``training.jsonl`` the curve of training. The directory
+appears complete or not at all. Does not know how any figure was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from edgelm.bundle import FileRecord, Record
+from edgelm.errors import CheckpointError, UsageError
+from exporter.checkpoint import Checkpoint
+from exporter.given_types import STUDENT_RECORD
+from exporter.tokenizer import SourceTokenizer
+
+RECORD_NAME, CURVE_NAME = STUDENT_RECORD, "training.jsonl"
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+class Comparison(Record):
+    """A student beside its teacher on one text: mean KL in nats per token, share of equal likeliest tokens."""
+
+    stage: str
+    text: str
+    tokens: int
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+    ppl: float
+    ppl_teacher: float
+
+
+class CompressRecord(Record):
+    """Everything that a student was made from and by."""
+
+    teacher: str
+    teacher_files: tuple[FileRecord, ...]
+    shape_teacher: str
+    shape: str
+    parameters_teacher: int
+    parameters: int
+    layers_kept: tuple[int, ...]
+    measured_by: str
+    data: tuple[str, ...]
+    data_sha256: str
+    tokens: int
+    settings: dict[str, Any]
+    trained_for: str | None
+    types: dict[str, str] | None
+    """By GGUF name, what it was trained for: ``edgelm export --types-from`` takes them."""
+    remarks: tuple[str, ...]
+    comparisons: tuple[Comparison, ...]
+    elapsed_s: float
+    tool_versions: dict[str, str]
+
+
+@contextmanager
+def new_directory(destination: Path, *, force: bool) -> Iterator[Path]:
+    """A temporary directory that becomes ``destination`` when the block ends well.
+
+    With ``force`` an earlier student is replaced, nothing else. Raises ``UsageError`` or ``CheckpointError``.
+    """
+    check_destination(destination, force=force)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {destination.parent}: {error.strerror}") from error
+    try:
+        yield staging
+        staging.chmod(0o755)
+        if destination.exists():
+            old = staging.with_suffix(".old")
+            destination.rename(old)
+            staging.rename(destination)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            staging.rename(destination)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_destination(destination: Path, *, force: bool) -> None:
+    """Refuse early what ``new_directory`` would refuse. Raises ``UsageError``."""
+    if not destination.exists():
+        return
+    if not force:
+        raise UsageError(f"{destination} exists", hint="choose another output or add --force to replace it")
+    if not (destination / RECORD_NAME).is_file():
+        raise UsageError(f"{destination} exists and was not made by edgelm compress, so --force does not replace it")
+
+
+def write_student(
+    directory: Path, student: Any, checkpoint: Checkpoint, words: SourceTokenizer, record: CompressRecord
+) -> None:
+    """Weights (bfloat16, or float32 after training for a quantisation), tokenizer, record and model card."""
+    import torch
+    from transformers import GenerationConfig
+
+    student.to(torch.float32 if record.trained_for else torch.bfloat16)
+    student.config.dtype = student.dtype
+    if checkpoint.source.kind == "gguf":  # whose configuration was made up from its dimensions
+        for name in ("bos", "eos"):
+            setattr(student.config, f"{name}_token_id", words.gguf_metadata.get(f"tokenizer.ggml.{name}_token_id"))
+    student.generation_config = GenerationConfig()  # the teacher's file replaces it
+    student.save_pretrained(directory, safe_serialization=True)
+    write_tokenizer(directory, checkpoint, words)
+    (directory / RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (directory / "README.md").write_text(model_card(directory.name, record), encoding="utf-8")
+
+
+def write_curve(directory: Path, curve: Sequence[Mapping[str, Any]]) -> None:
+    """Every step of training as JSON lines: stage, step, loss, KL in nats per token, learning rate."""
+    lines = "".join(json.dumps(item) + "\n" for item in curve)
+    (directory / CURVE_NAME).write_text(lines, encoding="utf-8")
+
+
+def write_tokenizer(directory: Path, checkpoint: Checkpoint, words: SourceTokenizer) -> None:
+    if checkpoint.source.kind == "huggingface":
+        for name in _TOKENIZER_FILES:
+            if (checkpoint.source.path / name).is_file():
+                shutil.copyfile(checkpoint.source.path / name, directory / name)
+        return
+    metadata = words.gguf_metadata
+    tokens = metadata["tokenizer.ggml.tokens"]
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        index = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if index is not None:
+            settings[f"{name}_token"] = tokens[index]
+    if words.chat_template is not None:
+        settings["chat_template"] = words.chat_template
+    (directory / "tokenizer.json").write_text(words.tokenizer_json, encoding="utf-8")
+    for name, document in (("tokenizer_config.json", settings), ("generation_config.json", words.generation_config)):
+        (directory / name).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def model_card(name: str, record: CompressRecord) -> str:
+    """The README of a student: its teacher, each step, the data with hashes, and what was lost."""
+    settings = "\n".join(f"| {key} | {value} |" for key, value in record.settings.items())
+    rows = "\n".join(
+        f"| {item.stage} | {item.text} | {item.tokens} | {item.kl_mean:.4f} | {item.kl_p99:.3f} "
+        f"| {item.top1_agreement:.1%} | {item.ppl:.3f} | {item.ppl_teacher:.3f} |"
+        for item in record.comparisons
+    )
+    files = "\n".join(f"- `{item.name}` {item.sha256}" for item in record.teacher_files)
+    data = "\n".join(f"- {item}" for item in record.data) or "- none: pruned only"
+    finish = f"\nThe weights were finished for {record.trained_for}.\n" if record.trained_for else ""
+    return f"""# {name}
+
+{record.shape}: {record.parameters / 1e6:.1f} M parameters, pruned and distilled with EdgeLM from {record.teacher}
+({record.shape_teacher}: {record.parameters_teacher / 1e6:.1f} M).
+Layers of the teacher that stayed: {", ".join(map(str, record.layers_kept))}. Units were chosen by {record.measured_by}.
+{finish}
+## Beside the teacher
+
+| stage | text | tokens | mean KL (nats) | p99 KL | same top token | perplexity | teacher's |
+|---|---|---|---|---|---|---|---|
+{rows}
+
+## Training
+
+{record.tokens} tokens in {record.elapsed_s:.0f} s, over data with the SHA-256 {record.data_sha256}:
+
+{data}
+
+| setting | value |
+|---|---|
+{settings}
+
+## Teacher's files (SHA-256)
+
+{files}
+"""

@@ -1,0 +1,113 @@
+"""How an engine's threads wait for one another: spinning, spinning briefly, or asleep. Chosen when a model is opened.
+
+Threads meet at a barrier after every operation. While each has a core of its own, spinning there is fastest by far;
+once another process wants a core, spinning threads burn the time that the late one needs, and decode collapses. So the
+choice follows what wants to run at that moment, with its reason; ``OMP_WAIT_POLICY`` (and for llama.cpp
+``GOMP_SPINCOUNT``) in the environment overrule it for both engines. Figures: ``docs/report.md``, "Waiting". Knows no
+engine.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from targets.facts import ROOT, text_of
+from targets.host import default_threads, read_limits
+
+Kind = Literal["spin", "brief", "passive"]
+
+BRIEF_SPINS = 1000  # turns of libgomp's loop before a thread sleeps, some microseconds
+_LOOKS, _LOOK_EVERY_S = 8, 0.005
+_LEEWAY = 0.5  # runnable processes on average that are no neighbour yet: short-lived ones
+_POLICY, _SPINS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """How threads wait, and why."""
+
+    kind: Kind
+    reason: str
+
+
+def runnable_neighbours(root: Path = ROOT) -> float | None:
+    """Processes of others that want to run right now, on average over 40 ms; None where the kernel does not tell."""
+    counts = []
+    for look in range(_LOOKS):
+        if look:
+            time.sleep(_LOOK_EVERY_S)
+        match = re.search(r"^procs_running (\d+)", text_of(root / "proc/stat"), re.MULTILINE)
+        if match is None:
+            return None
+        counts.append(max(int(match.group(1)) - 1, 0))  # the reader itself is running
+    return statistics.mean(counts)
+
+
+def choose_waiting(threads: int, root: Path = ROOT) -> Waiting:
+    """How ``threads`` threads should wait on this machine, as it is now."""
+    asked = _asked()
+    if asked is not None:
+        return asked
+    if threads == 1:
+        return Waiting("passive", "one thread has nobody to wait for")
+    limits = read_limits(root)
+    if limits.quota is not None and limits.quota < threads + _LEEWAY:
+        return Waiting("brief", f"{limits.quota_source} grants {limits.quota:g} CPUs, and waiting counts too")
+    if threads > len(limits.cpus):
+        return Waiting("brief", f"{threads} threads share {len(limits.cpus)} CPUs")
+    neighbours = runnable_neighbours(root)
+    if neighbours is None:
+        return Waiting("spin", "nobody tells what else wants to run")
+    cpus = os.cpu_count() or 1
+    if neighbours > cpus - threads + _LEEWAY:
+        return Waiting("brief", f"{neighbours:.1f} other processes want to run on {cpus} CPUs beside {threads} threads")
+    return Waiting("spin", "every thread has an idle core")
+
+
+def _asked() -> Waiting | None:
+    """What the environment asks for, None when it leaves the choice to us."""
+    policy, spins = os.environ.get(_POLICY, "").lower(), os.environ.get(_SPINS, "")
+    if spins and _ours != spins:
+        return Waiting("brief", f"{_SPINS}={spins} is set")
+    if policy in ("active", "passive"):
+        return Waiting("spin" if policy == "active" else "passive", f"{_POLICY}={policy} is set")
+    return None
+
+
+_ours: str | None = None  # the value that we wrote ourselves, which is no wish of the user's
+_decided: Waiting | None = None
+
+
+def prepare_openmp(root: Path = ROOT) -> Waiting:
+    """Decide for libgomp, which reads its environment once, when it is loaded. Call before the engine's library.
+
+    Only the brief wait needs a word to it: spinning is what it does by itself.
+    """
+    global _decided, _ours
+    if _decided is not None:
+        return _decided
+    if "/libgomp" in text_of(root / "proc/self/maps"):
+        _decided = Waiting("spin", "libgomp was loaded before by another library, its own setting stays")
+        return _decided
+    decode, prefill = default_threads()
+    waiting = choose_waiting(max(int(decode.value), int(prefill.value)), root)
+    if waiting.kind == "brief" and _SPINS not in os.environ:
+        os.environ[_SPINS] = _ours = str(BRIEF_SPINS)
+    _decided = waiting
+    return waiting
+
+
+def decided() -> Waiting | None:
+    """What ``prepare_openmp`` decided in this process, None before."""
+    return _decided
+
+
+def ask(kind: Literal["spin", "passive"]) -> None:
+    """Let this process's engines wait like this, whatever else runs; before the first model is opened."""
+    os.environ[_POLICY] = "active" if kind == "spin" else "passive"

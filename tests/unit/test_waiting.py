@@ -1,0 +1,122 @@
+"""How threads wait: what is chosen on which machine, and that the environment has the last word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runtime import waiting
+from runtime.shortfall import causes, speed_finding, storage_finding
+from runtime.waiting import choose_waiting, prepare_openmp, runnable_neighbours
+from tests.unit.test_sensors import pi, write
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A quiet machine of two CPUs and nothing asked for."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(waiting.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(waiting, "_decided", None)
+    monkeypatch.setattr(waiting, "_ours", None)
+    monkeypatch.setattr(waiting, "_LOOK_EVERY_S", 0.0)
+    status = {"proc/self/status": "Cpus_allowed_list:\t0-1\n", "proc/stat": "procs_running 1\n"}
+    return write(tmp_path, status)
+
+
+def test_an_idle_core_for_every_thread_means_spinning(host: Path) -> None:
+    assert choose_waiting(2, host).kind == "spin"
+    assert choose_waiting(1, host).kind == "passive"
+
+
+def test_a_neighbour_means_a_brief_wait(host: Path) -> None:
+    write(host, {"proc/stat": "procs_running 2\n"})
+    assert runnable_neighbours(host) == 1
+    found = choose_waiting(2, host)
+    assert found.kind == "brief"
+    assert "1.0 other processes" in found.reason
+
+
+def test_too_many_threads_and_quotas_mean_a_brief_wait(host: Path) -> None:
+    assert choose_waiting(3, host).kind == "brief"
+    group = {"proc/self/cgroup": "0::/box\n", "sys/fs/cgroup/box/cpu.max": "100000 100000\n"}
+    found = choose_waiting(2, write(host, group))
+    assert found.kind == "brief"
+    assert "cpu.max grants 1 CPUs" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("OMP_WAIT_POLICY", "PASSIVE", "passive"),
+        ("OMP_WAIT_POLICY", "active", "spin"),
+        ("GOMP_SPINCOUNT", "123", "brief"),
+    ],
+)
+def test_the_environment_has_the_last_word(
+    host: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, kind: str
+) -> None:
+    write(host, {"proc/stat": "procs_running 9\n"})
+    monkeypatch.setenv(name, value)
+    found = choose_waiting(2, host)
+    assert found.kind == kind
+    assert f"{name}=" in found.reason
+
+
+def test_libgomp_is_told_before_it_is_loaded_and_only_once(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(host, {"proc/stat": "procs_running 9\n"})
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")  # so that the fixture puts it back
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setattr(waiting, "default_threads", lambda: (_Two(), _Two()))
+    assert prepare_openmp(host).kind == "brief"
+    assert waiting.os.environ["GOMP_SPINCOUNT"] == str(waiting.BRIEF_SPINS)
+    write(host, {"proc/stat": "procs_running 1\n"})
+    assert prepare_openmp(host).kind == "brief"
+    assert choose_waiting(2, host).kind == "spin"  # our own value is no wish of the user's
+
+
+class _Two:
+    value = 2
+
+
+def test_a_loaded_libgomp_keeps_its_own_mind(host: Path) -> None:
+    write(
+        host,
+        {"proc/self/maps": "7f00-7f01 r-xp 0 08:02 1 /usr/lib/libgomp.so.1.0.0\n", "proc/stat": "procs_running 9\n"},
+    )
+    assert "loaded before" in prepare_openmp(host).reason
+
+
+def test_doctor_sees_why_a_board_is_slow(tmp_path: Path) -> None:
+    root = pi(tmp_path, "50005")
+    tree = {
+        "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "powersave\n",
+        "sys/class/thermal/thermal_zone0/temp": "84000\n",
+        "sys/kernel/mm/transparent_hugepage/enabled": "always madvise [never]\n",
+        "sys/devices/system/cpu/cpu0/topology/thread_siblings_list": "0-1\n",
+        "sys/devices/system/cpu/cpu1/topology/thread_siblings_list": "0-1\n",
+        "proc/self/cgroup": "0::/box\n",
+        "sys/fs/cgroup/box/cpu.max": "150000 100000\n",
+    }
+    found = {finding.name: finding for finding in causes(root=write(root, tree))}
+    assert {name: finding.status for name, finding in found.items()} == {
+        "governor": "warning",
+        "throttling": "warning",
+        "temperature": "warning",
+        "clock": "ok",
+        "cpu quota": "warning",
+        "smt": "note",
+        "huge pages": "note",
+    }
+    assert all(finding.hint for finding in found.values() if finding.status != "ok")
+    assert "power supply" in (found["throttling"].hint or "")
+
+
+def test_speed_and_storage_are_judged() -> None:
+    assert speed_finding("decode", 80, 100, "x", []).status == "ok"
+    slow = speed_finding("decode", 20, 100, "x", ["governor"])
+    assert (slow.status, slow.hint) == ("warning", "possible causes found: governor")
+    assert "thread counts" in (speed_finding("decode", 20, 100, "x", []).hint or "")
+    assert storage_finding(40e6, 10**9).status == "warning"
+    assert storage_finding(500e6, 10**9).status == "ok"
