@@ -24,7 +24,7 @@ from runtime.engines.onnx_seq2seq import Seq2SeqEngine
 from runtime.tasks import HeadModel, TaskOptions, greedy, task_ids
 from runtime.tokenizer import JsonTokenizer
 
-PASSAGES = 40
+PASSAGES = 25
 WRITTEN = 32
 _WORDS = (3, 6, 10, 16, 28)
 Rows = npt.NDArray[np.float64]

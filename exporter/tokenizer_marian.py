@@ -65,7 +65,7 @@ def read_marian(directory: Path) -> MarianWords:
     special += [_special(name, index) for name, index in ids.items() if name.startswith(">>") and name.endswith("<<")]
     for entry in special:
         rows[entry["id"]] = [entry["content"], 0.0]
-    around = {
+    around: dict[str, Any] = {
         "type": "TemplateProcessing",
         "special_tokens": {"</s>": {"id": "</s>", "ids": [end], "tokens": ["</s>"]}},
     }

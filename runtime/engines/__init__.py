@@ -28,9 +28,9 @@ def load_library(path: Path) -> None:
     Raises ``EngineError``.
     """
     if path.suffix == ".onnx":
-        from runtime.engines import onnx
+        from runtime.engines import onnx_session
 
-        onnx.load_library()
+        onnx_session.load_library()
         return
     from runtime.engines import llamacpp
 

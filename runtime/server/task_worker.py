@@ -47,11 +47,28 @@ class TaskWorker:
         self._stopping = False
         self._mean_job_s = 0.2
         self._thread = threading.Thread(target=self._run, name="task", daemon=True)
-        self.state: State = "starting"
-        self.failure: EngineError | None = None
-        metrics.gauge("edgelm_requests_running", "Requests under way", lambda: self.running)
-        metrics.gauge("edgelm_requests_queued", "Requests waiting for their first step", lambda: self.queued)
-        metrics.gauge("edgelm_engine_ready", "1 when the model answers", lambda: self.state == "ready")
+        self._state: State = "starting"
+        self._failure: EngineError | None = None
+
+    @property
+    def state(self) -> State:
+        """``ready`` only after the model computed something and as long as it works."""
+        return self._state
+
+    @property
+    def failure(self) -> EngineError | None:
+        """Why the model cannot work any more, where that is known."""
+        return self._failure
+
+    @property
+    def kv(self) -> None:
+        """Nothing of a text lasts longer than its answer."""
+        return
+
+    @property
+    def engine_pids(self) -> tuple[int, ...]:
+        """It works in the server's own process."""
+        return ()
 
     @property
     def running(self) -> int:
@@ -69,7 +86,7 @@ class TaskWorker:
         """Queue texts. The job's future gets their answers, or ``UsageError``, ``ContextOverflowError`` for a text that
         cannot be answered, or ``EngineError``. Raises ``QueueFullError`` and ``NotReadyError``."""
         with self._changed:
-            if self.state in {"failed", "stopped"} or self._stopping:
+            if self._state in {"failed", "stopped"} or self._stopping:
                 raise NotReadyError("the engine is not running")
             if len(self._jobs) + self.running >= self._queue_limit:
                 wait_s = round(self._mean_job_s * len(self._jobs))
@@ -108,16 +125,16 @@ class TaskWorker:
     def _run(self) -> None:
         try:
             self.model.warm_up()
-            self.state = "ready"
+            self._state = "ready"
             log_event("ready", {"model": self.model.name})
             while self._wait():
                 self._step()
         except EngineError as error:
-            self.failure = error
+            self._failure = error
             log_event("engine failed", {"reason": error.message}, level=logging.ERROR)
         finally:
             with self._changed:
-                self.state = "stopped" if self._stopping and self.state == "ready" else "failed"
+                self._state = "stopped" if self._stopping and self._state == "ready" else "failed"
                 held = list(self._jobs)
                 self._jobs.clear()
             for job in held:

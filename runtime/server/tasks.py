@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -20,8 +21,10 @@ from edgelm.bundle import TaskKind
 from edgelm.errors import ContextOverflowError, EngineError, UsageError
 from runtime.server.app import guarded
 from runtime.server.errors import ApiError
+from runtime.server.exposition import CONTENT_TYPE
+from runtime.server.figures import Figures
 from runtime.server.limits import Access, parse_json, prompt_characters_limit
-from runtime.server.metrics import CONTENT_TYPE, Metrics
+from runtime.server.metrics import Metrics
 from runtime.server.replies import model_document
 from runtime.server.task_worker import TaskJob, TaskWorker
 from runtime.server.worker import NotReadyError, QueueFullError
@@ -75,6 +78,7 @@ class TaskService:
 
     def __init__(self, worker: TaskWorker, metrics: Metrics) -> None:
         self._worker, self._metrics, self._model = worker, metrics, worker.model
+        self._figures = Figures(worker, metrics)
         self._created = int(time.time())
 
     async def live(self, _: Request) -> Response:
@@ -85,7 +89,13 @@ class TaskService:
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
     async def metrics(self, _: Request) -> Response:
-        return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+        return Response(await run_in_threadpool(self._metrics.text), headers={"Content-Type": CONTENT_TYPE})
+
+    async def status(self, _: Request) -> Response:
+        facts = {"Task": self._model.kind, "Architecture": self._model.facts.architecture, "Engine": self._model.system}
+        shown = {"name": self._model.name, "state": self._worker.state, "generates": False, "facts": facts}
+        document = await run_in_threadpool(self._figures.document)
+        return JSONResponse(document | {"models": [shown | {"predicted": None}]})
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._document()]})
@@ -160,6 +170,7 @@ def create_task_app(worker: TaskWorker, metrics: Metrics, access: Access) -> ASG
         Route("/health/live", service.live, methods=["GET"]),
         Route("/health/ready", service.ready, methods=["GET"]),
         Route("/metrics", service.metrics, methods=["GET"]),
+        Route("/status", service.status, methods=["GET"]),
         Route("/v1/models", service.models, methods=["GET"]),
         Route("/v1/models/{name:path}", service.model, methods=["GET"]),
         Route(f"/v1/{worker.model.kind}", service.task, methods=["POST"]),

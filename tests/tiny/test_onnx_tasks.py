@@ -42,13 +42,13 @@ def proof(bundle: Bundle) -> TaskQuality:
     quality = open_bundle(bundle.path).manifest.task_quality
     assert quality is not None
     assert quality.token_identity.identical
-    assert quality.texts == 40
+    assert quality.texts == 25
     return quality
 
 
 @pytest.fixture(scope="module")
 def marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_marian(tmp_path_factory.mktemp("marian") / "model", steps=220)
+    return make_marian(tmp_path_factory.mktemp("marian") / "model", steps=300)
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +114,10 @@ def test_greedy_answers_are_those_of_transformers(translator: Bundle, marian: Pa
         for source, _ in sentences(12, seed=9):
             ids = tokenizer(source, return_tensors="pt").input_ids
             with torch.inference_mode():
-                written = original.generate(ids, num_beams=1, do_sample=False)[0]
-            assert model.answer(Asked(source)).document["text"] == tokenizer.decode(written, skip_special_tokens=True)
-            assert model.generate(ids[0].tolist()) == written[1:].tolist()
+                written = original.generate(ids, num_beams=1, max_new_tokens=16, forced_eos_token_id=None)[0]
+            text = tokenizer.decode(written, skip_special_tokens=True)
+            assert model.answer(Asked(source, max_tokens=16)).document["text"] == text
+            assert model.generate(ids[0].tolist(), 16) == written[1:].tolist()
     finally:
         model.close()
 
@@ -134,7 +135,7 @@ def test_t5_stores_the_same_weights_once(tmp_path: Path) -> None:
     assert exact.agreement == 1
     assert exact.kl_mean < 1e-5
     rounded = made(source, tmp_path / "int8-32", "int8-32")
-    assert proof(rounded).kl_mean < 0.2
+    assert 0 < proof(rounded).kl_mean < 0.1
     places: dict[str, set[tuple[str, str]]] = {}
     for name in ("model.onnx", "decoder.onnx"):
         onnx.checker.check_model(str(rounded.path / name))
