@@ -147,9 +147,10 @@ def _machine_gauges(machine: Reading) -> Iterator[Gauge]:
     for name, (text, value) in known.items():
         if value is not None:
             yield Gauge(name, text, value)
-    for flag in THROTTLE_FLAGS if machine.throttle is not None else ():
+    if machine.throttle is not None:
         text = "1 while the board's firmware slows it down for this reason"
-        yield Gauge("edgelm_throttled", text, flag in machine.throttle.now, (("reason", flag),))
+        for flag in THROTTLE_FLAGS:
+            yield Gauge("edgelm_throttled", text, flag in machine.throttle.now, (("reason", flag),))
 
 
 def _split(memory: MemorySnapshot) -> dict[str, int | None]:
