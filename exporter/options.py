@@ -31,6 +31,7 @@ class ExportOptions:
 
     ``type_overrides`` are (regular expression on GGUF tensor names, type). ``evaluation`` is a text file that replaces
     the built-in evaluation text; ``calibration`` one for what types or importance are measured on, or ``self``.
+    ``types`` are (GGUF name, type) of every tensor, as ``exporter.given_types`` reads them; none: types are chosen.
     """
 
     source: str
@@ -47,6 +48,12 @@ class ExportOptions:
     calibration: Path | None = None
     evaluation: Path | None = None
     verify: bool = True
+    types: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def chooses_types(self) -> bool:
+        """Whether types are left to us: no mix was named, and no types."""
+        return self.quant.lower() == "auto" and not self.types
 
 
 def parse_type_override(text: str, format_name: FormatChoice = "auto") -> tuple[str, str]:
@@ -85,6 +92,11 @@ def check_options(options: ExportOptions) -> None:
         )
     if options.calibration is not None and str(options.calibration) != "self" and not options.calibration.is_file():
         raise UsageError(f"--calibration: {options.calibration} is no file", hint="name a text or JSONL file, or: self")
+    if options.types:
+        if options.quant.lower() != "auto" or options.type_overrides:
+            raise UsageError("--types-from names every type: it goes with neither --quant nor --type")
+        if options.format == "onnx":
+            raise UsageError("--types-from is for GGUF; types of ONNX are named by --quant and --type")
     limits = (
         ("--max-kl", options.max_kl),
         ("--min-decode-tps", options.min_decode_tps),

@@ -195,10 +195,10 @@ def prepare(options: ExportOptions, progress: Progress = SILENT, *, headers_only
     """
     check_options(options)
     profile = load_profile(options.target)
-    headers_only = headers_only and options.quant.lower() != "auto"
+    headers_only = headers_only and not options.chooses_types
     checkpoint = open_checkpoint(open_source(options.source, progress, headers_only=headers_only))
     check_checkpoint(checkpoint, form_of(options))
-    if options.quant.lower() != "auto":
+    if not options.chooses_types:
         plan = resolve(options, checkpoint, profile)
         if options.calibration is None or plan.format == "onnx":
             return Prepared(checkpoint, plan, calibration=options.calibration)

@@ -48,13 +48,16 @@ def resolve(options: ExportOptions, checkpoint: Checkpoint, profile: TargetProfi
     exported and ``DoesNotFitError`` (with numbers, and with what would fit) when a limit would be missed.
     """
     description = describe(checkpoint, form_of(options))
-    if options.quant.lower() == "auto":
+    if options.chooses_types:
         return choose(candidates(options, checkpoint, profile), profile).plan
-    plan = _plan(options, options.quant, checkpoint, description, profile)
+    if options.types:
+        plan = plan_of_types(options, _given(options, description), checkpoint, description, profile)
+    else:
+        plan = _plan(options, options.quant, checkpoint, description, profile)
     missed = missed_limits(options, plan)
     if not missed:
         return plan
-    others = candidates(replace(options, quant="auto"), checkpoint, profile)
+    others = candidates(replace(options, quant="auto", types=()), checkpoint, profile)
     raise DoesNotFitError(f"{plan.quant} on {profile.name}: {'; '.join(missed)}", hint=_nearest(others))
 
 
@@ -339,6 +342,23 @@ def _check_overrides(options: ExportOptions, weights: Sequence[mixes.WeightShape
                 f"--type '{pattern}={type_name}' fits no tensor that can be quantised",
                 hint="names are GGUF's, as blk.0.ffn_down.weight; edgelm export --dry-run --json lists them",
             )
+
+
+def _given(options: ExportOptions, description: ModelDescription) -> dict[str, mixes.Decision]:
+    """The types that were given for every tensor. Raises ``UsageError`` when they are of another model."""
+    types = {name: ggml.type_named(kind) for name, kind in options.types}
+    names = {item.name for item in description.tensors}
+    strange = next(iter(sorted(names.symmetric_difference(types))), None)
+    if strange is not None:
+        whose = "the model has no such tensor" if strange in types else "no type is given for this tensor of the model"
+        raise UsageError(f"the types to take are of another model: {strange}: {whose}")
+    for item in description.tensors:
+        if item.shape[-1] % types[item.name].block:
+            raise UsageError(
+                f"the types to take are of another model: rows of {item.name} have {item.shape[-1]} numbers, "
+                f"{types[item.name].name} stores blocks of {types[item.name].block}"
+            )
+    return {name: mixes.Decision(kind.name, "as in the types given") for name, kind in types.items()}
 
 
 def _copied(options: ExportOptions, checkpoint: Checkpoint, description: ModelDescription) -> dict[str, mixes.Decision]:

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     help="What decides which neurons, heads and channels stay.",
 )
 @click.option("--depth-by", type=click.Choice(["influence", "kl"]), default="influence", show_default=True)
-@click.option("--finish", metavar="QUANT", help="Train on through this quantisation, for an export to it.")
+@click.option("--finish", metavar="QUANT|BUNDLE", help="Train on through this mix, or through a bundle's own types.")
 @click.option("--finish-tokens", type=click.IntRange(min=1), default=200_000, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
@@ -154,6 +154,8 @@ def command(
         print_json({"student": str(student.path), **student.record.model_dump()})
     else:
         _show(student)
+        for remark in student.record.remarks:
+            click.echo(f"note: {remark}", err=True)
 
 
 def _show_shape(full: str, wanted: str, found: Proposal | None) -> None:

@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     metavar="PATTERN=TYPE",
     help="Type of the tensors whose GGUF name the regular expression is found in; the first match counts.",
 )
+@click.option(
+    "--types-from",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="The very types of another bundle of this model, or those that edgelm compress --finish trained it for.",
+)
 @click.option("--max-ram", type=SIZE, metavar="SIZE", help="Fail (exit 4) when more memory is expected to be used.")
 @click.option("--max-bytes", type=SIZE, metavar="SIZE", help="Fail (exit 4) when the artefact is larger.")
 @click.option("--min-decode-tps", type=float, metavar="X", help="Fail (exit 4) when fewer tokens/s are expected.")
@@ -62,6 +68,7 @@ def command(
     quant: str,
     context: int | None,
     types: tuple[str, ...],
+    types_from: Path | None,
     max_ram: int | None,
     max_bytes: int | None,
     min_decode_tps: float | None,
@@ -87,6 +94,7 @@ def command(
       edgelm export org/large-model@v1.0 -o bundle --quant Q4_K_M --resume
     """
     from edgelm.cli.console import print_json, stderr_progress
+    from exporter.given_types import read_types
     from exporter.options import ExportOptions, as_format, parse_type_override
     from exporter.pipeline import export, prepare
 
@@ -107,6 +115,7 @@ def command(
         calibration=calibration,
         evaluation=evaluation,
         verify=not no_verify,
+        types=read_types(types_from) if types_from is not None else (),
     )
     started = time.monotonic()
     if dry_run:

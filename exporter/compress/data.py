@@ -83,7 +83,11 @@ def own_words(model: Any, count: int, length: int, batch: int, seed: int, progre
                 stage.advance(rows)
             stage.advance(rows)
             parts.append(torch.cat(taken, dim=1).to(torch.int32).cpu().numpy())
-    windows = np.concatenate(parts)
+    return written_by_teacher(np.concatenate(parts), seed)
+
+
+def written_by_teacher(windows: Ids, seed: int) -> Corpus:
+    """What ``own_words`` made, with what the model card says of it."""
     return Corpus(windows, (f"the teacher's own words: {windows.size} tokens, temperature 1, seed {seed}",))
 
 

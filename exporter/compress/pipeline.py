@@ -24,11 +24,14 @@ from exporter.compress import data, importance, result, surgery
 from exporter.compress.data import Corpus
 from exporter.compress.fake_quant import FakeQuantizer
 from exporter.compress.importance import DepthMeasure, Measure
-from exporter.compress.proposal import Proposal, propose
+from exporter.compress.proposal import Proposal, imagined, propose
 from exporter.compress.result import Comparison, CompressRecord
 from exporter.compress.shape import Shape, parameters, row_remarks, shape_of, wanted_shape
-from exporter.compress.training import Trainer, TrainingOptions
+from exporter.compress.surgery import Kept
+from exporter.compress.training import Trainer, TrainingOptions, write_atomically
+from exporter.given_types import read_types
 from exporter.options import ExportOptions
+from exporter.plan import resolve
 from exporter.quality import Window, compare_models, cut_windows
 from exporter.reference import TransformersModel, open_torch_model
 from exporter.texts import evaluation_text
@@ -41,7 +44,13 @@ IMPORTANCE_WINDOWS = 16
 EVALUATION_TOKENS = 2000
 _HELD_OUT = 8  # windows of the teacher's own words that nobody learns from
 _WRITING_BATCH = {"cpu": 16, "cuda": 512}
-_OWN_WORDS = "own_words.npy"
+_OWN_WORDS, _KEPT, _COMPARISONS = "own_words.npy", "kept.json", "comparisons.json"
+# A killed run may go on with these changed: they say how it is computed, or what to do about a loss that is no number.
+_CHANGEABLE = ("device", "micro_batch", "learning_rate")
+_SETTINGS = (
+    "batch", "learning_rate", "temperature", "hidden_weight", "attention_weight", "own_share", "finish_tokens", "seed",
+    "length",
+)  # fmt: skip
 _TOOLS = ("edgelm", "torch", "transformers", "numpy")
 
 
@@ -51,7 +60,7 @@ class CompressOptions:
 
     ``target`` with limits chooses ``layers`` and ``neurons`` by prediction. ``heads`` counts attention heads.
     ``texts`` replace the built-in one; ``own_share`` of the training tokens are written by the teacher. ``finish`` is
-    the mix (Q4_0, Q4_K_M ...) that the last ``finish_tokens`` are trained for.
+    what the last ``finish_tokens`` are trained for: a mix (Q4_0, Q4_K_M ...) or a bundle, whose types are taken.
     """
 
     source: str
@@ -91,6 +100,15 @@ class Student:
     record: CompressRecord
 
 
+@dataclass(frozen=True)
+class _Finished:
+    """What a student was trained through: the name of the plan, the type of each GGUF tensor, and on how much."""
+
+    quant: str
+    types: dict[str, str]
+    tokens: int
+
+
 @dataclass
 class _Run:
     """What the stages share."""
@@ -101,6 +119,7 @@ class _Run:
     state: Path
     progress: Progress
     comparisons: list[Comparison] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
 
 
 def proposal(options: CompressOptions, progress: Progress = SILENT) -> tuple[Shape, Shape, Proposal | None, list[str]]:
@@ -112,6 +131,7 @@ def proposal(options: CompressOptions, progress: Progress = SILENT) -> tuple[Sha
     checkpoint = open_checkpoint(open_source(options.source))
     config = _config(checkpoint, progress)
     full, wanted, found = _shape(options, checkpoint, config)
+    _check_shape(options, checkpoint, config, (full, wanted))
     return full, wanted, found, row_remarks(config, wanted)
 
 
@@ -131,31 +151,49 @@ def compress(
     teacher_checkpoint = _teacher(options, checkpoint, words)
     state = destination.with_name(f".{destination.name}.training")
     run = _Run(options, checkpoint, words, state, progress)
-    with _state_kept_if_worth_it(state), _models(run, teacher_checkpoint) as (base, teacher):
+    with _models(run, teacher_checkpoint) as (base, teacher):
         full, wanted, _ = _shape(options, checkpoint, base.config)
-        _claim_state(run, wanted)
-        corpus, held_out = _corpus(run, teacher)
-        windows = [row.tolist() for row in corpus.windows[:: max(1, len(corpus.windows) // IMPORTANCE_WINDOWS)]]
-        found = importance.measure(
-            base, windows[:IMPORTANCE_WINDOWS], wanted, progress, units=options.units, depth=options.depth
-        )
-        kept = surgery.choose(found, full, wanted)
-        student = surgery.cut(base, wanted, kept)
-        _compare(run, "pruned", teacher, student, held_out)
-        steps = _train(run, teacher, student, corpus, kept.layers)
-        if steps:
-            _compare(run, "distilled", teacher, student, held_out)
-        finished = _finish(run, teacher, student, corpus, kept.layers, held_out) if options.finish else None
-        record = _record(run, teacher_checkpoint, (full, wanted), kept.layers, corpus, (base.config, started, finished))
-        with result.new_directory(destination, force=force) as staging:
-            result.write_student(staging, student, checkpoint, words, record)
+        _check_shape(options, checkpoint, base.config, (full, wanted))
+        _claim_state(run, teacher_checkpoint, wanted)
+        with _state_kept_if_worth_it(state):
+            corpus, held_out = _corpus(run, teacher)
+            kept = _kept(run, base, corpus, (full, wanted))
+            student = surgery.cut(base, wanted, kept)
+            _compare(run, "pruned", teacher, student, held_out)
+            learned = _train(run, teacher, student, corpus, kept.layers)
+            if learned:
+                _compare(run, "distilled", teacher, student, held_out)
+            finished = _finish(run, teacher, student, corpus, kept.layers, held_out) if options.finish else None
+            record = CompressRecord(
+                teacher=teacher_checkpoint.source.location,
+                teacher_files=tuple(file_record(path) for path in teacher_checkpoint.files),
+                shape_teacher=str(full),
+                shape=str(wanted),
+                parameters_teacher=parameters(base.config, full),
+                parameters=parameters(base.config, wanted),
+                layers_kept=kept.layers,
+                measured_by=f"{options.units} (layers: {options.depth})",
+                data=corpus.sources,
+                data_sha256=corpus.sha256,
+                tokens=learned + (finished.tokens if finished else 0),
+                settings={name: getattr(options, name) for name in _SETTINGS},
+                trained_for=finished.quant if finished else None,
+                types=finished.types if finished else None,
+                comparisons=tuple(run.comparisons),
+                remarks=tuple(row_remarks(base.config, wanted)),
+                elapsed_s=time.monotonic() - started,
+                tool_versions={tool: version(tool) for tool in _TOOLS},
+            )
+            with result.new_directory(destination, force=force) as staging:
+                result.write_student(staging, student, checkpoint, words, record)
+                result.write_curve(staging, run.curve)
     shutil.rmtree(state, ignore_errors=True)
     return Student(destination, record)
 
 
 @contextmanager
 def _state_kept_if_worth_it(state: Path) -> Iterator[None]:
-    """On any exception, keep what took long to compute and nothing else."""
+    """On any exception, keep what took long to compute; without that, nothing."""
     try:
         yield
     except BaseException:
@@ -180,6 +218,46 @@ def _check(options: CompressOptions) -> None:
     for path in options.texts:
         if not path.is_file():
             raise UsageError(f"--text: {path} is no file")
+    if 0 < options.tokens < options.batch * options.length:
+        raise UsageError(
+            f"--tokens {options.tokens} is less than one step, {options.batch} sequences of {options.length} tokens",
+            hint="give more tokens, a smaller --batch or a shorter --length; 0 prunes only",
+        )
+    if options.finish is not None:
+        _finish_export(options, "")
+    matched = options.hidden_weight > 0 or options.attention_weight > 0
+    if matched and options.teacher is not None:
+        raise UsageError(
+            "--hidden-weight and --attention-weight compare layers with those of SOURCE that they were; "
+            "another --teacher has none of them",
+            hint="leave out the weights, or the teacher",
+        )
+
+
+def _check_shape(options: CompressOptions, checkpoint: Checkpoint, config: Any, shapes: tuple[Shape, Shape]) -> None:
+    """Refuse now what would fail after hours of training. Raises ``UsageError`` and ``CheckpointError``."""
+    full, wanted = shapes
+    if full.hidden != wanted.hidden and (options.hidden_weight > 0 or options.attention_weight > 0):
+        raise UsageError(
+            f"--hidden-weight and --attention-weight compare vectors: the teacher's have {full.hidden} numbers, the "
+            f"student's {wanted.hidden}",
+            hint="leave out the weights, or --hidden",
+        )
+    if options.finish is not None:
+        resolve(_finish_export(options, ""), imagined(config, wanted, checkpoint), load_profile("host"))
+
+
+def _finish_export(options: CompressOptions, source: str) -> ExportOptions:
+    """The export whose types are trained for. Raises ``UsageError`` for what has no types until it is measured."""
+    finish = options.finish or ""
+    if finish.lower() == "auto":
+        raise UsageError(
+            "--finish auto: which types are best is measured on a student that is there",
+            hint="export it with --quant auto first, then name that bundle: --finish BUNDLE",
+        )
+    if Path(finish).is_dir():
+        return ExportOptions(source=source, format="gguf", types=read_types(Path(finish)))
+    return ExportOptions(source=source, format="gguf", quant=finish)
 
 
 def _device(choice: DeviceChoice) -> str:
@@ -275,21 +353,45 @@ def _ready(model: Any, device: str) -> None:
     model.to(device)
 
 
-def _claim_state(run: _Run, wanted: Shape) -> None:
+def _claim_state(run: _Run, teacher: Checkpoint, wanted: Shape) -> None:
     """Make the state directory this run's own. Raises ``UsageError`` when it is another run's."""
-    options = {name: str(value) for name, value in asdict(run.options).items() if name not in ("device", "micro_batch")}
-    files = [file_record(path).sha256 for path in run.checkpoint.files]
-    document = json.dumps({"options": options, "shape": str(wanted), "source": files}, indent=2)
+    options = {name: str(value) for name, value in asdict(run.options).items() if name not in _CHANGEABLE}
+    paths = dict.fromkeys((*run.checkpoint.files, *teacher.files, *run.options.texts))
+    files = [file_record(path).sha256 for path in paths]
+    document = json.dumps({"options": options, "shape": str(wanted), "files": files}, indent=2)
     path = run.state / "run.json"
     if path.is_file():
         if path.read_text(encoding="utf-8") != document:
             raise UsageError(
-                f"{run.state} holds the state of a run with other settings",
+                f"{run.state} holds the state of a run with other settings or files",
                 hint="repeat that run's command to go on with it, or remove the directory to start anew",
             )
-        return
-    run.state.mkdir(parents=True, exist_ok=True)
-    path.write_text(document, encoding="utf-8")
+    else:
+        run.state.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, document)
+    path = run.state / _COMPARISONS
+    if path.is_file():
+        run.comparisons += [Comparison.model_validate(item) for item in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def _kept(run: _Run, base: Any, corpus: Corpus, shapes: tuple[Shape, Shape]) -> Kept:
+    """What stays of the teacher: measured once, then read, so that a resumed run prunes the very same."""
+    import torch
+
+    path = run.state / _KEPT
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        neurons, heads = (tuple(torch.tensor(row) for row in found[name]) for name in ("neurons", "heads"))
+        return Kept(tuple(found["layers"]), torch.tensor(found["hidden"]), neurons, heads)
+    full, wanted = shapes
+    windows = [row.tolist() for row in corpus.windows[:: max(1, len(corpus.windows) // IMPORTANCE_WINDOWS)]]
+    measured = importance.measure(
+        base, windows[:IMPORTANCE_WINDOWS], wanted, run.progress, units=run.options.units, depth=run.options.depth
+    )
+    kept = surgery.choose(measured, full, wanted)
+    rows = {name: [row.tolist() for row in getattr(kept, name)] for name in ("neurons", "heads")}
+    write_atomically(path, json.dumps({"layers": kept.layers, "hidden": kept.hidden.tolist(), **rows}))
+    return kept
 
 
 def _corpus(run: _Run, teacher: Any) -> tuple[Corpus, Corpus | None]:
@@ -297,17 +399,18 @@ def _corpus(run: _Run, teacher: Any) -> tuple[Corpus, Corpus | None]:
     options = run.options
     length = min(options.length, describe(run.checkpoint).dimensions.context_trained)
     corpus = data.from_texts(options.texts or (None,), run.words, length)
-    own = round(options.tokens * options.own_share / length)
-    if not own:
+    if not options.tokens * options.own_share:
         return corpus, None
+    own = max(1, round(options.tokens * options.own_share / length))
     path = run.state / _OWN_WORDS
     if path.is_file():
-        windows = np.load(path, allow_pickle=False)
-        written = Corpus(windows, (f"the teacher's own words: {windows.size} tokens, temperature 1",))
+        written = data.written_by_teacher(np.load(path, allow_pickle=False), options.seed)
     else:
         batch = _WRITING_BATCH[teacher.device.type]
         written = data.own_words(teacher, own + _HELD_OUT, length, batch, options.seed, run.progress)
-        np.save(path, written.windows)
+        partial = path.with_name(f".partial.{path.name}")
+        np.save(partial, written.windows)
+        partial.replace(path)
     held_out = Corpus(written.windows[:_HELD_OUT], ())
     learned = Corpus(written.windows[_HELD_OUT:], written.sources)
     if options.own_share == 1:
@@ -319,11 +422,14 @@ def _corpus(run: _Run, teacher: Any) -> tuple[Corpus, Corpus | None]:
 
 
 def _train(run: _Run, teacher: Any, student: Any, corpus: Corpus, layers: tuple[int, ...]) -> int:
-    steps = run.options.tokens // (run.options.batch * int(corpus.windows.shape[1]))
+    """Distil; how many tokens that took."""
+    step_tokens = run.options.batch * int(corpus.windows.shape[1])
+    steps = run.options.tokens // step_tokens
     if steps:
         trainer = Trainer(teacher, student, corpus, _training(run.options, steps, layers), run.state / "distil")
         trainer.run(run.progress)
-    return steps
+        run.curve += [{"stage": "distil", **asdict(item)} for item in trainer.curve]
+    return steps * step_tokens
 
 
 def _training(options: CompressOptions, steps: int, layers: tuple[int, ...], rate: float = 1.0) -> TrainingOptions:
@@ -342,25 +448,27 @@ def _training(options: CompressOptions, steps: int, layers: tuple[int, ...], rat
 
 def _finish(
     run: _Run, teacher: Any, student: Any, corpus: Corpus, layers: tuple[int, ...], held_out: Corpus | None
-) -> str:
-    """Train on through the types that an export by ``--quant`` would give each tensor; what they are, in words."""
+) -> _Finished:
+    """Train on through the types that an export would give each tensor."""
     from exporter.pipeline import prepare
 
     options = run.options
-    assert options.finish is not None
     directory = run.state / "unfinished"
     _save_plain(run, student, directory)
-    plan = prepare(ExportOptions(source=str(directory), format="gguf", quant=options.finish), run.progress).plan
+    plan = prepare(_finish_export(options, str(directory)), run.progress).plan
     types = {item.source_name: item.type for item in plan.tensors if item.type not in ("F32", "F16", "BF16")}
     quantizer = FakeQuantizer(student, types)
     with quantizer.applied():
         _compare(run, f"quantised to {plan.quant}", teacher, student, held_out)
-    steps = max(1, options.finish_tokens // (options.batch * corpus.windows.shape[1]))
+    step_tokens = options.batch * int(corpus.windows.shape[1])
+    steps = max(1, options.finish_tokens // step_tokens)
     training = _training(options, steps, layers, rate=0.25)
-    Trainer(teacher, student, corpus, training, run.state / "finish", quantizer).run(run.progress)
+    trainer = Trainer(teacher, student, corpus, training, run.state / "finish", quantizer)
+    trainer.run(run.progress)
+    run.curve += [{"stage": "finish", **asdict(item)} for item in trainer.curve]
     with quantizer.applied():
         _compare(run, f"finished for {plan.quant}", teacher, student, held_out)
-    return plan.quant
+    return _Finished(plan.quant, {item.name: item.type for item in plan.tensors}, steps * step_tokens)
 
 
 def _save_plain(run: _Run, student: Any, directory: Path) -> None:
@@ -370,7 +478,9 @@ def _save_plain(run: _Run, student: Any, directory: Path) -> None:
 
 
 def _compare(run: _Run, stage: str, teacher: Any, student: Any, held_out: Corpus | None) -> None:
-    """Add a row for each evaluation text."""
+    """Add a row for each evaluation text, unless an earlier part of this run has done so."""
+    if any(item.stage == stage for item in run.comparisons):
+        return
     text = evaluation_text()
     ids = open_tokenizer(run.words.tokenizer_json, "tokenizer.json").encode(
         text.content, add_special_tokens=False
@@ -394,39 +504,4 @@ def _compare(run: _Run, stage: str, teacher: Any, student: Any, held_out: Corpus
                 ppl_teacher=float(np.exp(-found.log_probability_reference.mean())),
             )
         )
-
-
-def _record(
-    run: _Run, teacher: Checkpoint, shapes: tuple[Shape, Shape], layers: tuple[int, ...], corpus: Corpus,
-    rest: tuple[Any, float, str | None],
-) -> CompressRecord:  # fmt: skip
-    config, started, finished = rest
-    options = run.options
-    names = (
-        "batch",
-        "learning_rate",
-        "temperature",
-        "hidden_weight",
-        "attention_weight",
-        "own_share",
-        "seed",
-        "length",
-    )
-    return CompressRecord(
-        teacher=teacher.source.location,
-        teacher_files=tuple(file_record(path) for path in teacher.files),
-        shape_teacher=str(shapes[0]),
-        shape=str(shapes[1]),
-        parameters_teacher=parameters(config, shapes[0]),
-        parameters=parameters(config, shapes[1]),
-        layers_kept=layers,
-        measured_by=f"{options.units} (layers: {options.depth})",
-        data=corpus.sources,
-        data_sha256=corpus.sha256,
-        tokens=options.tokens + (options.finish_tokens if finished else 0),
-        settings={name: getattr(options, name) for name in names},
-        trained_for=finished,
-        comparisons=tuple(run.comparisons),
-        elapsed_s=time.monotonic() - started,
-        tool_versions={tool: version(tool) for tool in _TOOLS},
-    )
+    write_atomically(run.state / _COMPARISONS, json.dumps([item.model_dump() for item in run.comparisons]))

@@ -1,7 +1,7 @@
 """The student on disk: a Hugging Face directory with a model card that says how it was made and what it lost.
 
-``compress.json`` holds the same as a table for programs. The directory appears complete or not at all. Does not know
-how any figure was measured.
+``compress.json`` holds the same as a table for programs, ``training.jsonl`` the curve of training. The directory
+appears complete or not at all. Does not know how any figure was measured.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from typing import Any
 from edgelm.bundle import FileRecord, Record
 from edgelm.errors import CheckpointError, UsageError
 from exporter.checkpoint import Checkpoint
+from exporter.given_types import STUDENT_RECORD
 from exporter.tokenizer import SourceTokenizer
 
-RECORD_NAME = "compress.json"
+RECORD_NAME, CURVE_NAME = STUDENT_RECORD, "training.jsonl"
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
     "chat_template.jinja", "chat_template.json",
@@ -55,6 +56,9 @@ class CompressRecord(Record):
     tokens: int
     settings: dict[str, Any]
     trained_for: str | None
+    types: dict[str, str] | None
+    """By GGUF name, what it was trained for: ``edgelm export --types-from`` takes them."""
+    remarks: tuple[str, ...]
     comparisons: tuple[Comparison, ...]
     elapsed_s: float
     tool_versions: dict[str, str]
@@ -105,11 +109,20 @@ def write_student(
 
     student.to(torch.float32 if record.trained_for else torch.bfloat16)
     student.config.dtype = student.dtype
+    if checkpoint.source.kind == "gguf":  # whose configuration was made up from its dimensions
+        for name in ("bos", "eos"):
+            setattr(student.config, f"{name}_token_id", words.gguf_metadata.get(f"tokenizer.ggml.{name}_token_id"))
     student.generation_config = GenerationConfig()  # the teacher's file replaces it
     student.save_pretrained(directory, safe_serialization=True)
     write_tokenizer(directory, checkpoint, words)
     (directory / RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     (directory / "README.md").write_text(model_card(directory.name, record), encoding="utf-8")
+
+
+def write_curve(directory: Path, curve: Sequence[Mapping[str, Any]]) -> None:
+    """Every step of training as JSON lines: stage, step, loss, KL in nats per token, learning rate."""
+    lines = "".join(json.dumps(item) + "\n" for item in curve)
+    (directory / CURVE_NAME).write_text(lines, encoding="utf-8")
 
 
 def write_tokenizer(directory: Path, checkpoint: Checkpoint, words: SourceTokenizer) -> None:

@@ -18,16 +18,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgelm.errors import DoesNotFitError, EngineError
+from edgelm.errors import CheckpointError, DoesNotFitError, EngineError
 from edgelm.progress import Progress, Stage
+from edgelm.units import format_bytes
 from exporter.compress.data import Corpus, Indices, batches
 from exporter.compress.fake_quant import FakeQuantizer
+from targets.host import available_memory
 
 _BETAS = (0.9, 0.95)
 _CLIP = 1.0
 _WARM_UP = 0.05  # of all steps
 _LAST_RATE = 0.1  # of the highest
-_STATE, _CURVE, _TENSORS = "state.json", "curve.jsonl", "state-{step}.safetensors"
+_STATE, _TENSORS = "state.json", "state-{step}.safetensors"
+_SAVE_EVERY_S = 60.0
+_FLOAT32_BYTES = 4
+# Arrays that are in memory at once, counted in PyTorch's code: gradient and both moments of AdamW of each weight; of
+# each position both logits, both log-softmaxes, the terms of KL and two gradients; and what backward needs of a layer.
+_PER_WEIGHT, _PER_LOGIT, _PER_CHANNEL, _PER_NEURON = 3, 7, 14, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +53,7 @@ class TrainingOptions:
     attention_weight: float
     matched: tuple[int, ...]
     seed: int
-    save_every_s: float = 60.0
+    save_every_s: float | None = None  # None: _SAVE_EVERY_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +74,8 @@ class _State:
     optimizer: Any
     step: int
     curve: list[Step]
+    saved_step: int = 0
+    whole: bool = True  # False while weights are being changed
 
 
 class Trainer:
@@ -94,13 +103,17 @@ class Trainer:
     def run(self, progress: Progress) -> None:
         """Train to the last step, from the saved state on if there is one.
 
-        Raises ``EngineError`` when the loss is no number any more (the last good state stays) and ``DoesNotFitError``
-        when memory is too small for a micro-batch. Ctrl-C saves the state first.
+        Raises ``EngineError`` when the loss is no number any more (the last good state stays), ``DoesNotFitError``
+        when memory is too small for a micro-batch and ``CheckpointError`` when the state cannot be read or written.
+        Ctrl-C saves the state first.
         """
         self._restore()
+        if self._device.type == "cpu" and self._state.step < self._options.steps:
+            self._check_memory()
         options, state = self._options, self._state
         tokens = options.batch * self._corpus.windows.shape[1]
         saved_s = time.monotonic()
+        every_s = _SAVE_EVERY_S if options.save_every_s is None else options.save_every_s
         with progress.stage("distilling", options.steps * tokens, unit="tokens") as stage:
             stage.advance(state.step * tokens)
             order = batches(len(self._corpus.windows), options.batch, options.seed, state.step)
@@ -108,7 +121,7 @@ class Trainer:
                 while state.step < options.steps:
                     self._one_step(next(order))
                     self._tell(stage, tokens)
-                    if time.monotonic() - saved_s > options.save_every_s:
+                    if time.monotonic() - saved_s > every_s:
                         self._save()
                         saved_s = time.monotonic()
             except KeyboardInterrupt:
@@ -131,17 +144,26 @@ class Trainer:
         with applied:
             loss, kl = self._gradients(rows)
         if not math.isfinite(loss):
-            raise EngineError(
-                f"the loss is no number any more at step {state.step + 1}",
-                hint=f"the last good state is in {self._directory}; go on from it with a lower --learning-rate",
-            )
+            raise self._no_number()
         import torch
 
-        torch.nn.utils.clip_grad_norm_(state.student.parameters(), _CLIP)
+        # A finite loss can have gradients that are not: they would spoil the weights that are saved next.
+        if not math.isfinite(float(torch.nn.utils.clip_grad_norm_(state.student.parameters(), _CLIP))):
+            raise self._no_number()
+        state.whole = False
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.curve.append(Step(state.step, loss, kl, rate))
+        state.whole = True
+
+    def _no_number(self) -> EngineError:
+        kept = (self._directory / _STATE).is_file()
+        hint = f"the last good state is in {self._directory}; go on from it" if kept else "start again"
+        return EngineError(
+            f"the loss is no number any more at step {self._state.step + 1}",
+            hint=f"{hint} with a lower --learning-rate",
+        )
 
     def _gradients(self, rows: Indices) -> tuple[float, float]:
         """Add the gradients of one step's sequences; mean loss and mean KL per token."""
@@ -176,7 +198,8 @@ class Trainer:
         kl = divergence(teacher.logits, student.logits, options.temperature)
         loss = kl * options.temperature**2
         if deep:
-            wanted = [teacher.hidden_states[layer + 1] for layer in options.matched]
+            # The last state comes after the final norm, in both, whichever layer comes last in the student.
+            wanted = [*(teacher.hidden_states[layer + 1] for layer in options.matched[:-1]), teacher.hidden_states[-1]]
             loss = loss + options.hidden_weight * _distance(wanted, student.hidden_states[1:])
         if options.attention_weight > 0:
             loss = loss + options.attention_weight * _distance(expected.outputs, found.outputs)
@@ -186,6 +209,23 @@ class Trainer:
         import torch
 
         return torch.autocast("cuda", dtype=torch.bfloat16) if self._device.type == "cuda" else nullcontext()
+
+    def _check_memory(self) -> None:
+        """Refuse before the first step what would be killed during it. Raises ``DoesNotFitError``."""
+        options, length = self._options, int(self._corpus.windows.shape[1])
+        fixed, each = training_bytes(self._state.student, length, quantised=self._quantizer is not None)
+        available = available_memory()
+        fitting = int((int(available.value) - fixed) // each)
+        if fitting >= options.micro_batch:
+            return
+        raise DoesNotFitError(
+            f"training on {options.micro_batch} sequences of {length} tokens at once needs about "
+            f"{format_bytes(fixed + options.micro_batch * each)} more memory, there are "
+            f"{format_bytes(int(available.value))} ({available.reason})",
+            hint=f"try --micro-batch {fitting}; the result is the same"
+            if fitting > 0
+            else "a single sequence does not fit: try a shorter --length or a smaller student",
+        )
 
     def _too_large(self, error: RuntimeError) -> Exception:
         text = str(error)
@@ -201,47 +241,80 @@ class Trainer:
     # --- state on disk
 
     def _save(self) -> None:
-        """Write tensors, then the small file that names them: a kill between the two leaves the earlier state."""
+        """Write tensors, then the small file that names them: a kill between the two leaves the earlier state.
+
+        Nothing is written when this step is on disk already, or was interrupted while it changed the weights.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         state = self._state
+        if not state.whole or state.step == state.saved_step:
+            return
         tensors = {f"weight.{name}": value.detach().contiguous() for name, value in state.student.named_parameters()}
         for index, entry in state.optimizer.state_dict()["state"].items():
             tensors.update({f"optimizer.{index}.{name}": value for name, value in entry.items()})
         name = _TENSORS.format(step=state.step)
-        self._directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, self._directory / name)
         document = {"step": state.step, "tensors": name, "curve": [asdict(item) for item in state.curve]}
-        temporary = self._directory / f".{_STATE}"
-        with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(document, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(self._directory / _STATE)
-        for old in self._directory.glob(_TENSORS.format(step="*")):
-            if old.name != name:
-                old.unlink()
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, self._directory / name)
+            with (self._directory / name).open("rb") as stream:
+                os.fsync(stream.fileno())
+            write_atomically(self._directory / _STATE, json.dumps(document))
+            for old in self._directory.glob(_TENSORS.format(step="*")):
+                if old.name != name:
+                    old.unlink()
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot keep the state of training in {self._directory}: {error}") from error
+        state.saved_step = state.step
 
     def _restore(self) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = self._directory / _STATE
         if not path.is_file():
             return
-        document = json.loads(path.read_text(encoding="utf-8"))
-        tensors = load_file(self._directory / document["tensors"], device=str(self._device))
         state = self._state
         weights = dict(state.student.named_parameters())
-        for name, weight in weights.items():
-            weight.data.copy_(tensors[f"weight.{name}"])
         saved = state.optimizer.state_dict()
-        for index in range(len(weights)):
-            names = ("step", "exp_avg", "exp_avg_sq")
-            saved["state"][index] = {name: tensors[f"optimizer.{index}.{name}"] for name in names}
-        if document["step"] > 0:
-            state.optimizer.load_state_dict(saved)
-        state.step = document["step"]
-        state.curve = [Step(**item) for item in document["curve"]]
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            tensors = load_file(self._directory / document["tensors"], device=str(self._device))
+            for name, weight in weights.items():
+                weight.data.copy_(tensors[f"weight.{name}"])
+            for index in range(len(weights)):
+                names = ("step", "exp_avg", "exp_avg_sq")
+                saved["state"][index] = {name: tensors[f"optimizer.{index}.{name}"] for name in names}
+            curve = [Step(**item) for item in document["curve"]]
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the state of training in {self._directory} cannot be read: {error}",
+                hint="remove the directory to start anew",
+            ) from error
+        state.optimizer.load_state_dict(saved)
+        state.step = state.saved_step = document["step"]
+        state.curve = curve
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file: whoever reads sees all of the old or all of the new one. Raises ``OSError``."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def training_bytes(student: Any, length: int, *, quantised: bool = False) -> tuple[int, int]:
+    """Memory that float32 training needs beside both models' weights: whatever the batch, and per sequence of it."""
+    config = student.config
+    weights = sum(parameter.numel() for parameter in student.parameters())
+    layer = _PER_CHANNEL * config.hidden_size + _PER_NEURON * config.intermediate_size
+    position = _PER_LOGIT * config.vocab_size + config.num_hidden_layers * layer
+    return _FLOAT32_BYTES * (_PER_WEIGHT + quantised) * weights, _FLOAT32_BYTES * length * position
 
 
 def divergence(teacher: Any, student: Any, temperature: float = 1.0) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgelm.bundle import Choice
 from edgelm.cli.app import run_cli
 from edgelm.errors import CheckpointError, DoesNotFitError, EngineError, UsageError
 from edgelm.progress import SILENT
 from exporter import ggml
 from exporter.checkpoint import open_checkpoint, open_source
 from exporter.compress import importance, surgery
+from exporter.compress import training as training_module
 from exporter.compress.data import Corpus, batches
 from exporter.compress.pipeline import CompressOptions, compress, proposal
 from exporter.compress.shape import Shape, shape_of, wanted_shape
-from exporter.compress.training import Trainer, TrainingOptions
+from exporter.compress.training import Trainer, TrainingOptions, training_bytes
+from exporter.given_types import read_types
 from exporter.options import ExportOptions
 from exporter.pipeline import export
 from exporter.reference import open_torch_model
@@ -74,6 +78,33 @@ def test_units_that_do_nothing_are_what_goes(teacher: Any, measure: importance.M
     assert shape_of(student.config) == wanted
     assert student.config.num_attention_heads == 2
     assert np.abs(logits(student).numpy() - logits(teacher).numpy()).max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_every_family_is_cut_by_its_own_axes(family: str) -> None:
+    """With an output table of its own, biases (qwen2) and norms of heads (qwen3); what goes reaches nothing."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        family, vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(2)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    dead = list(range(0, 96, 3))
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data[:, dead] = 0
+        layer.self_attn.o_proj.weight.data[:, :32] = 0
+    model.model.layers[1].mlp.down_proj.weight.data.zero_()
+    model.model.layers[1].self_attn.o_proj.weight.data.zero_()
+    wanted = wanted_shape(shape_of(config), layers=2, neurons=64, heads=1)
+    student = cut_to(model, wanted)
+    assert shape_of(student.config) == wanted
+    assert student.lm_head.weight.data_ptr() != student.model.embed_tokens.weight.data_ptr()
+    assert np.abs(logits(student).numpy() - logits(model).numpy()).max() < 1e-4
 
 
 @pytest.mark.parametrize("depth", ["influence", "kl"])
@@ -200,6 +231,69 @@ def test_memory_that_is_too_small_names_what_would_fit(
     assert "--micro-batch 1" in (raised.value.hint or "")
 
 
+def test_ctrl_c_before_the_first_step_leaves_nothing_in_the_way(
+    teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, trainer = make_trainer(teacher, tmp_path, training(steps=2))
+    monkeypatch.setattr(student, "forward", lambda *_, **__: raising(KeyboardInterrupt())())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(SILENT)
+    _, again = make_trainer(teacher, tmp_path, training(steps=2))
+    again.run(SILENT)
+    assert [item.step for item in again.curve] == [1, 2]
+
+
+def test_ctrl_c_in_the_middle_of_an_update_keeps_the_state_before_it(teacher: Any, tmp_path: Path) -> None:
+    _, whole = make_trainer(teacher, tmp_path / "whole", training())
+    whole.run(SILENT)
+    _, killed = make_trainer(teacher, tmp_path / "killed", training(save_every_s=0))
+    optimizer = killed._state.optimizer
+    update = optimizer.step
+
+    def interrupted() -> None:
+        update()
+        if len(killed.curve) == 3:
+            raise KeyboardInterrupt
+
+    optimizer.step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        killed.run(SILENT)
+    _, resumed = make_trainer(teacher, tmp_path / "killed", training())
+    resumed.run(SILENT)
+    assert resumed.curve == whole.curve
+
+
+def test_gradients_that_are_no_numbers_do_not_reach_the_weights(teacher: Any, tmp_path: Path) -> None:
+    student, trainer = make_trainer(teacher, tmp_path, training(save_every_s=0))
+    student.model.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(EngineError, match="step 1") as raised:
+        trainer.run(SILENT)
+    assert raised.value.hint == "start again with a lower --learning-rate"
+    assert all(np.isfinite(item.detach().numpy()).all() for item in student.parameters())
+
+
+def test_a_state_that_is_damaged_is_named(teacher: Any, tmp_path: Path) -> None:
+    _, trainer = make_trainer(teacher, tmp_path, training(steps=2))
+    trainer.run(SILENT)
+    next(tmp_path.glob("*.safetensors")).write_bytes(b"half of it")
+    _, again = make_trainer(teacher, tmp_path, training(steps=3))
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
+        again.run(SILENT)
+
+
+def test_a_micro_batch_that_memory_cannot_hold_is_refused_before_the_first_step(
+    teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, trainer = make_trainer(teacher, tmp_path, training())
+    fixed, each = training_bytes(student, 24)
+    for room, hint in ((fixed + 1.5 * each, "--micro-batch 1"), (fixed + 0.5 * each, "a shorter --length")):
+        monkeypatch.setattr(training_module, "available_memory", lambda room=room: Choice(value=room, reason="free"))
+        with pytest.raises(DoesNotFitError, match="2 sequences of 24 tokens") as raised:
+            trainer.run(SILENT)
+        assert hint in (raised.value.hint or "")
+    assert trainer.curve == ()
+
+
 def test_every_window_comes_once_in_each_pass() -> None:
     order = batches(10, 4, seed=5, first_step=0)
     seen = np.concatenate([next(order) for _ in range(5)])
@@ -263,6 +357,12 @@ def test_what_is_trained_for_is_what_an_export_stores(teacher: Any) -> None:
         ({"own_share": 1.5}, "from 0 to 1"),
         ({"tokens": -1}, "--tokens"),
         ({"min_decode_tps": 5.0}, "--target"),
+        ({"tokens": 100}, "less than one step"),
+        ({"finish": "auto"}, "measured on a student that is there"),
+        ({"finish": "Q99"}, "'Q99' is no quantisation"),
+        ({"hidden": 32, "hidden_weight": 1.0}, "the teacher's have 64 numbers, the student's 32"),
+        ({"hidden": 32, "attention_weight": 1.0}, "the teacher's have 64 numbers, the student's 32"),
+        ({"teacher": "elsewhere", "hidden_weight": 1.0}, "another --teacher has none"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
@@ -303,3 +403,123 @@ def test_a_target_chooses_the_largest_shape_that_meets_the_limits(teacher_direct
     assert (smaller.layers, smaller.neurons) < (wanted.layers, wanted.neurons)
     with pytest.raises(DoesNotFitError, match="the nearest"):
         proposal(replace(free, max_artifact_bytes=1000))
+
+
+class Crash:
+    """A progress that ends the run in the second step of the n-th training."""
+
+    def __init__(self, training: int) -> None:
+        self.left = training
+
+    def stage(self, name: str, *_: object, **__: object) -> Any:
+        if name != "distilling":
+            return SILENT.stage(name, 1)
+        self.left -= 1
+        return StopAfter(2, raising(PowerCut())) if self.left == 0 else SILENT.stage(name, 1)
+
+
+def test_a_compression_killed_in_either_training_ends_as_if_it_had_not_been(
+    teacher_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_module, "_SAVE_EVERY_S", 0.0)
+    options = CompressOptions(
+        str(teacher_directory), layers=3, neurons=70, length=64, batch=4, tokens=1024, own_share=0.5, finish="Q8_0",
+        finish_tokens=768,
+    )  # fmt: skip
+    whole = compress(options, tmp_path / "whole")
+    for training_number in (1, 2):
+        with pytest.raises(PowerCut):
+            compress(options, tmp_path / "killed", progress=Crash(training_number))
+        assert (tmp_path / ".killed.training" / "comparisons.json").is_file()
+    assert len(list((tmp_path / ".killed.training").glob("*/state.json"))) == 2
+    resumed = compress(options, tmp_path / "killed")
+    unlike = {"elapsed_s"}
+    assert resumed.record.model_dump(exclude=unlike) == whole.record.model_dump(exclude=unlike)
+    assert resumed.record.tokens == 1024 + 768
+    assert any("neurons: rows of 70" in remark for remark in resumed.record.remarks)
+    for name in ("model.safetensors", "training.jsonl"):
+        assert (resumed.path / name).read_bytes() == (whole.path / name).read_bytes()
+    steps = [json.loads(line) for line in (whole.path / "training.jsonl").read_text().splitlines()]
+    assert [item["stage"] for item in steps] == ["distil"] * 4 + ["finish"] * 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def test_a_state_is_its_runs_own(teacher_directory: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Some words to learn from, and again some words. " * 200)
+    options = CompressOptions(
+        str(teacher_directory), layers=3, length=64, batch=4, tokens=1024, texts=(text,), own_share=0.5
+    )
+    with pytest.raises(PowerCut):
+        compress(options, tmp_path / "student", progress=Crash(1))
+    kept = sorted((tmp_path / ".student.training").iterdir())
+    assert "own_words.npy" in [path.name for path in kept]
+    for other in (replace(options, seed=1), replace(options, layers=2)):
+        with pytest.raises(UsageError, match="other settings or files"):
+            compress(other, tmp_path / "student")
+    content = text.read_text()
+    text.write_text(content + "More.")
+    with pytest.raises(UsageError, match="other settings or files"):
+        compress(options, tmp_path / "student")
+    assert sorted((tmp_path / ".student.training").iterdir()) == kept
+    text.write_text(content)
+    slower = compress(replace(options, learning_rate=1e-5, micro_batch=1), tmp_path / "student")
+    assert slower.record.settings["learning_rate"] == 1e-5
+
+
+def stored_as(bundle: Any) -> dict[str, str]:
+    return {item.name: item.type for item in bundle.manifest.plan.tensors}
+
+
+def test_an_export_stores_exactly_what_a_student_was_finished_for(tmp_path: Path) -> None:
+    """By the name of the mix, by the student's record, and by the types of another bundle."""
+    import torch
+
+    from exporter.compress.fake_quant import quantized
+
+    teacher_directory, student = tmp_path / "teacher", tmp_path / "student"
+    make_tiny_llama(teacher_directory, layers=3, hidden=256, heads=4, kv_heads=2, ffn=512, tied=False)
+    options = CompressOptions(
+        str(teacher_directory), layers=2, neurons=256, length=64, batch=4, tokens=0, finish="Q4_K_M", finish_tokens=512
+    )
+    types = compress(options, student).record.types
+    assert types is not None
+    assert len(set(types.values())) > 2
+    plain = ExportOptions(source=str(student), verify=False)
+    named = export(replace(plain, quant="Q4_K_M"), tmp_path / "named")
+    taken = export(replace(plain, types=read_types(student)), tmp_path / "taken")
+    assert stored_as(named) == stored_as(taken) == types
+    artefacts = [open_checkpoint(open_source(str(item.path / "model.gguf"))) for item in (named, taken)]
+    name = "blk.1.ffn_down.weight"
+    source = open_checkpoint(open_source(str(student))).load("model.layers.1.mlp.down_proj.weight")
+    expected = quantized(torch.from_numpy(source), types[name]).numpy()
+    for artefact in artefacts:
+        assert np.array_equal(artefact.load(name), expected)
+
+    mixed = export(
+        replace(plain, quant="Q4_0", type_overrides=(("ffn_down", "Q8_0"), ("attn_v", "Q5_K"))), tmp_path / "mixed"
+    )
+    again = CompressOptions(
+        str(student), teacher=str(teacher_directory), length=64, batch=4, tokens=0, finish=str(mixed.path),
+        finish_tokens=512,
+    )  # fmt: skip
+    finished = compress(again, tmp_path / "finished")
+    assert finished.record.types == stored_as(mixed)
+    bundle = export(replace(plain, source=str(finished.path), types=read_types(mixed.path)), tmp_path / "bundle")
+    assert stored_as(bundle) == stored_as(mixed)
+
+
+def test_types_of_another_model_are_not_taken(teacher_directory: Path, tmp_path: Path) -> None:
+    make_tiny_llama(tmp_path / "smaller", layers=2)
+    bundle = export(ExportOptions(source=str(tmp_path / "smaller"), quant="Q8_0", verify=False), tmp_path / "bundle")
+    types = read_types(bundle.path)
+    with pytest.raises(UsageError, match=r"of another model: blk\.2.*no type is given"):
+        export(ExportOptions(source=str(teacher_directory), types=types), tmp_path / "other")
+    wide = tuple((name, "Q4_K" if "ffn_down" in name else kind) for name, kind in types)
+    with pytest.raises(UsageError, match="have 128 numbers, Q4_K stores blocks of 256"):
+        export(ExportOptions(source=str(tmp_path / "smaller"), types=wide), tmp_path / "other")
+    with pytest.raises(UsageError, match="neither --quant nor --type"):
+        export(ExportOptions(source=str(tmp_path / "smaller"), quant="Q8_0", types=types), tmp_path / "other")
+    for directory, message in ((teacher_directory, "neither a bundle nor a student"), (tmp_path, "names no types")):
+        with pytest.raises(UsageError, match=message):
+            read_types(directory)
