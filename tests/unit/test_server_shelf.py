@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from edgelm.errors import BundleError
 from runtime.server.embedding_worker import EmbeddingWorker
+from runtime.server.limits import Access
 from runtime.server.metrics import Metrics
 from runtime.server.shelf import Servant, Shelf, Title
 from runtime.server.worker import Worker
@@ -70,9 +71,11 @@ class Library:
 
 
 @contextmanager
-def serving(library: Library, *titles: Title, unload_after_s: float | None = None) -> Iterator[LiveServer]:
+def serving(
+    library: Library, *titles: Title, unload_after_s: float | None = None, access: Access | None = None
+) -> Iterator[LiveServer]:
     shelf = Shelf(titles, library.metrics, library.free, unload_after_s=unload_after_s)
-    with running_server(shelf, library.metrics) as server:  # type: ignore[arg-type]
+    with running_server(shelf, library.metrics, access) as server:  # type: ignore[arg-type]
         assert wait_until(lambda: shelf.state != "starting")
         yield server
     assert library.loaded == {}
@@ -86,7 +89,11 @@ def said(server: LiveServer, model: str | None) -> Any:
 
 
 def states(server: LiveServer) -> dict[str, str]:
-    document: dict[str, str] = json.loads(server.request("GET", "/health/ready")[2])["models"]
+    return states_of(server, {})
+
+
+def states_of(server: LiveServer, headers: dict[str, str]) -> dict[str, str]:
+    document: dict[str, str] = json.loads(server.request("GET", "/health/ready", headers=headers)[2])["models"]
     return document
 
 
@@ -135,6 +142,27 @@ def test_names_are_looked_up_and_never_opened(name: str) -> None:
         path = "/v1/models/" + "".join(f"%{byte:02x}" for byte in name.encode())
         assert server.request("GET", path)[0] == 404
     assert opened == ["one"]
+
+
+def test_several_models_are_guarded_as_one_is() -> None:
+    library = Library()
+    key = b"correct-horse-battery-staple"
+    with serving(library, library.writer("one"), library.writer("two"), access=Access(key=key)) as server:
+        headers = {"Authorization": f"Bearer {key.decode()}"}
+        body = json.dumps({"model": "two", "prompt": "x"})
+        for method, route in (
+            ("GET", "/"),
+            ("GET", "/status"),
+            ("GET", "/metrics"),
+            ("GET", "/v1/models"),
+            ("POST", "/v1/completions"),
+        ):
+            assert server.request(method, route, body)[0] == 401
+            assert server.request(method, route, body, {**headers, "Host": "evil.example"})[0] == 403
+            assert server.request(method, route, body, {**headers, "Origin": "https://evil.example"})[0] == 403
+        assert states_of(server, headers)["two"] == "unloaded"  # nobody who was refused loaded anything
+        assert server.request("POST", "/v1/completions", body, headers)[0] == 200
+        assert server.request("POST", "/v1/completions", "[" * 50, headers)[0] == 400
 
 
 def test_what_was_not_used_for_longest_makes_room() -> None:
