@@ -28,6 +28,7 @@ from exporter.given_types import read_types
 from exporter.options import ExportOptions
 from exporter.pipeline import export
 from exporter.reference import open_torch_model
+from exporter.token_identity import open_tokenizer
 from tests.tiny_models import make_tiny_llama
 
 pytestmark = [pytest.mark.tiny, pytest.mark.reference]
@@ -501,10 +502,15 @@ def test_an_export_stores_exactly_what_a_student_was_finished_for(tmp_path: Path
     )
     again = CompressOptions(
         str(student), teacher=str(teacher_directory), length=64, batch=4, tokens=0, finish=str(mixed.path),
-        finish_tokens=512,
+        finish_tokens=512, own_share=0.5,
     )  # fmt: skip
     finished = compress(again, tmp_path / "finished")
     assert finished.record.types == stored_as(mixed)
+    assert "the teacher's own words" in {item.text for item in finished.record.comparisons}
+    assert (finished.record.shape_teacher, finished.record.shape_source) == (
+        "3 layers, 512 neurons, 2 KV heads, width 256",
+        "2 layers, 256 neurons, 2 KV heads, width 256",
+    )
     bundle = export(replace(plain, source=str(finished.path), types=read_types(mixed.path)), tmp_path / "bundle")
     assert stored_as(bundle) == stored_as(mixed)
 
@@ -523,3 +529,24 @@ def test_types_of_another_model_are_not_taken(teacher_directory: Path, tmp_path:
     for directory, message in ((teacher_directory, "neither a bundle nor a student"), (tmp_path, "names no types")):
         with pytest.raises(UsageError, match=message):
             read_types(directory)
+
+
+def test_a_gguf_file_can_teach(teacher_directory: Path, tmp_path: Path) -> None:
+    """Its tokenizer and ends of text come from metadata; the student predicts as the pruned checkpoint does."""
+    bundle = export(ExportOptions(source=str(teacher_directory), quant="F32", verify=False), tmp_path / "teacher")
+    students = {}
+    for name, source in (("gguf", bundle.path / "model.gguf"), ("directory", teacher_directory)):
+        options = CompressOptions(str(source), layers=3, neurons=64, tokens=0, length=64)
+        students[name] = compress(options, tmp_path / name)
+    config = json.loads((tmp_path / "gguf" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+    assert students["gguf"].record.layers_kept == students["directory"].record.layers_kept
+    found = [item.record.comparisons[0].kl_mean for item in students.values()]
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    again = export(ExportOptions(source=str(tmp_path / "gguf"), quant="Q8_0", verify=False), tmp_path / "bundle")
+    ids = [
+        open_tokenizer((item.path / "tokenizer.json").read_text(), "tokenizer.json").encode("Prüfe 12.5%, bitte!").ids
+        for item in (bundle, again)
+    ]
+    assert ids[0] == ids[1]
+    assert (again.path / "chat_template.jinja").read_text() == (bundle.path / "chat_template.jinja").read_text()
