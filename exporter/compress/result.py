@@ -165,7 +165,8 @@ def model_card(name: str, record: CompressRecord) -> str:
     return f"""# {name}
 
 {record.shape}: {record.parameters / 1e6:.1f} M parameters, pruned with EdgeLM from {record.source}
-({record.shape_source}) and distilled from {record.teacher} ({record.shape_teacher}: {record.parameters_teacher / 1e6:.1f} M).
+({record.shape_source}) and distilled from {record.teacher}
+({record.shape_teacher}: {record.parameters_teacher / 1e6:.1f} M).
 Layers of {record.source} that stayed: {", ".join(map(str, record.layers_kept))}.
 Units were chosen by {record.measured_by}.
 {finish}
