@@ -216,8 +216,11 @@ def _check(options: CompressOptions) -> None:
     limits = (options.min_decode_tps, options.max_ram_bytes, options.max_artifact_bytes)
     if any(limit is not None for limit in limits) and options.target is None:
         raise UsageError("limits of speed, memory or size need a --target that they hold for")
-    if options.target is not None and (options.layers or options.neurons):
-        raise UsageError("--target chooses layers and neurons; give it or them, not both")
+    if options.target is not None and (options.layers or options.neurons or options.heads or options.hidden):
+        raise UsageError(
+            "--target chooses the shape: it goes with none of --layers, --neurons, --heads and --hidden",
+            hint="look at its choice with --dry-run, then name a shape without it",
+        )
     for path in options.texts:
         if not path.is_file():
             raise UsageError(f"--text: {path} is no file")

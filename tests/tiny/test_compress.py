@@ -19,6 +19,7 @@ from edgelm.progress import SILENT
 from exporter import ggml
 from exporter.checkpoint import open_checkpoint, open_source
 from exporter.compress import importance, surgery
+from exporter.compress import pipeline as pipeline_module
 from exporter.compress import training as training_module
 from exporter.compress.data import Corpus, batches
 from exporter.compress.pipeline import CompressOptions, compress, proposal
@@ -358,6 +359,7 @@ def test_what_is_trained_for_is_what_an_export_stores(teacher: Any) -> None:
         ({"own_share": 1.5}, "from 0 to 1"),
         ({"tokens": -1}, "--tokens"),
         ({"min_decode_tps": 5.0}, "--target"),
+        ({"target": "host", "heads": 2}, "none of --layers, --neurons, --heads and --hidden"),
         ({"tokens": 100}, "less than one step"),
         ({"finish": "auto"}, "measured on a student that is there"),
         ({"finish": "Q99"}, "'Q99' is no quantisation"),
@@ -406,6 +408,12 @@ def test_a_target_chooses_the_largest_shape_that_meets_the_limits(teacher_direct
         proposal(replace(free, max_artifact_bytes=1000))
 
 
+@pytest.fixture
+def short_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where figures are not what is looked at."""
+    monkeypatch.setattr(pipeline_module, "EVALUATION_TOKENS", 300)
+
+
 class Crash:
     """A progress that ends the run in the second step of the n-th training."""
 
@@ -419,6 +427,7 @@ class Crash:
         return StopAfter(2, raising(PowerCut())) if self.left == 0 else SILENT.stage(name, 1)
 
 
+@pytest.mark.usefixtures("short_comparisons")
 def test_a_compression_killed_in_either_training_ends_as_if_it_had_not_been(
     teacher_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -445,6 +454,7 @@ def test_a_compression_killed_in_either_training_ends_as_if_it_had_not_been(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
 
 
+@pytest.mark.usefixtures("short_comparisons")
 def test_a_state_is_its_runs_own(teacher_directory: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Some words to learn from, and again some words. " * 200)
@@ -472,6 +482,7 @@ def stored_as(bundle: Any) -> dict[str, str]:
     return {item.name: item.type for item in bundle.manifest.plan.tensors}
 
 
+@pytest.mark.usefixtures("short_comparisons")
 def test_an_export_stores_exactly_what_a_student_was_finished_for(tmp_path: Path) -> None:
     """By the name of the mix, by the student's record, and by the types of another bundle."""
     import torch
@@ -531,6 +542,7 @@ def test_types_of_another_model_are_not_taken(teacher_directory: Path, tmp_path:
             read_types(directory)
 
 
+@pytest.mark.usefixtures("short_comparisons")
 def test_a_gguf_file_can_teach(teacher_directory: Path, tmp_path: Path) -> None:
     """Its tokenizer and ends of text come from metadata; the student predicts as the pruned checkpoint does."""
     bundle = export(ExportOptions(source=str(teacher_directory), quant="F32", verify=False), tmp_path / "teacher")
