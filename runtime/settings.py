@@ -132,6 +132,18 @@ def choose_settings(path: Path, target: str, asked: Asked) -> Settings:
     return Settings(way.options, way.in_process, MappingProxyType(reasons))
 
 
+def predicted_bytes(path: Path, options: EngineOptions, *, in_process: bool) -> int:
+    """Resident bytes that serving the model at ``path`` with ``options`` is predicted to take on this machine.
+
+    A context of 0 is the plan's. An encoder computes whole texts at once, so that its batch counts as its context.
+    Raises what opening the model raises.
+    """
+    profile = _cpu_profile(AUTO)
+    model = _open(path, profile, Asked(options.context))
+    way = _Way(replace(options, context=model.context), in_process)
+    return model.needs(way)
+
+
 def choose_encoder_threads(target: str) -> Choice:
     """Threads for a model that makes vectors, which is arithmetic like prefill. Raises as ``choose_settings``."""
     return _threads(_cpu_profile(target), Asked())[1]

@@ -25,6 +25,7 @@ from edgelm.progress import Progress
 from edgelm.report import Report, parse_report
 from edgelm.units import format_bytes
 from targets.remote import Remote
+from targets.unit import Unit, unit_text
 
 UNIT = "edgelm.service"
 READY_PATH = "/health/ready"
@@ -377,26 +378,10 @@ done
 def _write_unit(remote: Remote, device: _Device) -> None:
     """The systemd unit of the device's user; it starts at boot, without anybody logging in.
 
-    A model that does not fit is refused with exit code 4: starting it again changes nothing. When memory runs out all
-    the same, the service is what the kernel ends, not the way in over ssh, and it never swaps.
+    It outlives releases and starts whatever is current, a container or software that does not speak to systemd
+    included: so it neither waits for a word of readiness nor limits rights and memory by what one of them needs.
     """
-    program = shlex.quote(f"{device.root}/current/start").replace("%", "%%")
-    unit = f"""[Unit]
-Description=EdgeLM
-After=network-online.target
-
-[Service]
-ExecStart={program}
-Restart=on-failure
-RestartSec=5
-RestartPreventExitStatus=2 4
-TimeoutStopSec=45
-OOMScoreAdjust=500
-MemorySwapMax=0
-
-[Install]
-WantedBy=default.target
-"""
+    unit = unit_text(Unit([f"{device.root}/current/start"], notify=False, hardened=False))
     script = f"""
 units="${{XDG_CONFIG_HOME:-$HOME/.config}}/systemd/user"
 mkdir -p "$units"

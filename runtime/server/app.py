@@ -9,9 +9,10 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -20,38 +21,40 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from edgelm.units import format_bytes
 from runtime.engine import EngineInfo
 from runtime.model import PromptingModel
 from runtime.server.answering import Generation, GenerationResponse, unavailable
+from runtime.server.card import card
 from runtime.server.errors import ApiError
 from runtime.server.exposition import CONTENT_TYPE
+from runtime.server.figures import Figures
 from runtime.server.limits import Access, Guard, parse_json
 from runtime.server.logs import log_event
 from runtime.server.metrics import Metrics
 from runtime.server.ollama import error_document
 from runtime.server.openai import ChatRequest, CompletionRequest, parse_request
-from runtime.server.page import Page
+from runtime.server.page import page
 from runtime.server.prepare import Prepared, Preparer
 from runtime.server.replies import Answer, Form, Writer, model_document
 from runtime.server.routes import OllamaRoutes, TokenRoutes
 from runtime.server.worker import Backend, NotReadyError
 
 _Made = TypeVar("_Made")
+QUIET_ROUTES = frozenset({"/status"})
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
 
 
 class Service:
     """What the routes share: the backend, the counters and one thread for templates, tokens and grammars."""
 
-    def __init__(self, backend: Backend, metrics: Metrics) -> None:
+    def __init__(self, backend: Backend, metrics: Metrics, figures: Figures) -> None:
         self._backend = backend
+        self._figures = figures
         self._metrics = metrics
         self.created = int(time.time())
         # Encoding a long prompt must not hold up the event loop, and one core is enough for it.
         self._encoder = ThreadPoolExecutor(1, "encode")
         self._preparer: Preparer | None = None
-        self._page: Page | None = None
 
     @property
     def model(self) -> PromptingModel:
@@ -77,9 +80,7 @@ class Service:
         return self._preparer
 
     async def page(self, _: Request) -> Response:
-        if self._page is None:
-            self._page = Page(self.model.name, self._facts())
-        return HTMLResponse(self._page.html, headers={"Content-Security-Policy": self._page.policy})
+        return HTMLResponse(page().html, headers={"Content-Security-Policy": page().policy})
 
     async def live(self, _: Request) -> Response:
         return JSONResponse({"status": "alive"})
@@ -89,7 +90,18 @@ class Service:
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
     async def metrics(self, _: Request) -> Response:
-        return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+        return Response(await run_in_threadpool(self._metrics.text), headers={"Content-Type": CONTENT_TYPE})
+
+    async def status(self, _: Request) -> Response:
+        return JSONResponse(await run_in_threadpool(self._figures.document) | {"models": self.cards()})
+
+    def cards(self) -> list[dict[str, Any]]:
+        """The model's card, once it was loaded."""
+        try:
+            model, info = self._backend.model, self._backend.info
+        except NotReadyError:
+            return []
+        return [card(model.name, self._backend.state, info, model.manifest)]
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model_document()]})
@@ -149,25 +161,6 @@ class Service:
         facts = {"context": self.info.context, "parameters": self.info.parameters, "engine": self.info.engine}
         return model_document(self.model.name, self.created, facts)
 
-    def _facts(self) -> dict[str, str]:
-        """The card on the page: what a person wants to know of the model that answers."""
-        info, manifest = self.info, self.model.manifest
-        facts = {
-            "Architecture": info.architecture,
-            "Parameters": f"{info.parameters / 1e6:.1f} million",
-            "Weights": format_bytes(info.weights_bytes),
-            "Context": f"{info.context} tokens, {info.sequences} at once",
-            "KV cache": format_bytes(info.kv_bytes),
-            "Engine": f"{info.engine}, {info.threads_decode} threads",
-        }
-        if manifest is not None:
-            facts["Quantisation"] = f"{manifest.plan.quant}, {manifest.plan.bits_per_weight:.2f} bits per weight"
-            facts["Source"] = manifest.source.location
-        if manifest is not None and manifest.quality is not None:
-            facts["Mean KL to the original"] = f"{manifest.quality.kl_mean:.4f} nats per token"
-            facts["Same first choice"] = f"{100 * manifest.quality.top1_agreement:.1f} % of tokens"
-        return facts
-
 
 def refusal(error: ApiError, path: str) -> JSONResponse:
     """An ``ApiError`` as a response in the words of the API that ``path`` belongs to."""
@@ -223,18 +216,21 @@ class Observer:
             elapsed_s = round(time.monotonic() - started, 6)
             method = scope["method"] if scope["method"] in {"GET", "POST", "HEAD", "OPTIONS"} else "other"
             request = {"route": route, "method": method, "status": status or 499, "elapsed_s": elapsed_s}
-            log_event("request", request | facts)
+            # The page asks for figures every second; a log on a card should not grow by that.
+            if route not in QUIET_ROUTES or status != 200:
+                log_event("request", request | facts)
 
 
 def create_app(backend: Backend, metrics: Metrics, access: Access) -> ASGIApp:
     """The ASGI application for one model. The caller starts and stops the backend."""
-    service = Service(backend, metrics)
+    service = Service(backend, metrics, Figures(backend, metrics))
     tokens, ollama = TokenRoutes(service), OllamaRoutes(service)
     routes = [
         Route("/", service.page, methods=["GET"]),
         Route("/health/live", service.live, methods=["GET"]),
         Route("/health/ready", service.ready, methods=["GET"]),
         Route("/metrics", service.metrics, methods=["GET"]),
+        Route("/status", service.status, methods=["GET"]),
         Route("/v1/models", service.models, methods=["GET"]),
         Route("/v1/models/{name:path}", service.one_model, methods=["GET"]),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
@@ -253,11 +249,16 @@ def create_app(backend: Backend, metrics: Metrics, access: Access) -> ASGIApp:
 
 def guarded(routes: list[Route], metrics: Metrics, access: Access) -> ASGIApp:
     """Routes behind everything that protects and observes them."""
+
+    def refused(error: ApiError, path: str) -> JSONResponse:
+        metrics.refusals.labels(error.code or "other").inc()
+        return refusal(error, path)
+
     return Starlette(
         routes=routes,
         middleware=[
             Middleware(Observer, metrics, frozenset(route.path for route in routes)),
-            Middleware(Guard, access, refusal),
+            Middleware(Guard, access, refused),
         ],
         exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error, Exception: _on_fault},
     )

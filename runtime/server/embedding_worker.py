@@ -57,9 +57,6 @@ class EmbeddingWorker:
         self._abort_message: str | None = None
         self._mean_job_s = 0.1
         self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
-        metrics.gauge("edgelm_requests_running", "Requests under way", lambda: self.running)
-        metrics.gauge("edgelm_requests_queued", "Requests waiting for their first step", lambda: self.queued)
-        metrics.gauge("edgelm_engine_ready", "1 when the encoder answers", lambda: self.state == "ready")
 
     @property
     def state(self) -> State:
@@ -83,6 +80,16 @@ class EmbeddingWorker:
     @property
     def queued(self) -> int:
         return sum(job.taken == 0 for job in list(self._jobs))
+
+    @property
+    def kv(self) -> None:
+        """Nothing of an encoder lasts longer than a step."""
+        return
+
+    @property
+    def engine_pids(self) -> tuple[int, ...]:
+        """It works in the server's own process."""
+        return ()
 
     def start(self) -> None:
         """Start the thread; it computes one vector before anything else."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -25,9 +26,11 @@ from edgelm.errors import EdgelmError, EngineError
 from runtime.embedding import LoadedEncoder
 from runtime.encoder import Vectors
 from runtime.server.app import guarded
+from runtime.server.card import card
 from runtime.server.embedding_worker import EmbeddingJob, EmbeddingWorker
 from runtime.server.errors import ApiError
 from runtime.server.exposition import CONTENT_TYPE
+from runtime.server.figures import Figures
 from runtime.server.limits import Access, parse_json, prompt_characters_limit
 from runtime.server.metrics import Metrics
 from runtime.server.replies import model_document
@@ -98,8 +101,9 @@ def _invalid(param: str, told: str) -> ApiError:
 class EmbeddingService:
     """What the routes share: the encoder's words, its worker and one thread for tokenizing."""
 
-    def __init__(self, model: LoadedEncoder, worker: EmbeddingWorker, metrics: Metrics) -> None:
+    def __init__(self, model: LoadedEncoder, worker: EmbeddingWorker, metrics: Metrics, figures: Figures) -> None:
         self._model = model
+        self._figures = figures
         self._worker = worker
         self._metrics = metrics
         self._info = model.encoder.info
@@ -114,7 +118,14 @@ class EmbeddingService:
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
     async def metrics(self, _: Request) -> Response:
-        return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+        return Response(await run_in_threadpool(self._metrics.text), headers={"Content-Type": CONTENT_TYPE})
+
+    async def status(self, _: Request) -> Response:
+        return JSONResponse(await run_in_threadpool(self._figures.document) | {"models": self.cards()})
+
+    def cards(self) -> list[dict[str, Any]]:
+        """The encoder's card."""
+        return [card(self._model.name, self._worker.state, self._info, self._model.manifest)]
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._document()]})
@@ -233,11 +244,12 @@ def _as_base64(vector: Vectors) -> str:
 
 def create_embedding_app(model: LoadedEncoder, worker: EmbeddingWorker, metrics: Metrics, access: Access) -> ASGIApp:
     """The ASGI application for one encoder. The caller starts and stops the worker."""
-    service = EmbeddingService(model, worker, metrics)
+    service = EmbeddingService(model, worker, metrics, Figures(worker, metrics))
     routes = [
         Route("/health/live", service.live, methods=["GET"]),
         Route("/health/ready", service.ready, methods=["GET"]),
         Route("/metrics", service.metrics, methods=["GET"]),
+        Route("/status", service.status, methods=["GET"]),
         Route("/v1/models", service.models, methods=["GET"]),
         Route("/v1/models/{name:path}", service.model, methods=["GET"]),
         Route("/v1/embeddings", service.embeddings, methods=["POST"]),

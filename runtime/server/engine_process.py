@@ -144,7 +144,7 @@ class EngineProcess:
             if not self._deliveries and not self._observations:
                 return
             observations = [self._observations.popleft() for _ in range(len(self._observations))]
-            progress = wire.Progress(self._worker.running, self._deliveries, observations)
+            progress = wire.Progress(self._worker.running, self._deliveries, observations, self._worker.kv_tokens)
             self._deliveries = []
             # Sent under the lock: events of one job must not overtake one another.
             self._say(progress)

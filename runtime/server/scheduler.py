@@ -71,7 +71,9 @@ class _Run:
     pending: Sequence[int]
     cached_tokens: int
     index: int = 0
+    first_token_s: float = 0.0
     last_token_s: float = 0.0
+    intervals: int = 0
 
 
 class Scheduler:
@@ -91,6 +93,12 @@ class Scheduler:
     @property
     def running(self) -> int:
         return len(self._runs)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that all sequences hold; may be asked from any thread."""
+        sessions = [*self._free, *(run.session for run in list(self._runs))]
+        return sum(len(session.tokens) for session in sessions)
 
     @property
     def has_room(self) -> bool:
@@ -152,6 +160,7 @@ class Scheduler:
         if not batch:
             return
         logits = self._engine.forward([chunk for _, chunk in batch])
+        self._metrics.batch_requests.observe(len(batch))
         self._metrics.batch_tokens.observe(sum(len(chunk.tokens) for _, chunk in batch))
         rows = iter(logits)
         for run, chunk in batch:
@@ -203,8 +212,13 @@ class Scheduler:
         now = time.monotonic()
         if run.index == 0:
             self._metrics.ttft_s.observe(now - run.job.submitted_s)
+            run.first_token_s = now
+            computed, since = len(run.job.request.prompt) - run.cached_tokens, run.job.admitted_s or run.job.submitted_s
+            if now > since:
+                self._metrics.prefill_rate.observe(computed / (now - since))
         else:
             self._metrics.inter_token_s.observe(now - run.last_token_s)
+            run.intervals += 1
         run.last_token_s = now
 
     def _fail_one(self, run: _Run, failure: Failure) -> None:
@@ -217,6 +231,8 @@ class Scheduler:
 
     def _end(self, run: _Run, step: Step) -> None:
         self._release(run)
+        if run.last_token_s > run.first_token_s:
+            self._metrics.decode_rate.observe(run.intervals / (run.last_token_s - run.first_token_s))
         self._metrics.generations.labels(step.finish_reason or "stop").inc()
         self._deliver(run, step)
 

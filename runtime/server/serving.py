@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from runtime.embedding import open_encoder
 from runtime.encoder import EncoderOptions
 from runtime.engine import EngineOptions
 from runtime.model import artifact_of, holds_encoder, open_model
+from runtime.notify import Notifier
 from runtime.server.app import create_app
 from runtime.server.embedding_worker import EmbeddingWorker
 from runtime.server.embeddings import create_embedding_app
@@ -35,7 +37,7 @@ from runtime.server.limits import (
 from runtime.server.logs import log_event
 from runtime.server.metrics import Metrics
 from runtime.server.supervised import SupervisedWorker
-from runtime.server.worker import QUEUED_PER_SEQUENCE, Backend, Worker, show_backend
+from runtime.server.worker import QUEUED_PER_SEQUENCE, Backend, Worker
 
 DRAIN_S = 30.0
 KEEP_ALIVE_S = 5
@@ -116,6 +118,20 @@ class _DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._backend = backend
         self._drain_s = drain_s
+        self._notifier = Notifier()
+        self._told_state = ""
+        self._told_alive_s = 0.0
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called by uvicorn ten times a second in the event loop: what is told from here proves that it turns."""
+        state, now = self._backend.state, time.monotonic()
+        if state != self._told_state:
+            self._told_state = state
+            self._notifier.send(*(["READY=1"] if state == "ready" else []), f"STATUS={state}")
+        if self._notifier.watchdog_s is not None and now - self._told_alive_s >= self._notifier.watchdog_s:
+            self._told_alive_s = now
+            self._notifier.send("WATCHDOG=1")
+        return await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -126,6 +142,8 @@ class _DrainingServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         facts = {"running": self._backend.running, "queued": self._backend.queued, "deadline_s": self._drain_s}
         log_event("draining", facts)
+        # A stopping service is no longer watched by systemd's watchdog but by its time to stop.
+        self._notifier.send("STOPPING=1", "STATUS=draining")
         deadline = asyncio.get_running_loop().call_later(
             self._drain_s, self._backend.abort, "the server is stopping and the drain deadline has passed"
         )
@@ -141,7 +159,6 @@ def make_server(backend: Served, metrics: Metrics, access: Access, *, drain_s: f
     if isinstance(backend, EmbeddingWorker):
         app = create_embedding_app(backend.model, backend, metrics, access)
     else:
-        show_backend(backend, metrics)
         app = create_app(backend, metrics, access)
     config = uvicorn.Config(
         app,

@@ -19,8 +19,6 @@ from concurrent.futures import TimeoutError as NoAnswerError
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from edgelm.errors import BundleError, EdgelmError, EngineError, UsageError
 from runtime.chat import ChatTemplate
 from runtime.engine import EngineInfo, EngineOptions
@@ -32,9 +30,11 @@ from runtime.server.metrics import Metrics
 from runtime.server.scheduler import Failure, Job, JobEvent
 from runtime.server.worker import (
     QUEUED_PER_SEQUENCE,
+    KvUse,
     NotReadyError,
     QueueFullError,
     State,
+    kv_use,
     log_ready,
     retry_after_s,
 )
@@ -105,15 +105,13 @@ class SupervisedWorker:
         self._calls: dict[int, Future[wire.Encoded | wire.Decoded]] = {}
         self._numbers = itertools.count(1)
         self._running = 0
+        self._kv_tokens = 0
         self._mean_job_s = 1.0
         self._started = False
         self._stopping = False
         self._supervisor = Supervisor(list(command or engine_command()), self)
         self._failure: EdgelmError | None = None
         self.on_refusal: Callable[[], None] = lambda: None
-        metrics.gauge(
-            "edgelm_engine_resident_memory_bytes", "Resident memory of the engine's process", self._resident_bytes
-        )
 
     @property
     def model(self) -> RemoteModel:
@@ -145,6 +143,15 @@ class SupervisedWorker:
     def pid(self) -> int | None:
         """Process id of the engine process, None while there is none."""
         return self._supervisor.pid
+
+    @property
+    def engine_pids(self) -> tuple[int, ...]:
+        pid = self.pid
+        return () if pid is None else (pid,)
+
+    @property
+    def kv(self) -> KvUse | None:
+        return None if self._model is None else kv_use(self._kv_tokens, self._model.info)
 
     def start(self) -> None:
         self._supervisor.start()
@@ -227,7 +234,7 @@ class SupervisedWorker:
             jobs, calls = list(self._jobs.values()), list(self._calls.values())
             self._jobs.clear()
             self._calls.clear()
-            self._running = 0
+            self._running = self._kv_tokens = 0
             if self._failure is not None:
                 self._state = "failed"
             elif not self._stopping:
@@ -265,7 +272,7 @@ class SupervisedWorker:
             raise NotReadyError("the engine process does not answer") from None
 
     def _progress(self, progress: wire.Progress) -> None:
-        self._running = progress.running
+        self._running, self._kv_tokens = progress.running, progress.kv_tokens
         try:
             for observation in progress.observations:
                 self._metrics.apply(observation)
@@ -309,13 +316,6 @@ class SupervisedWorker:
             self._failure = EngineError(refused.message, hint=refused.hint)
             self._failure.exit_code = refused.exit_code
             self._supervisor.forgo()
-
-    def _resident_bytes(self) -> float:
-        pid = self.pid
-        try:
-            return float(psutil.Process(pid).memory_info().rss) if pid is not None else 0.0
-        except psutil.Error:
-            return 0.0
 
 
 _WHY_NOT = {

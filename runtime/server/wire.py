@@ -144,11 +144,13 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What came of one step: events in order, and what was counted on the way; how many jobs are running now."""
+    """What came of one step: events in order, and what was counted on the way; how many jobs are running now,
+    and how many tokens the sequences hold."""
 
     running: int
     deliveries: list[Delivery]
     observations: list[Observation]
+    kv_tokens: int = 0
     kind: Literal["progress"] = "progress"
 
 

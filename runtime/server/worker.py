@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -40,6 +41,20 @@ class QueueFullError(EdgelmError):
 
 class NotReadyError(EdgelmError):
     """The engine is not there: it is still starting, it failed, or the server is stopping."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvUse:
+    """How much of the KV cache is taken: tokens of running requests, and of earlier ones that are kept as prefixes."""
+
+    tokens: int
+    capacity_tokens: int
+    reserved_bytes: int
+
+
+def kv_use(tokens: int, info: EngineInfo) -> KvUse:
+    """``tokens`` beside what the engine has room for."""
+    return KvUse(tokens, info.context * info.sequences, info.kv_bytes)
 
 
 class Backend(Protocol):
@@ -75,6 +90,16 @@ class Backend(Protocol):
         """Generations that wait for a sequence."""
         ...
 
+    @property
+    def kv(self) -> KvUse | None:
+        """How much of the KV cache is taken; None before the model was loaded."""
+        ...
+
+    @property
+    def engine_pids(self) -> tuple[int, ...]:
+        """Processes of engines; none for an engine in the server's own."""
+        ...
+
     def start(self) -> None:
         """Begin; the state turns to ``ready`` later."""
         ...
@@ -105,13 +130,6 @@ def retry_after_s(mean_job_s: float, queued: int, sequences: int) -> int:
 def log_ready(info: EngineInfo) -> None:
     """Tell that requests are answered from now on."""
     log_event("ready", {"model": info.model_name, "load_s": round(info.load_s, 3)})
-
-
-def show_backend(backend: Backend, metrics: Metrics) -> None:
-    """Gauges of what a backend tells of itself."""
-    metrics.gauge("edgelm_requests_running", "Generations under way", lambda: backend.running)
-    metrics.gauge("edgelm_requests_queued", "Requests waiting for a sequence", lambda: backend.queued)
-    metrics.gauge("edgelm_engine_ready", "1 when the engine answers", lambda: backend.state == "ready")
 
 
 class Worker:
@@ -157,6 +175,19 @@ class Worker:
     @property
     def queued(self) -> int:
         return len(self._queue)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the engine's sequences hold."""
+        return self._scheduler.kv_tokens
+
+    @property
+    def kv(self) -> KvUse:
+        return kv_use(self.kv_tokens, self._engine.info)
+
+    @property
+    def engine_pids(self) -> tuple[int, ...]:
+        return ()
 
     def start(self) -> None:
         """Start the thread; it computes one token before anything else."""

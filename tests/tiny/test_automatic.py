@@ -64,7 +64,7 @@ def test_auto_keeps_its_limit_and_comes_from_the_cache_again(
 def move_along_the_front(model: Path, tmp_path: Path) -> None:
     """A prediction that is much too good: the proof misses the limit, and a better point is taken."""
     free = ExportOptions(str(model), quant="auto")
-    kls = [item.plan.predicted_kl or 0.0 for item in choices(free, SILENT)[1]]
+    kls = [kl for item in choices(free, SILENT)[1] if (kl := item.plan.predicted_kl) is not None]
     (path,) = (tmp_path / "cache").glob("entry-*/analysis.json")
     document = json.loads(path.read_text())
     document["knots"] = [[lost, kl / 4] for lost, kl in document["knots"]]

@@ -9,15 +9,20 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine
 from live_server import LiveServer, fake_model, live_server
 from prometheus_client.parser import text_string_to_metric_families
 
+from runtime.sensors import Sensors
+from runtime.server import page as page_module
+from runtime.server.figures import Figures
 from runtime.server.limits import Access
 from runtime.server.logs import LOGGER, JsonLines, log_event
-from runtime.server.page import Page
+from runtime.server.metrics import Metrics
+from runtime.server.worker import Worker
 
 SECRET = "a-very-secret-prompt"
 
@@ -59,7 +64,33 @@ def test_metrics_count_what_happened(server: LiveServer) -> None:
     assert found["edgelm_requests_running", ()] == 0
     assert found["edgelm_requests_queued", ()] == 0
     assert found["edgelm_engine_ready", ()] == 1
-    assert found["edgelm_process_resident_memory_bytes", ()] > 10**6
+    assert found["edgelm_prefill_tokens_per_second_count", ()] == 2
+    assert found["edgelm_decode_tokens_per_second_count", ()] == 2
+    assert found["edgelm_batch_requests_sum", ()] == found["edgelm_batch_requests_count", ()] > 0
+    assert found["edgelm_refusals_total", (("reason", "host_not_allowed"),)] == 1
+    server_rss = found["edgelm_memory_bytes", (("kind", "rss"), ("process", "server"))]
+    assert server_rss > 10**6
+    assert not any(("process", "engine") in labels for _, labels in found)  # it works in the server's process
+    assert found["edgelm_kv_capacity_tokens", ()] == 2 * 512
+    assert 0 < found["edgelm_kv_tokens", ()] <= 2 * 512
+    assert found["edgelm_available_memory_bytes", ()] > 10**6
+    assert found["edgelm_major_faults", ()] >= 0
+
+
+def test_the_status_document_tells_what_the_metrics_tell(server: LiveServer) -> None:
+    server.post("/v1/completions", {"prompt": "0123456789", "max_tokens": 3})
+    status, headers, body = server.request("GET", "/status")
+    found, told = samples(server), json.loads(body)
+    assert (status, headers["content-type"]) == (200, "application/json")
+    assert told["state"] == "ready"
+    assert told["requests"] == {"running": 0, "queued": 0}
+    assert told["tokens"]["decode"] == found["edgelm_decode_tokens_total", ()] == 3
+    assert told["tokens"]["prefill"] == 10
+    assert told["kv"] == {"tokens": found["edgelm_kv_tokens", ()], "capacity_tokens": 1024, "reserved_bytes": 2000}
+    assert told["memory"]["server"]["rss_bytes"] > 10**6
+    assert told["memory"]["engine"] is None
+    assert told["engine_deaths"] == 0
+    assert server.request("GET", "/status", headers={"Host": "evil.example"})[0] == 403
 
 
 def test_two_servers_in_one_process_count_apart(server: LiveServer) -> None:
@@ -112,7 +143,7 @@ def test_the_page_is_self_contained(server: LiveServer) -> None:
     assert status == 200
     assert headers["content-type"] == "text/html; charset=utf-8"
     assert not re.search(r"""(src|href|url\(|@import|https?:|//[a-z])""", html)
-    assert "fake" in html
+    assert json.loads(server.request("GET", "/status")[2])["models"][0]["name"] == "fake"
     for tag in ("style", "script"):
         content = re.search(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
         assert content is not None
@@ -124,11 +155,9 @@ def test_the_page_is_self_contained(server: LiveServer) -> None:
     assert "color-scheme: light dark" in html
 
 
-def test_facts_on_the_page_are_escaped() -> None:
-    page = Page("<script>alert(1)</script>", {"A & B": "<img src=x onerror=alert(1)>"})
-    assert "<script>alert" not in page.html
-    assert "<img" not in page.html
-    assert "A &amp; B" in page.html
+def test_the_page_writes_no_markup_of_others() -> None:
+    script = (Path(page_module.__file__).parent / "page.js").read_text()
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", script)
 
 
 def test_every_answer_carries_the_protective_headers(server: LiveServer) -> None:
@@ -137,3 +166,30 @@ def test_every_answer_carries_the_protective_headers(server: LiveServer) -> None
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["cache-control"] == "no-store"
         assert "server" not in headers
+
+
+def test_a_board_that_tells_its_state(tmp_path: Path) -> None:
+    """A made-up Raspberry Pi: hot, slowed down, and not lacking voltage."""
+    for name, text in {
+        "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
+        "sys/class/thermal/thermal_zone0/temp": "81250\n",
+        "sys/devices/system/cpu/online": "0\n",
+        "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "1500000\n",
+        "sys/devices/platform/soc/soc:firmware/get_throttled": "4\n",
+        "proc/vmstat": "pswpin 12\n",
+        "proc/meminfo": "MemAvailable:     512 kB\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    metrics = Metrics()
+    figures = Figures(Worker(fake_model(FakeEngine()), metrics), metrics, Sensors(tmp_path))
+    machine = figures.document()["machine"]
+    assert (machine["temperature_c"], machine["clock_mhz"], machine["throttled"]) == (81.25, 1500, ["throttled"])
+    families = text_string_to_metric_families(metrics.text().decode())
+    found = {(sample.name, *sample.labels.values()): sample.value for family in families for sample in family.samples}
+    assert found["edgelm_temperature_celsius",] == 81.25
+    assert found["edgelm_clock_megahertz",] == 1500
+    assert found["edgelm_throttled", "throttled"] == 1
+    assert found["edgelm_throttled", "under-voltage"] == 0
+    assert found["edgelm_swapped_in_pages",] == 12
+    assert found["edgelm_available_memory_bytes",] == 512 * 1024

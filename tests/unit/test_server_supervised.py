@@ -160,7 +160,9 @@ def test_what_the_engine_counts_is_in_the_metrics(server: LiveServer) -> None:
     server.post("/v1/completions", wanted("count", 7))
     assert figure(server, "edgelm_decode_tokens_total") == before[0] + 7
     assert figure(server, "edgelm_batch_tokens_count") >= before[1] + 7
-    assert figure(server, "edgelm_engine_resident_memory_bytes") > 10**6
+    told = json.loads(server.request("GET", "/status")[2])
+    assert told["memory"]["engine"]["rss_bytes"] > 10**6 < told["memory"]["server"]["rss_bytes"]
+    assert 0 < told["kv"]["tokens"] <= told["kv"]["capacity_tokens"]
     assert figure(server, "edgelm_engine_ready") == 1
 
 
