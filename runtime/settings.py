@@ -32,7 +32,7 @@ LEAST_CONTEXT = 512
 """A context is not shortened below this: a chat template and one turn would not fit."""
 _STEP = 256  # llama.cpp rounds a sequence's cache up to this
 _SMALL_BATCH = 128
-_SPARE_SHARE = 0.05  # left free: predictions are off by up to 2 %, and the system has to go on living
+SPARE_SHARE = 0.05  # left free: predictions are off by up to 2 %, and the system has to go on living
 _Q8_BLOCK = 32
 SERVER_BYTES = 50 * 2**20
 """What a server takes beside the process of its engine: SmolLM2 is served in 174 MB by two processes, in 122 by one
@@ -230,7 +230,7 @@ def _with_context(way: _Way, context: int) -> _Way:
 
 def _fitting(model: _Model, first: _Way, free: Choice, *, shorten: bool) -> _Way:
     """The first way that fits, at a shorter context if need be. Raises ``DoesNotFitError``."""
-    budget = int(int(free.value) * (1 - _SPARE_SHARE))
+    budget = int(int(free.value) * (1 - SPARE_SHARE))
     for way in _ways(model, first):
         if model.needs(way) <= budget:
             return way

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Serve a bundle over an OpenAI-compatible API.")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE...")
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address to listen on; beyond loopback with a key."
 )
@@ -56,8 +56,14 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Run the engine in the server's own process: about 35 MB less memory, but its crash ends the server.",
 )
+@click.option(
+    "--unload-after",
+    type=click.FloatRange(min=1),
+    metavar="SECONDS",
+    help="Unload a model that was not used for so long; it is loaded again when it is asked for.",
+)
 def command(
-    bundle: Path,
+    bundles: tuple[Path, ...],
     host: str,
     port: int,
     parallel: int,
@@ -68,8 +74,12 @@ def command(
     per_client: int | None,
     kv_type: KvType | None,
     in_process: bool,
+    unload_after: float | None,
 ) -> None:
     """Serve BUNDLE (a bundle or a bare .gguf file) over an OpenAI-compatible API until SIGTERM or Ctrl-C.
+
+    Of several BUNDLEs a request's model chooses one by its name, the first when it names none. They are loaded when
+    they are asked for, never more than fit into memory that is free; what was not used for longest makes room.
 
     /v1/chat/completions, /v1/completions and /v1/models, a small chat page at /, Prometheus figures at /metrics,
     /health/live and /health/ready; an encoder answers /v1/embeddings instead of completions, models with
@@ -85,17 +95,34 @@ def command(
     from runtime.engine import EngineOptions
     from runtime.server.logs import start_logging
     from runtime.server.metrics import Metrics
-    from runtime.server.serving import ServerOptions, bind, default_per_client, make_backend, resolve_access, serve
+    from runtime.server.serving import (
+        ServerOptions,
+        bind,
+        default_per_client,
+        make_backend,
+        make_shelf,
+        resolve_access,
+        serve,
+    )
 
-    options = ServerOptions(host, port, allowed_hosts, api_key_file, per_client or default_per_client(parallel))
+    places = ServerOptions(host, port, allowed_hosts, api_key_file, per_client or default_per_client(parallel))
     start_logging()
-    access = resolve_access(options)
+    access = resolve_access(places)
     with bind(host, port) as listener:
         metrics = Metrics()
         engine = EngineOptions(context=context or 0, sequences=parallel, kv_type=kv_type or "f16")
-        if target is not None:
-            engine, in_process = _settled(bundle, target, engine, in_process, fixed_type=kv_type is not None)
-        serve(make_backend(bundle, engine, metrics, in_process=in_process), metrics, listener, access)
+
+        def settle(bundle: Path) -> tuple[EngineOptions, bool]:
+            if target is None:
+                return engine, in_process
+            return _settled(bundle, target, engine, in_process, fixed_type=kv_type is not None)
+
+        if len(bundles) > 1 or unload_after is not None:
+            shelf = make_shelf(bundles, settle, metrics, unload_after_s=unload_after)
+            serve(shelf, metrics, listener, access)
+            return
+        options, own = settle(bundles[0])
+        serve(make_backend(bundles[0], options, metrics, in_process=own), metrics, listener, access)
 
 
 def _settled(

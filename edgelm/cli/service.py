@@ -39,13 +39,14 @@ def command(bundle: Path, serve_options: tuple[str, ...], user: str | None, outp
     words = [str(bundle.resolve()), *serve_options]
     # Serve's own parser refuses what serve would refuse, here and not at the next boot.
     chosen = serve.make_context("edgelm serve", list(words)).params
+    bundles: tuple[Path, ...] = chosen["bundles"]
     key = chosen["api_key_file"]
     unit = Unit(
         command=[*_program(), "serve", *words],
         description=f"EdgeLM serving {bundle.resolve().name}",
         directory=str(Path.cwd()),
         user=user,
-        memory_max=_memory_max(bundle, chosen),
+        memory_max=_memory_max(bundles, chosen),
         writable=[] if key is None or key.exists() else [str(key.resolve().parent)],
     )
     text = unit_text(unit)
@@ -64,7 +65,7 @@ def _program() -> list[str]:
     return [str(script)] if script.exists() else [sys.executable, "-m", "edgelm"]
 
 
-def _memory_max(bundle: Path, chosen: dict[str, object]) -> Choice:
+def _memory_max(bundles: tuple[Path, ...], chosen: dict[str, object]) -> Choice:
     """Half more than is predicted, in whole MiB: enough for requests' own buffers, too little to take the board."""
     from edgelm.bundle import Choice
     from edgelm.units import format_bytes
@@ -75,6 +76,6 @@ def _memory_max(bundle: Path, chosen: dict[str, object]) -> Choice:
     assert isinstance(context, int)
     assert isinstance(parallel, int)
     options = EngineOptions(context=context, sequences=parallel, kv_type="q8_0" if kv_type == "q8_0" else "f16")
-    predicted = predicted_bytes(bundle, options, in_process=bool(chosen["in_process"]))
+    predicted = sum(predicted_bytes(bundle, options, in_process=bool(chosen["in_process"])) for bundle in bundles)
     limit = -(-predicted * 3 // 2 // 2**20) * 2**20
     return Choice(value=limit, reason=f"predicted {format_bytes(predicted)}, and half of it more for requests")

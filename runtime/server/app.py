@@ -223,9 +223,13 @@ class Observer:
 
 def create_app(backend: Backend, metrics: Metrics, access: Access) -> ASGIApp:
     """The ASGI application for one model. The caller starts and stops the backend."""
-    service = Service(backend, metrics, Figures(backend, metrics))
+    return guarded(model_routes(Service(backend, metrics, Figures(backend, metrics))), metrics, access)
+
+
+def model_routes(service: Service) -> list[Route]:
+    """Everything that a model answers."""
     tokens, ollama = TokenRoutes(service), OllamaRoutes(service)
-    routes = [
+    return [
         Route("/", service.page, methods=["GET"]),
         Route("/health/live", service.live, methods=["GET"]),
         Route("/health/ready", service.ready, methods=["GET"]),
@@ -244,7 +248,6 @@ def create_app(backend: Backend, metrics: Metrics, access: Access) -> ASGIApp:
         Route("/api/tags", ollama.tags, methods=["GET"]),
         Route("/api/version", ollama.version, methods=["GET"]),
     ]
-    return guarded(routes, metrics, access)
 
 
 def guarded(routes: list[Route], metrics: Metrics, access: Access) -> ASGIApp:

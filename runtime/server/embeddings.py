@@ -245,7 +245,12 @@ def _as_base64(vector: Vectors) -> str:
 def create_embedding_app(model: LoadedEncoder, worker: EmbeddingWorker, metrics: Metrics, access: Access) -> ASGIApp:
     """The ASGI application for one encoder. The caller starts and stops the worker."""
     service = EmbeddingService(model, worker, metrics, Figures(worker, metrics))
-    routes = [
+    return guarded(embedding_routes(service), metrics, access)
+
+
+def embedding_routes(service: EmbeddingService) -> list[Route]:
+    """Everything that an encoder answers."""
+    return [
         Route("/health/live", service.live, methods=["GET"]),
         Route("/health/ready", service.ready, methods=["GET"]),
         Route("/metrics", service.metrics, methods=["GET"]),
@@ -258,4 +263,3 @@ def create_embedding_app(model: LoadedEncoder, worker: EmbeddingWorker, metrics:
         Route("/api/chat", service.generate, methods=["POST"]),
         Route("/api/generate", service.generate, methods=["POST"]),
     ]
-    return guarded(routes, metrics, access)

@@ -78,9 +78,9 @@ class Figures:
             "state": backend.state,
             "requests": {"running": backend.running, "queued": backend.queued},
             "tokens": {
-                "prefill": metrics.total(metrics.prefill_tokens),
-                "cached": metrics.total(metrics.cached_tokens),
-                "decode": metrics.total(metrics.decode_tokens),
+                "prefill": int(metrics.total(metrics.prefill_tokens)),
+                "cached": int(metrics.total(metrics.cached_tokens)),
+                "decode": int(metrics.total(metrics.decode_tokens)),
             },
             "kv": None if kv is None else asdict(kv),
             "memory": {
@@ -95,7 +95,7 @@ class Figures:
                 "major_faults": reading.major_faults,
                 "swapped_in_pages": machine.swapped_in_pages,
             },
-            "engine_deaths": metrics.total(metrics.engine_deaths),
+            "engine_deaths": int(metrics.total(metrics.engine_deaths)),
         }
 
     def _read(self) -> _Look:

@@ -150,7 +150,7 @@ function plot(id, value, text, top = 0) {
   const highest = Math.max(top, ...values) || 1;
   const x = (index) => (100 * (SAMPLES - values.length + index)) / (SAMPLES - 1);
   const points = values.map((item, index) => `${x(index).toFixed(1)} ${(29 - (28 * item) / highest).toFixed(1)}`);
-  const line = `M${points.join("L")}`;
+  const line = `M${points.join("L")}` + (points.length > 1 ? "" : "h0.01");
   find(id).querySelector("svg").replaceChildren(
     piece("path", { class: "area", d: `${line}L100 30L${x(0).toFixed(1)} 30Z` }),
     piece("path", { class: "curve", d: line }),
@@ -175,8 +175,8 @@ function drawMemory({ server, engine, available_bytes }) {
     return bar;
   });
   find("memory").querySelector("svg").replaceChildren(...bars);
-  tell("memory", shares.map(([, bytes]) => (bytes / 1e6).toFixed(0)).join("+") + " MB");
-  find("memory-name").textContent = `RAM: server+engine+files` + (available_bytes ? `, ${megabytes(available_bytes)} free` : "");
+  tell("memory", shares.map(([, bytes]) => (bytes / 1e6).toFixed(0)).join(" + ") + " MB");
+  find("memory-name").textContent = "RAM: server + engine + files" + (available_bytes ? `, ${megabytes(available_bytes)} free` : "");
   const held = (process) => process?.pss_bytes ?? process?.rss_bytes ?? 0;
   peak_bytes = Math.max(peak_bytes, held(server) + held(engine));
 }

@@ -42,6 +42,7 @@ class TokenizeBody(Body):
     recognises special tokens written in the text, ``with_pieces`` tells the text of every token.
     """
 
+    model: str | None = None
     content: str | None = None
     messages: list[Annotated[Message, BeforeValidator(without_nothing)]] = Field(
         default=[], max_length=MESSAGE_COUNT_LIMIT
@@ -55,6 +56,7 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """Body of ``POST /detokenize``."""
 
+    model: str | None = None
     tokens: Annotated[list[TokenId], Field(max_length=BODY_LIMIT_BYTES)]
 
 
@@ -66,6 +68,7 @@ class TokenRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         wanted = parse_request(TokenizeBody, parse_json(await request.body()))
+        self._service.check_model(wanted.model)
         if (wanted.content is None) == (not wanted.messages):
             raise ApiError(400, "content: exactly one of content and messages", param="content", code="invalid_value")
         tokens = await self._service.in_thread(lambda: self._tokens(wanted))
@@ -73,6 +76,7 @@ class TokenRoutes:
 
     async def detokenize(self, request: Request) -> Response:
         wanted = parse_request(DetokenizeBody, parse_json(await request.body()))
+        self._service.check_model(wanted.model)
         text = await self._service.in_thread(lambda: self._service.preparer.text_of(wanted.tokens))
         return JSONResponse({"content": text})
 

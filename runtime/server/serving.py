@@ -11,7 +11,8 @@ import os
 import signal
 import socket
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import uvicorn
@@ -21,7 +22,7 @@ from edgelm.errors import EdgelmError, EngineError, UsageError
 from runtime.embedding import open_encoder
 from runtime.encoder import EncoderOptions
 from runtime.engine import EngineOptions
-from runtime.model import artifact_of, holds_encoder, open_model
+from runtime.model import artifact_of, holds_encoder, is_encoder, open_model
 from runtime.notify import Notifier
 from runtime.server.app import create_app
 from runtime.server.embedding_worker import EmbeddingWorker
@@ -36,11 +37,15 @@ from runtime.server.limits import (
 )
 from runtime.server.logs import log_event
 from runtime.server.metrics import Metrics
+from runtime.server.shelf import Shelf, Title
 from runtime.server.supervised import SupervisedWorker
+from runtime.server.switch import create_switch_app
 from runtime.server.task_worker import TaskWorker
 from runtime.server.tasks import create_task_app
 from runtime.server.worker import QUEUED_PER_SEQUENCE, Backend, Worker
+from runtime.settings import SPARE_SHARE, predicted_bytes
 from runtime.tasks import TaskOptions, holds_task, open_task
+from targets.host import available_memory
 
 DRAIN_S = 30.0
 KEEP_ALIVE_S = 5
@@ -111,7 +116,7 @@ def _bind_error(host: str, port: int, error: OSError) -> EdgelmError:
     return EdgelmError(f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}")
 
 
-Served = Backend | EmbeddingWorker | TaskWorker
+Served = Backend | EmbeddingWorker | TaskWorker | Shelf
 
 
 class _DrainingServer(uvicorn.Server):
@@ -159,7 +164,9 @@ class _DrainingServer(uvicorn.Server):
 def make_server(backend: Served, metrics: Metrics, access: Access, *, drain_s: float = DRAIN_S) -> uvicorn.Server:
     """A server that is not running yet; the caller starts and stops the backend."""
     app: ASGIApp
-    if isinstance(backend, EmbeddingWorker):
+    if isinstance(backend, Shelf):
+        app = create_switch_app(backend, metrics, access)
+    elif isinstance(backend, EmbeddingWorker):
         app = create_embedding_app(backend.model, backend, metrics, access)
     elif isinstance(backend, TaskWorker):
         app = create_task_app(backend, metrics, access)
@@ -182,7 +189,9 @@ def make_server(backend: Served, metrics: Metrics, access: Access, *, drain_s: f
     return _DrainingServer(config, backend, drain_s)
 
 
-def make_backend(path: Path, options: EngineOptions, metrics: Metrics, *, in_process: bool) -> Served:
+def make_backend(
+    path: Path, options: EngineOptions, metrics: Metrics, *, in_process: bool
+) -> Worker | SupervisedWorker | EmbeddingWorker | TaskWorker:
     """The backend for a bundle or model file. ``in_process`` loads it here and now, else a child process does later.
 
     Encoders and models with a task always run here: nothing of theirs outlasts a request.
@@ -205,6 +214,58 @@ def make_backend(path: Path, options: EngineOptions, metrics: Metrics, *, in_pro
     return SupervisedWorker(path, options, metrics)
 
 
+Settle = Callable[[Path], tuple[EngineOptions, bool]]
+
+
+def make_shelf(paths: Sequence[Path], settle: Settle, metrics: Metrics, *, unload_after_s: float | None) -> Shelf:
+    """Several models behind one server; ``settle`` tells the options for one and whether its engine runs in this
+    process, when it is loaded.
+
+    Raises ``UsageError`` for two models of one name, and ``BundleError`` for a path that is no model.
+    """
+    titles = [_title(path, settle, metrics) for path in paths]
+    names = [title.name for title in titles]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"two of the models are named {name!r}", hint="requests choose a model by its name")
+    return Shelf(titles, metrics, _free_bytes, unload_after_s=unload_after_s)
+
+
+def _title(path: Path, settle: Settle, metrics: Metrics) -> Title:
+    """Reads headers only; hashes are checked when the model is loaded."""
+    artifact, bundle = artifact_of(path, check_hashes=False)
+    if bundle is not None and bundle.manifest.task is not None:
+        raise UsageError(
+            f"{path} is for the task {bundle.manifest.task.kind}, so it cannot be one of several models",
+            hint="serve it alone, without --unload-after",
+        )
+    encoder = is_encoder(artifact, bundle.manifest if bundle else None)
+    foreign = bundle is None and artifact.suffix == ".onnx"
+
+    def needs() -> int:
+        options, _ = settle(path)
+        if encoder:  # it computes whole texts at once, in steps of a batch
+            options = replace(options, context=max(options.context, options.batch), sequences=1)
+        # The server's own memory is taken already.
+        return predicted_bytes(path, options, in_process=True)
+
+    def open_servant() -> Worker | SupervisedWorker | EmbeddingWorker | TaskWorker:
+        options, in_process = settle(path)
+        return make_backend(path, replace(options, sequences=1) if encoder else options, metrics, in_process=in_process)
+
+    if foreign:
+        raise UsageError(
+            f"{path} tells nothing of the memory that it takes, so it cannot be one of several models",
+            hint="serve it alone, or export it again",
+        )
+    name = bundle.manifest.name if bundle else artifact.stem
+    return Title(name, bundle.manifest if bundle else None, artifact.stat().st_size, needs, open_servant)
+
+
+def _free_bytes() -> int:
+    return int(int(available_memory().value) * (1 - SPARE_SHARE))
+
+
 def serve(
     backend: Served, metrics: Metrics, listener: socket.socket, access: Access, *, drain_s: float = DRAIN_S
 ) -> None:
@@ -220,7 +281,7 @@ def serve(
     def end() -> None:
         server.should_exit = True
 
-    if isinstance(backend, SupervisedWorker):
+    if isinstance(backend, SupervisedWorker | Shelf):
         backend.on_refusal = end
     backend.start()
     try:

@@ -228,6 +228,9 @@ def test_other_commands_say_what_it_is(translator: Bundle, capfd: pytest.Capture
     assert run_cli(["run", str(translator.path), "red", "--temperature", "1"]) == 2
     assert "--temperature is for models that generate" in capfd.readouterr().err
     assert run_cli(["bench", str(translator.path)]) == 2
+    several = ["serve", str(translator.path), str(translator.path), "--port", "0"]
+    assert run_cli(several) == 2
+    assert "cannot be one of several models" in capfd.readouterr().err
     assert run_cli(["verify", str(translator.path)]) == 0
     assert "same outcome" in capfd.readouterr().out
 

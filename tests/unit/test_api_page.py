@@ -89,3 +89,11 @@ def test_limits_are_those_of_the_code() -> None:
         f"schema or grammar {SOURCE_LIMIT_CHARS // 1024} KiB, regular expression {REGEX_LIMIT_CHARS // 1024} KiB",
     ):
         assert said in PAGE, said
+
+
+def test_the_refusals_that_are_promised_have_their_tests() -> None:
+    root = Path(__file__).resolve().parents[2]
+    promised = set(re.findall(r"`(test_\w+)`", (root / "docs" / "serving.md").read_text(encoding="utf-8")))
+    sources = "".join(path.read_text(encoding="utf-8") for path in (root / "tests").glob("*/test_*.py"))
+    assert len(promised) > 20
+    assert promised <= set(re.findall(r"^def (test_\w+)", sources, re.MULTILINE))

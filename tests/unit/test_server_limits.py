@@ -29,7 +29,7 @@ from runtime.server.limits import Access, Guard, is_loopback, parse_json, read_o
 from runtime.server.serving import ServerOptions, resolve_access
 
 KEY = b"correct-horse-battery-staple"
-ROUTES = ("/", "/health/ready", "/metrics", "/v1/models", "/v1/models/fake", "/v1/nothing")
+ROUTES = ("/", "/health/ready", "/metrics", "/status", "/v1/models", "/v1/models/fake", "/v1/nothing")
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_without_the_key_nothing_is_answered(locked: LiveServer, route: str, aut
 def test_with_the_key_everything_is_answered(locked: LiveServer) -> None:
     for credentials in (b"Bearer " + KEY, b"bearer " + KEY, b"Basic " + base64.b64encode(b"anybody:" + KEY)):
         headers = {"Authorization": credentials.decode()}
-        assert [locked.request("GET", route, headers=headers)[0] for route in ROUTES[:-1]] == [200] * 5
+        assert [locked.request("GET", route, headers=headers)[0] for route in ROUTES[:-1]] == [200] * 6
 
 
 def test_the_openai_client_with_and_without_the_key(locked: LiveServer) -> None:
@@ -273,6 +273,20 @@ def test_hostile_documents_get_a_400(server: LiveServer, route: str, body: bytes
     assert status == 400
     assert answer["error"]["type"] == "invalid_request_error"
     assert code is None or answer["error"]["code"] == code
+
+
+@pytest.mark.parametrize(
+    "route", ["/v1/chat/completions", "/v1/completions", "/api/chat", "/api/generate", "/tokenize"]
+)
+@pytest.mark.parametrize("field", ["chat_template", "template"])
+def test_a_template_of_a_client_is_refused_by_name(server: LiveServer, route: str, field: str) -> None:
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "model": "fake"}
+    if "chat" not in route and route != "/tokenize":
+        body = {"prompt": "x", "model": "fake"}
+    status, answer = server.post(route, {**body, field: "{% for _ in range(10**9) %}{% endfor %}"})
+    assert status == 400
+    assert field in json.dumps(answer)
+    assert server.idle
 
 
 def test_json_up_to_the_depth_limit_is_read() -> None:

@@ -52,6 +52,10 @@ def test_a_chat_with_live_figures(
     assert tab.value("document.querySelectorAll('#memory rect').length") == 3
     # Nothing sticks out to the side, and what one types into can be seen.
     assert tab.value("document.documentElement.scrollWidth <= innerWidth")
+    boxes = (
+        "[...document.querySelectorAll('figure:not([hidden])')].every((item) => item.scrollWidth <= item.clientWidth)"
+    )
+    assert tab.value(boxes)
     assert tab.value("document.getElementById('send').getBoundingClientRect().bottom <= innerHeight")
     tab.picture(Path(os.environ.get("EDGELM_PICTURES", tmp_path)) / f"page-{width}-{theme}.png")
     tab.press("Escape")

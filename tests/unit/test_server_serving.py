@@ -174,3 +174,8 @@ def test_a_file_that_is_no_model_ends_the_command_with_its_error(
     error = capsys.readouterr().err
     assert "error: " in error
     assert "x.gguf" in error
+
+
+def test_two_models_of_one_name_are_refused(smollm2_gguf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(["serve", str(smollm2_gguf), str(smollm2_gguf), "--port", "0"]) == 2
+    assert "two of the models are named" in capsys.readouterr().err
