@@ -69,7 +69,7 @@ def open_optimum(source: Path, threads: int) -> Iterator[tuple[str, Any]]:
     settings.intra_op_num_threads = threads
     with silent():
         model = ORTModelForFeatureExtraction.from_pretrained(
-            source, export=True, session_options=settings, library_name="transformers", local_files_only=True
+            source, export=True, session_options=settings, local_files_only=True
         )
     yield f"optimum {version('optimum-onnx')}", model
 
