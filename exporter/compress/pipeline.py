@@ -26,7 +26,7 @@ from exporter.compress.fake_quant import FakeQuantizer
 from exporter.compress.importance import DepthMeasure, Measure
 from exporter.compress.proposal import Proposal, imagined, propose
 from exporter.compress.result import Comparison, CompressRecord
-from exporter.compress.shape import Shape, parameters, row_remarks, shape_of, wanted_shape
+from exporter.compress.shape import Shape, row_remarks, shape_of, told, wanted_shape
 from exporter.compress.surgery import Kept
 from exporter.compress.training import Trainer, TrainingOptions, write_atomically
 from exporter.given_types import read_types
@@ -167,10 +167,13 @@ def compress(
             record = CompressRecord(
                 teacher=teacher_checkpoint.source.location,
                 teacher_files=tuple(file_record(path) for path in teacher_checkpoint.files),
-                shape_teacher=str(full),
+                source=checkpoint.source.location,
+                source_files=tuple(file_record(path) for path in checkpoint.files),
+                shape_teacher=told(teacher.config),
+                shape_source=str(full),
                 shape=str(wanted),
-                parameters_teacher=parameters(base.config, full),
-                parameters=parameters(base.config, wanted),
+                parameters_teacher=teacher.num_parameters(),
+                parameters=student.num_parameters(),
                 layers_kept=kept.layers,
                 measured_by=f"{options.units} (layers: {options.depth})",
                 data=corpus.sources,
@@ -213,8 +216,11 @@ def _check(options: CompressOptions) -> None:
     limits = (options.min_decode_tps, options.max_ram_bytes, options.max_artifact_bytes)
     if any(limit is not None for limit in limits) and options.target is None:
         raise UsageError("limits of speed, memory or size need a --target that they hold for")
-    if options.target is not None and (options.layers or options.neurons):
-        raise UsageError("--target chooses layers and neurons; give it or them, not both")
+    if options.target is not None and (options.layers or options.neurons or options.heads or options.hidden):
+        raise UsageError(
+            "--target chooses the shape: it goes with none of --layers, --neurons, --heads and --hidden",
+            hint="look at its choice with --dry-run, then name a shape without it",
+        )
     for path in options.texts:
         if not path.is_file():
             raise UsageError(f"--text: {path} is no file")
@@ -399,9 +405,10 @@ def _corpus(run: _Run, teacher: Any) -> tuple[Corpus, Corpus | None]:
     options = run.options
     length = min(options.length, describe(run.checkpoint).dimensions.context_trained)
     corpus = data.from_texts(options.texts or (None,), run.words, length)
-    if not options.tokens * options.own_share:
+    total = max(options.tokens, options.finish_tokens if options.finish is not None else 0)
+    if not total * options.own_share:
         return corpus, None
-    own = max(1, round(options.tokens * options.own_share / length))
+    own = max(1, round(total * options.own_share / length))
     path = run.state / _OWN_WORDS
     if path.is_file():
         written = data.written_by_teacher(np.load(path, allow_pickle=False), options.seed)

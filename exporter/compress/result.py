@@ -41,11 +41,14 @@ class Comparison(Record):
 
 
 class CompressRecord(Record):
-    """Everything that a student was made from and by."""
+    """Everything that a student was made from and by. ``source`` was pruned; it often is its own teacher."""
 
     teacher: str
     teacher_files: tuple[FileRecord, ...]
+    source: str
+    source_files: tuple[FileRecord, ...]
     shape_teacher: str
+    shape_source: str
     shape: str
     parameters_teacher: int
     parameters: int
@@ -153,14 +156,19 @@ def model_card(name: str, record: CompressRecord) -> str:
         f"| {item.top1_agreement:.1%} | {item.ppl:.3f} | {item.ppl_teacher:.3f} |"
         for item in record.comparisons
     )
-    files = "\n".join(f"- `{item.name}` {item.sha256}" for item in record.teacher_files)
+    named = [(record.source, item) for item in record.source_files]
+    if record.teacher != record.source:
+        named += [(record.teacher, item) for item in record.teacher_files]
+    files = "\n".join(f"- {whose}: `{item.name}` {item.sha256}" for whose, item in named)
     data = "\n".join(f"- {item}" for item in record.data) or "- none: pruned only"
     finish = f"\nThe weights were finished for {record.trained_for}.\n" if record.trained_for else ""
     return f"""# {name}
 
-{record.shape}: {record.parameters / 1e6:.1f} M parameters, pruned and distilled with EdgeLM from {record.teacher}
+{record.shape}: {record.parameters / 1e6:.1f} M parameters, pruned with EdgeLM from {record.source}
+({record.shape_source}) and distilled from {record.teacher}
 ({record.shape_teacher}: {record.parameters_teacher / 1e6:.1f} M).
-Layers of the teacher that stayed: {", ".join(map(str, record.layers_kept))}. Units were chosen by {record.measured_by}.
+Layers of {record.source} that stayed: {", ".join(map(str, record.layers_kept))}.
+Units were chosen by {record.measured_by}.
 {finish}
 ## Beside the teacher
 
@@ -178,7 +186,7 @@ Layers of the teacher that stayed: {", ".join(map(str, record.layers_kept))}. Un
 |---|---|
 {settings}
 
-## Teacher's files (SHA-256)
+## Made from (SHA-256)
 
 {files}
 """

@@ -39,6 +39,14 @@ def shape_of(config: Any) -> Shape:
     return Shape(config.num_hidden_layers, config.intermediate_size, config.num_key_value_heads, config.hidden_size)
 
 
+def told(config: Any) -> str:
+    """The shape of any model in words; a teacher need not be of a family that can be pruned."""
+    known = config.model_type in FAMILIES
+    return (
+        str(shape_of(config)) if known else f"{config.model_type}, {config.get_text_config().num_hidden_layers} layers"
+    )
+
+
 def head_size(config: Any) -> int:
     """Numbers per head: stated, or the width divided by the heads."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

@@ -19,6 +19,7 @@ from edgelm.progress import SILENT
 from exporter import ggml
 from exporter.checkpoint import open_checkpoint, open_source
 from exporter.compress import importance, surgery
+from exporter.compress import pipeline as pipeline_module
 from exporter.compress import training as training_module
 from exporter.compress.data import Corpus, batches
 from exporter.compress.pipeline import CompressOptions, compress, proposal
@@ -28,6 +29,7 @@ from exporter.given_types import read_types
 from exporter.options import ExportOptions
 from exporter.pipeline import export
 from exporter.reference import open_torch_model
+from exporter.token_identity import open_tokenizer
 from tests.tiny_models import make_tiny_llama
 
 pytestmark = [pytest.mark.tiny, pytest.mark.reference]
@@ -357,6 +359,7 @@ def test_what_is_trained_for_is_what_an_export_stores(teacher: Any) -> None:
         ({"own_share": 1.5}, "from 0 to 1"),
         ({"tokens": -1}, "--tokens"),
         ({"min_decode_tps": 5.0}, "--target"),
+        ({"target": "host", "heads": 2}, "none of --layers, --neurons, --heads and --hidden"),
         ({"tokens": 100}, "less than one step"),
         ({"finish": "auto"}, "measured on a student that is there"),
         ({"finish": "Q99"}, "'Q99' is no quantisation"),
@@ -405,6 +408,12 @@ def test_a_target_chooses_the_largest_shape_that_meets_the_limits(teacher_direct
         proposal(replace(free, max_artifact_bytes=1000))
 
 
+@pytest.fixture
+def short_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where figures are not what is looked at."""
+    monkeypatch.setattr(pipeline_module, "EVALUATION_TOKENS", 300)
+
+
 class Crash:
     """A progress that ends the run in the second step of the n-th training."""
 
@@ -418,6 +427,7 @@ class Crash:
         return StopAfter(2, raising(PowerCut())) if self.left == 0 else SILENT.stage(name, 1)
 
 
+@pytest.mark.usefixtures("short_comparisons")
 def test_a_compression_killed_in_either_training_ends_as_if_it_had_not_been(
     teacher_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -444,6 +454,7 @@ def test_a_compression_killed_in_either_training_ends_as_if_it_had_not_been(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
 
 
+@pytest.mark.usefixtures("short_comparisons")
 def test_a_state_is_its_runs_own(teacher_directory: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Some words to learn from, and again some words. " * 200)
@@ -471,6 +482,7 @@ def stored_as(bundle: Any) -> dict[str, str]:
     return {item.name: item.type for item in bundle.manifest.plan.tensors}
 
 
+@pytest.mark.usefixtures("short_comparisons")
 def test_an_export_stores_exactly_what_a_student_was_finished_for(tmp_path: Path) -> None:
     """By the name of the mix, by the student's record, and by the types of another bundle."""
     import torch
@@ -501,10 +513,15 @@ def test_an_export_stores_exactly_what_a_student_was_finished_for(tmp_path: Path
     )
     again = CompressOptions(
         str(student), teacher=str(teacher_directory), length=64, batch=4, tokens=0, finish=str(mixed.path),
-        finish_tokens=512,
+        finish_tokens=512, own_share=0.5,
     )  # fmt: skip
     finished = compress(again, tmp_path / "finished")
     assert finished.record.types == stored_as(mixed)
+    assert "the teacher's own words" in {item.text for item in finished.record.comparisons}
+    assert (finished.record.shape_teacher, finished.record.shape_source) == (
+        "3 layers, 512 neurons, 2 KV heads, width 256",
+        "2 layers, 256 neurons, 2 KV heads, width 256",
+    )
     bundle = export(replace(plain, source=str(finished.path), types=read_types(mixed.path)), tmp_path / "bundle")
     assert stored_as(bundle) == stored_as(mixed)
 
@@ -523,3 +540,25 @@ def test_types_of_another_model_are_not_taken(teacher_directory: Path, tmp_path:
     for directory, message in ((teacher_directory, "neither a bundle nor a student"), (tmp_path, "names no types")):
         with pytest.raises(UsageError, match=message):
             read_types(directory)
+
+
+@pytest.mark.usefixtures("short_comparisons")
+def test_a_gguf_file_can_teach(teacher_directory: Path, tmp_path: Path) -> None:
+    """Its tokenizer and ends of text come from metadata; the student predicts as the pruned checkpoint does."""
+    bundle = export(ExportOptions(source=str(teacher_directory), quant="F32", verify=False), tmp_path / "teacher")
+    students = {}
+    for name, source in (("gguf", bundle.path / "model.gguf"), ("directory", teacher_directory)):
+        options = CompressOptions(str(source), layers=3, neurons=64, tokens=0, length=64)
+        students[name] = compress(options, tmp_path / name)
+    config = json.loads((tmp_path / "gguf" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+    assert students["gguf"].record.layers_kept == students["directory"].record.layers_kept
+    found = [item.record.comparisons[0].kl_mean for item in students.values()]
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    again = export(ExportOptions(source=str(tmp_path / "gguf"), quant="Q8_0", verify=False), tmp_path / "bundle")
+    ids = [
+        open_tokenizer((item.path / "tokenizer.json").read_text(), "tokenizer.json").encode("Prüfe 12.5%, bitte!").ids
+        for item in (bundle, again)
+    ]
+    assert ids[0] == ids[1]
+    assert (again.path / "chat_template.jinja").read_text() == (bundle.path / "chat_template.jinja").read_text()
