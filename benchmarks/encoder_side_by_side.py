@@ -1,9 +1,12 @@
-"""Texts per second of an encoder's bundle against transformers in float32, in turn, same texts, same threads.
+"""Texts per second of an encoder's bundle against transformers or optimum in float32, in turn, same texts and threads.
 
-Needs the export extra. The peer gets its texts sorted by length and padded in batches, as sentence-transformers does.
+Needs the export extra, ``--peer optimum`` (an ``ORTModelForFeatureExtraction`` of the same checkpoint) the optimum one.
+The peer gets its texts sorted by length and padded in batches, as sentence-transformers does.
 
     edgelm export MODEL -o f32 --quant F32 && edgelm export MODEL -o q8 --quant Q8_0
     python benchmarks/encoder_side_by_side.py MODEL f32 q8 --rounds 15
+    edgelm export MODEL -o fp32 --format onnx --quant fp32 && edgelm export MODEL -o int8 --format onnx --quant int8
+    python benchmarks/encoder_side_by_side.py MODEL fp32 int8 --peer optimum --rounds 15
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,7 @@ from edgelm.progress import SILENT
 from exporter.architectures import describe
 from exporter.checkpoint import open_checkpoint, open_source
 from exporter.embedding_quality import cut_passages
+from exporter.optimum_graphs import silent
 from exporter.reference import open_transformers_encoder
 from exporter.texts import evaluation_text
 from runtime.embedding import open_encoder, unit_length
@@ -48,9 +54,24 @@ def padded_batches(model: Any, sequences: Sequences) -> Vectors:
             ids[row, : len(sequences[index])] = torch.tensor(list(sequences[index]))
             mask[row, : len(sequences[index])] = 1
         with torch.inference_mode():
-            states = model(ids, attention_mask=mask).last_hidden_state
+            states = model(input_ids=ids, attention_mask=mask).last_hidden_state
         vectors[chosen] = ((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).numpy()
     return unit_length(vectors)
+
+
+@contextmanager
+def open_optimum(source: Path, threads: int) -> Iterator[tuple[str, Any]]:
+    """Optimum's own model over ONNX Runtime, exported here, on as many threads as the others."""
+    import onnxruntime
+    from optimum.onnxruntime import ORTModelForFeatureExtraction
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    with silent():
+        model = ORTModelForFeatureExtraction.from_pretrained(
+            source, export=True, session_options=settings, library_name="transformers", local_files_only=True
+        )
+    yield f"optimum {version('optimum-onnx')}", model
 
 
 def timed(embed: Callable[[Sequences], Vectors], sequences: Sequences) -> tuple[float, Vectors]:
@@ -65,6 +86,7 @@ def main() -> None:
     parser.add_argument("bundles", type=Path, nargs="+")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--peer", choices=["transformers", "optimum"], default="transformers")
     parser.add_argument("--texts", type=int, default=120, help="at most; of the evaluation text")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -76,7 +98,12 @@ def main() -> None:
     tokens = sum(map(len, sequences))
     models = {path.name: open_encoder(path, EncoderOptions(threads=arguments.threads)) for path in arguments.bundles}
     rows: list[dict[str, Any]] = []
-    with open_transformers_encoder(checkpoint, SILENT) as (name, peer):
+    opened = (
+        open_optimum(checkpoint.source.path, arguments.threads)
+        if arguments.peer == "optimum"
+        else open_transformers_encoder(checkpoint, SILENT)
+    )
+    with opened as (name, peer):
         import torch
 
         torch.set_num_threads(arguments.threads)

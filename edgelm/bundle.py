@@ -31,6 +31,8 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 Format = Literal["gguf", "onnx"]
 Pooling = Literal["mean", "cls", "last"]
 """How the vectors of all tokens become one: their mean, the first token's or the last one's."""
+TaskKind = Literal["translate", "fill-mask", "classify"]
+"""``translate`` is every encoder-decoder: translation, summaries, whatever text it writes for a text."""
 
 
 class Record(BaseModel):
@@ -248,11 +250,64 @@ class EmbeddingQuality(Record):
     token_identity: TokenIdentity
 
 
+class Seq2SeqRecord(Record):
+    """How an encoder-decoder is run beside what its graphs say.
+
+    ``decoder`` is the graph that writes, the artefact reads. ``target_tokenizer`` is the file of the words written,
+    where they are others than those read. ``start_token`` begins every answer, ``first_token`` follows if there is one,
+    ``end_tokens`` end it; ``suppressed`` ones are never written.
+    """
+
+    decoder: str
+    target_tokenizer: str | None = None
+    start_token: int = Field(ge=0)
+    first_token: int | None = Field(default=None, ge=0)
+    end_tokens: tuple[int, ...]
+    suppressed: tuple[int, ...] = ()
+    max_tokens: int = Field(gt=0)
+
+
+class TaskRecord(Record):
+    """What a model does with a text that is neither to go on with it nor a vector.
+
+    ``unknown`` and above: ids that only the tokenizer knows; the model reads ``unknown_token`` there. ``mask_token`` is
+    what fill-mask replaces, ``labels`` are those of a classifier, independent of each other if ``multi_label``.
+    """
+
+    kind: TaskKind
+    mask_token: int | None = Field(default=None, ge=0)
+    labels: tuple[str, ...] = ()
+    multi_label: bool = False
+    seq2seq: Seq2SeqRecord | None = None
+    vocabulary: int = Field(gt=0)
+    unknown_token: int | None = Field(default=None, ge=0)
+
+
+class TaskQuality(Record):
+    """What an artefact does with texts beside the unquantised model.
+
+    ``agreement`` is the share of texts with the same outcome: the same greedy answer, the same likeliest word at the
+    mask, the same label. ``kl_*`` in nats per prediction, KL(reference || artefact) over words or labels;
+    ``top1_agreement`` is the share of predictions with the same first choice.
+    """
+
+    reference: str
+    text: str
+    text_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    texts: int
+    predictions: int
+    agreement: float
+    top1_agreement: float
+    kl_mean: float
+    kl_max: float
+    token_identity: TokenIdentity
+
+
 class Manifest(Record):
     """``manifest.json``. Raises no errors of its own; ``read_manifest`` maps validation failures.
 
-    ``encoder`` is set for models that make vectors of texts. Theirs is ``embedding_quality``, ``quality`` is that of
-    models that predict tokens.
+    ``encoder`` is set for models that make vectors of texts, ``task`` for those with another task than to go on with a
+    text. Theirs are ``embedding_quality`` and ``task_quality``, ``quality`` is that of models that predict tokens.
     """
 
     schema_version: Literal[1] = 1
@@ -267,19 +322,22 @@ class Manifest(Record):
     tool_versions: dict[str, str]
     encoder: EncoderRecord | None = None
     embedding_quality: EmbeddingQuality | None = None
+    task: TaskRecord | None = None
+    task_quality: TaskQuality | None = None
 
     @property
-    def proof(self) -> Quality | EmbeddingQuality | None:
+    def proof(self) -> Quality | EmbeddingQuality | TaskQuality | None:
         """What was measured of the artefact, whichever kind of model it is; None when the proof was left out."""
-        return self.embedding_quality or self.quality
+        return self.task_quality or self.embedding_quality or self.quality
 
     @property
     def artifact_bytes(self) -> int:
         """Size of the artefact with the data files that belong to it (``model.onnx.data``)."""
         belonging = f"{self.artifact}."
-        return sum(
-            item.size_bytes for item in self.files if item.name == self.artifact or item.name.startswith(belonging)
-        )
+        graphs = {self.artifact}
+        if self.task is not None and self.task.seq2seq is not None:
+            graphs.add(self.task.seq2seq.decoder)
+        return sum(item.size_bytes for item in self.files if item.name in graphs or item.name.startswith(belonging))
 
 
 class Bundle(Record):
@@ -345,6 +403,10 @@ def read_manifest(directory: Path) -> Manifest:
         raise BundleError(f"{path} is not a valid manifest: {where}: {first['msg']}") from error
     for record in manifest.files:
         _check_name(record.name, path)
+    seq2seq = manifest.task.seq2seq if manifest.task else None
+    for name in (seq2seq.decoder, seq2seq.target_tokenizer) if seq2seq else ():
+        if name is not None and all(record.name != name for record in manifest.files):
+            raise BundleError(f"{path} needs {name!r} but does not list it among its files")
     if all(record.name != manifest.artifact for record in manifest.files):
         raise BundleError(f"{path} names the artefact {manifest.artifact!r} but does not list it among its files")
     return manifest

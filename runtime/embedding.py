@@ -16,6 +16,7 @@ from edgelm.bundle import Bundle, Manifest
 from edgelm.errors import BundleError, EngineError, UsageError
 from runtime.encoder import Encoder, EncoderOptions, Vectors
 from runtime.engine import EngineOptions
+from runtime.engines import load_encoder
 from runtime.engines.llamacpp_encoder import load_encoder as load_llamacpp_encoder
 from runtime.gguf_header import read_gguf_header
 from runtime.model import TOKENIZER_NAME, artifact_of, check_memory, is_encoder
@@ -85,7 +86,29 @@ def open_encoder(path: Path, options: EncoderOptions) -> LoadedEncoder:
         )
     if bundle is not None and options.context == 0:
         options = replace(options, context=int(bundle.manifest.plan.context.value))
-    return _open_gguf(artifact, bundle, options)
+    return (
+        _open_onnx(artifact, bundle, options) if artifact.suffix == ".onnx" else _open_gguf(artifact, bundle, options)
+    )
+
+
+def _open_onnx(artifact: Path, bundle: Bundle | None, options: EncoderOptions) -> LoadedEncoder:
+    """An ONNX encoder: its tokenizer and how its vectors are scaled stand in the bundle."""
+    tokenizer_path = bundle.file(TOKENIZER_NAME) if bundle else None
+    record = bundle.manifest.encoder if bundle else None
+    if bundle is None or tokenizer_path is None or record is None:
+        raise BundleError(f"{artifact} has no tokenizer with it", hint="give the bundle that it is part of")
+    words = JsonTokenizer(tokenizer_path)
+    prefix, suffix = words.frame()
+    return LoadedEncoder(
+        name=bundle.manifest.name,
+        artifact=artifact,
+        encoder=load_encoder(artifact, options),
+        tokenizer=words,
+        prefix=prefix,
+        suffix=suffix,
+        normalized=record.normalized,
+        manifest=bundle.manifest,
+    )
 
 
 def _open_gguf(artifact: Path, bundle: Bundle | None, options: EncoderOptions) -> LoadedEncoder:

@@ -132,6 +132,11 @@ def open_model(path: Path, options: EngineOptions) -> LoadedModel:
             f"{path} is an encoder: it makes vectors of texts and generates none",
             hint="edgelm run BUNDLE TEXT prints the vector, edgelm serve answers /v1/embeddings",
         )
+    if bundle is not None and bundle.manifest.task is not None:
+        raise UsageError(
+            f"{path} is for the task {bundle.manifest.task.kind} and does not continue texts",
+            hint="edgelm run BUNDLE TEXT and edgelm serve BUNDLE do that task",
+        )
     if artifact.suffix == ".onnx":
         return _open_onnx(artifact, bundle, options)
     header = read_gguf_header(artifact)

@@ -89,7 +89,8 @@ ENCODER_HEADER = """# Encoders
 
 Written by `python scripts/write_docs.py --parity`; do not edit.
 
-Models that turn a text into one vector: `edgelm export` makes GGUF bundles of them like of any other checkpoint.
+Models that turn a text into one vector: `edgelm export` makes GGUF bundles of them like of any other checkpoint,
+and with `--format onnx` ONNX ones through optimum ([docs/onnx.md](onnx.md)); what follows on llama.cpp is about GGUF.
 Pooling and normalisation come from the files of sentence-transformers beside the weights (`modules.json`,
 `1_Pooling/config.json`); without them vectors are means of all tokens, scaled to length one, and the plan says so.
 The proof is the cosine between the artefact's vectors and those of the original model (transformers in float32, or the

@@ -11,7 +11,7 @@ import click
 from edgelm.cli.console import SIZE
 
 if TYPE_CHECKING:
-    from edgelm.bundle import EmbeddingQuality, ExportPlan, Quality
+    from edgelm.bundle import EmbeddingQuality, ExportPlan, Quality, TaskQuality
 
 
 @click.command(short_help="Turn a checkpoint into a proven bundle for one target.")
@@ -144,12 +144,14 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def summary(plan: ExportPlan, artifact_bytes: int, quality: Quality | EmbeddingQuality | None) -> dict[str, Any]:
+def summary(
+    plan: ExportPlan, artifact_bytes: int, quality: Quality | EmbeddingQuality | TaskQuality | None
+) -> dict[str, Any]:
     """The keys that scripts read; ``edgelm plan`` shows each candidate by the same ones."""
-    from edgelm.bundle import EmbeddingQuality
+    from edgelm.bundle import EmbeddingQuality, TaskQuality
 
     measured = None
-    if isinstance(quality, EmbeddingQuality):
+    if isinstance(quality, (EmbeddingQuality, TaskQuality)):
         measured = quality.model_dump()
     elif quality is not None:
         keys = {"reference", "tokens", "kl_mean", "kl_mean_interval", "kl_p90", "kl_p99", "kl_max", "ppl_interval"}
@@ -173,14 +175,14 @@ def summary(plan: ExportPlan, artifact_bytes: int, quality: Quality | EmbeddingQ
 def show(
     plan: ExportPlan,
     artifact_bytes: int,
-    quality: Quality | EmbeddingQuality | None,
+    quality: Quality | EmbeddingQuality | TaskQuality | None,
     title: str,
     elapsed_s: float | None = None,
 ) -> None:
     """A small table for people, and the plan's remarks on stderr."""
     from rich.table import Table
 
-    from edgelm.bundle import EmbeddingQuality
+    from edgelm.bundle import EmbeddingQuality, TaskQuality
     from edgelm.cli.console import print_table
     from edgelm.units import format_bytes
     from targets.predict import load_text
@@ -204,6 +206,8 @@ def show(
             ("same nearest text", f"{quality.nearest_agreement:.1%}"),
             ("reference", quality.reference),
         ]
+    elif isinstance(quality, TaskQuality):
+        rows += [("against the original", task_figures(quality)), ("reference", quality.reference)]
     elif quality is not None:
         rows += [
             ("KL", f"{quality.kl_mean:.4f} mean, {quality.kl_p99:.4f} p99 nats per token ({quality.tokens} tokens)"),
@@ -223,6 +227,14 @@ def show(
     print_table(table)
     for note in plan.notes:
         click.echo(f"note: {note}", err=True)
+
+
+def task_figures(quality: TaskQuality) -> str:
+    """What was measured of a model with a task of its own, in one line."""
+    return (
+        f"same outcome for {quality.agreement:.1%} of {quality.texts} texts, same first choice "
+        f"{quality.top1_agreement:.1%}, KL {quality.kl_mean:.5f} mean, {quality.kl_max:.4f} max nats"
+    )
 
 
 def _rate(tps: float | None) -> str:

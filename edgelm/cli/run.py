@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from runtime.generate import Answer, Session
     from runtime.model import LoadedModel
     from runtime.sampling import SamplingOptions
+    from runtime.tasks import TaskOptions
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def command(
     """Answer PROMPT with the model in BUNDLE (a bundle or a .gguf file), or chat when no PROMPT is given.
 
     In a chat Ctrl-C stops the answer, /exit or Ctrl-D leaves. The last line on stderr tells speed and memory. Of an
-    encoder's BUNDLE the vector of PROMPT is printed, its numbers separated by spaces.
+    encoder's BUNDLE the vector of PROMPT is printed, its numbers separated by spaces; an encoder-decoder translates
+    PROMPT, a masked language model fills its masks, a classifier gives it labels.
 
     \b
     Example:
@@ -98,7 +100,11 @@ def command(
     from runtime.model import holds_encoder, open_model
     from runtime.sampling import SamplingOptions, check_sampling
     from runtime.settings import Asked, choose_settings
+    from runtime.tasks import TaskOptions, holds_task
 
+    if holds_task(bundle) is not None:
+        _print_task(bundle, prompt, max_tokens, TaskOptions(context or 0, threads or 0), as_json=as_json)
+        return
     if holds_encoder(bundle):
         _print_vector(bundle, prompt, threads or 0, context or 0, as_json=as_json)
         return
@@ -150,15 +156,7 @@ def _print_vector(bundle: Path, text: str | None, threads: int, context: int, *,
     from runtime.encoder import EncoderOptions
     from runtime.memory import snapshot
 
-    given = click.get_current_context()
-    allowed = {"bundle", "prompt", "threads", "context", "as_json"}
-    for name in given.params:
-        source = given.get_parameter_source(name)
-        if name not in allowed and source is click.core.ParameterSource.COMMANDLINE:
-            raise UsageError(
-                f"--{name.replace('_', '-')} is for models that generate; {bundle} is an encoder",
-                hint="edgelm run BUNDLE TEXT prints the vector of TEXT",
-            )
+    _only(bundle, {"bundle", "prompt", "threads", "context", "as_json"}, "is an encoder", "prints the vector of TEXT")
     if text is None:
         raise UsageError(f"{bundle} is an encoder: it holds no chat", hint="edgelm run BUNDLE TEXT prints the vector")
     model = open_encoder(bundle, EncoderOptions(context=context, threads=threads))
@@ -178,6 +176,49 @@ def _print_vector(bundle: Path, text: str | None, threads: int, context: int, *,
     click.echo(" ".join(f"{number:.6g}" for number in vector.tolist()))
     told = f"{info.dimensions} numbers{', length one' if model.normalized else ''} | {len(ids)} tokens"
     click.echo(f"{told} in {1000 * elapsed_s:.1f} ms | RSS {format_bytes(snapshot().rss_bytes)}", err=True)
+
+
+def _only(bundle: Path, allowed: set[str], what: str, does: str) -> None:
+    """Refuse options on the command line that a kind of model cannot honour. Raises ``UsageError``."""
+    given = click.get_current_context()
+    for name in given.params:
+        if name not in allowed and given.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise UsageError(
+                f"--{name.replace('_', '-')} is for models that generate; {bundle} {what}",
+                hint=f"edgelm run BUNDLE TEXT {does}",
+            )
+
+
+def _print_task(bundle: Path, text: str | None, max_tokens: int, options: TaskOptions, *, as_json: bool) -> None:
+    """What a model with a task makes of a text: its translation, words at masks, or labels."""
+    import time
+
+    from runtime.memory import snapshot
+    from runtime.tasks import Asked, holds_task, open_task
+
+    kind = holds_task(bundle)
+    allowed = {"bundle", "prompt", "threads", "context", "as_json", *(["max_tokens"] if kind == "translate" else [])}
+    _only(bundle, allowed, f"is for the task {kind}", "does that")
+    if text is None:
+        raise UsageError(f"{bundle} is for the task {kind}: it holds no chat", hint="edgelm run BUNDLE TEXT")
+    source = click.get_current_context().get_parameter_source("max_tokens")
+    asked = Asked(text, max_tokens if source is click.core.ParameterSource.COMMANDLINE else 0)
+    model = open_task(bundle, options)
+    try:
+        started = time.perf_counter()
+        answer = model.answer(asked)
+        elapsed_s = time.perf_counter() - started
+    finally:
+        model.close()
+    if as_json:
+        counts = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
+        facts = {"model": model.name, "task": kind, **counts, "elapsed_s": elapsed_s}
+        print_json({**facts, "rss_bytes": snapshot().rss_bytes, **answer.document})
+        return
+    for line in answer.lines:
+        click.echo(line)
+    told = f"{answer.prompt_tokens} tokens read, {answer.completion_tokens} written in {1000 * elapsed_s:.0f} ms"
+    click.echo(f"{told} | RSS {format_bytes(snapshot().rss_bytes)}", err=True)
 
 
 def _grammar(path: Path) -> str:

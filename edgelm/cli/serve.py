@@ -82,8 +82,9 @@ def command(
     they are asked for, never more than fit into memory that is free; what was not used for longest makes room.
 
     /v1/chat/completions, /v1/completions and /v1/models, a small chat page at /, Prometheus figures at /metrics,
-    /health/live and /health/ready; an encoder answers /v1/embeddings instead of completions, and has no page. Logs go
-    to stderr, one JSON object per line, without prompts, answers or keys.
+    /health/live and /health/ready; an encoder answers /v1/embeddings instead of completions, models with
+    another task /v1/translate, /v1/fill-mask or /v1/classify; these have no page. Logs go to stderr, one JSON object
+    per line, without prompts, answers or keys.
 
     \b
     Example:
@@ -131,8 +132,9 @@ def _settled(
     from runtime.model import holds_encoder
     from runtime.server.logs import log_event
     from runtime.settings import Asked, choose_encoder_threads, choose_settings
+    from runtime.tasks import holds_task
 
-    if holds_encoder(bundle):
+    if holds_encoder(bundle) or holds_task(bundle) is not None:
         threads = choose_encoder_threads(target)
         log_event("settings", {"threads": f"{threads.value}: {threads.reason}"})
         return replace(options, threads_prefill=int(threads.value)), in_process

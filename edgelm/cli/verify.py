@@ -66,7 +66,8 @@ def _document(bundle: Path, result: Verification) -> dict[str, Any]:
 def _print(bundle: Path, result: Verification) -> None:
     from rich.table import Table
 
-    from edgelm.bundle import EmbeddingQuality
+    from edgelm.bundle import EmbeddingQuality, TaskQuality
+    from edgelm.cli.export import task_figures
 
     manifest, identity = result.bundle.manifest, result.token_identity
     table = Table(title=f"{bundle}: {manifest.name}")
@@ -83,6 +84,8 @@ def _print(bundle: Path, result: Verification) -> None:
                 f"cosine {quality.cosine_mean:.6f} mean, {quality.cosine_min:.6f} least, same nearest text "
                 f"{quality.nearest_agreement:.1%}, {quality.texts} texts against {quality.reference}",
             )
+        elif isinstance(quality, TaskQuality):
+            table.add_row(name, f"{task_figures(quality)}, against {quality.reference}")
         elif quality is not None:
             for what, figures in _figures(quality):
                 table.add_row(f"{name}: {what}" if what else name, figures)

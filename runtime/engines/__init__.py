@@ -28,9 +28,9 @@ def load_library(path: Path) -> None:
     Raises ``EngineError``.
     """
     if path.suffix == ".onnx":
-        from runtime.engines import onnx
+        from runtime.engines import onnx_session
 
-        onnx.load_library()
+        onnx_session.load_library()
         return
     from runtime.engines import llamacpp
 
@@ -42,6 +42,10 @@ def load_encoder(path: Path, options: EncoderOptions) -> Encoder:
 
     Raises what the engine's own ``load_encoder`` raises: ``BundleError``, ``UsageError`` and ``EngineError``.
     """
+    if path.suffix == ".onnx":
+        from runtime.engines import onnx_encoder
+
+        return onnx_encoder.load_encoder(path, options)
     from runtime.engines import llamacpp_encoder
 
     return llamacpp_encoder.load_encoder(path, options)

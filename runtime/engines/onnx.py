@@ -8,7 +8,6 @@ text and no sampling. Importing this module does not load the library; ``load_en
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import time
@@ -24,10 +23,16 @@ import numpy.typing as npt
 from edgelm.errors import BundleError, EngineError, UsageError
 from runtime.engine import Chunk, Engine, EngineInfo, EngineInterruptedError, EngineOptions, Logits, check_chunks
 from runtime.engines.onnx_foreign import ForeignOnnxEngine, check_foreign_options, understand
+from runtime.engines.onnx_session import (
+    SessionThreads,
+    choose_threads,
+    first_line,
+    load_library,
+    open_session,
+    runtime_errors,
+)
 from runtime.memory import resident_range, snapshot
 from runtime.onnx_header import FLOAT, OnnxModel, read_onnx_model
-from runtime.waiting import Waiting, choose_waiting
-from targets.host import default_threads
 
 GRAPH = "decoder-1"
 PREFILL_STEP = 128
@@ -55,14 +60,6 @@ class _Shape:
         return 2 * sum(self.kv_heads) * self.head_size
 
 
-@dataclass(frozen=True, slots=True)
-class _Threads:
-    """Threads and how they wait for one another."""
-
-    count: int
-    waiting: Waiting
-
-
 def load_any_engine(path: Path, options: EngineOptions) -> Engine:
     """Load a ``model.onnx``, whoever exported it. Raises what ``load_engine`` raises."""
     model = read_onnx_model(path)
@@ -76,7 +73,7 @@ def _load_foreign(path: Path, model: OnnxModel, options: EngineOptions) -> Forei
     threads = _choose_threads(options)
     started = time.perf_counter()
     runtime = load_library()
-    session = _open_session(runtime, path, threads)
+    session = open_session(runtime, path, threads)
     info = EngineInfo(
         engine="onnxruntime",
         versions={"onnxruntime": runtime.__version__},
@@ -99,7 +96,7 @@ def _load_foreign(path: Path, model: OnnxModel, options: EngineOptions) -> Forei
     )
     run_options = runtime.RunOptions()
     run_options.log_severity_level = 4
-    errors = _runtime_errors(runtime)
+    errors = runtime_errors(runtime)
     return ForeignOnnxEngine(session, run_options, errors, info, graph, all_logits=options.all_logits)
 
 
@@ -121,7 +118,7 @@ def load_engine(path: Path, options: EngineOptions) -> OnnxEngine:
     started = time.perf_counter()
     runtime = load_library()
     before_bytes = snapshot().anonymous_bytes
-    session = _open_session(runtime, path, threads)
+    session = open_session(runtime, path, threads)
     info = EngineInfo(
         engine="onnxruntime",
         versions={"onnxruntime": runtime.__version__},
@@ -184,7 +181,7 @@ def _check_options(options: EngineOptions) -> None:
         raise UsageError("ONNX Runtime maps weights by itself; mmap cannot be switched off", hint="leave it on")
 
 
-def _choose_threads(options: EngineOptions) -> _Threads:
+def _choose_threads(options: EngineOptions) -> SessionThreads:
     """One session has one pool of threads: decode and prefill share it."""
     asked = {count for count in (options.threads_decode, options.threads_prefill) if count}
     if len(asked) > 1:
@@ -193,9 +190,7 @@ def _choose_threads(options: EngineOptions) -> _Threads:
             f"{options.threads_prefill}",
             hint="ask for one number of threads",
         )
-    choice, _ = default_threads()
-    count = asked.pop() if asked else int(choice.value)
-    return _Threads(count, choose_waiting(count))
+    return choose_threads(asked.pop() if asked else 0)
 
 
 def _read_shape(path: Path, model: OnnxModel) -> _Shape:
@@ -243,43 +238,6 @@ def _count(path: Path, model: OnnxModel, key: str) -> int:
     if not re.fullmatch(r"[1-9][0-9]{0,15}", value):
         raise BundleError(f"{path}: its metadata {key} is {value!r}, which is no count", hint="export it again")
     return int(value)
-
-
-def load_library() -> Any:
-    """The ``onnxruntime`` module. Raises ``EngineError`` when it cannot be imported."""
-    try:
-        return importlib.import_module("onnxruntime")
-    except (ImportError, OSError) as error:
-        raise EngineError(f"onnxruntime cannot be imported: {error}", hint="pip install onnxruntime") from error
-
-
-def _runtime_errors(runtime: Any) -> tuple[type[Exception], ...]:
-    """Everything that a session raises: ONNX Runtime has a class of exceptions per status, without a common base."""
-    state = runtime.capi.onnxruntime_pybind11_state
-    own = [item for item in vars(state).values() if isinstance(item, type) and issubclass(item, Exception)]
-    return (*own, RuntimeError, MemoryError, ValueError)
-
-
-def _open_session(runtime: Any, path: Path, threads: _Threads) -> Any:
-    settings = runtime.SessionOptions()
-    settings.intra_op_num_threads = threads.count
-    settings.inter_op_num_threads = 1
-    settings.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
-    settings.log_severity_level = 4  # what goes wrong is raised; stderr is not ours to write to
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads.waiting.kind == "spin" else "0")
-    # Packed weights are allocated once and never freed: an arena would round each of them up and keep the slack.
-    settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-    try:
-        return runtime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-    except _runtime_errors(runtime) as error:
-        raise EngineError(
-            f"ONNX Runtime cannot load {path}: {_first_line(error)}",
-            hint=f"the graph needs operator sets that onnxruntime {runtime.__version__} may lack; upgrade it",
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:500] if str(error).strip() else type(error).__name__
 
 
 class _Binding:
@@ -342,7 +300,7 @@ class OnnxEngine:
         self._bindings: dict[tuple[int, int, int, int], _Binding] = {}
         self._run_options = runtime.RunOptions()
         self._run_options.log_severity_level = 4
-        self._errors = _runtime_errors(runtime)
+        self._errors = runtime_errors(runtime)
         self._interrupted = False
 
     @property
@@ -449,7 +407,7 @@ class OnnxEngine:
             raise EngineInterruptedError("the computation was interrupted") from error
         for sequence in before:
             self._lengths[sequence] = 0
-        raise EngineError(f"ONNX Runtime failed to compute: {_first_line(error)}") from error
+        raise EngineError(f"ONNX Runtime failed to compute: {first_line(error)}") from error
 
     def _binding(self, first: int, batch: int, tokens: int, rows: int) -> _Binding:
         key = (first, batch, tokens, rows)

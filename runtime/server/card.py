@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgelm.bundle import EmbeddingQuality, ExportPlan, Manifest, Quality
+from edgelm.bundle import EmbeddingQuality, ExportPlan, Manifest, Quality, TaskQuality
 from edgelm.units import format_bytes
 from runtime.encoder import EncoderInfo
 from runtime.engine import EngineInfo
@@ -57,7 +57,9 @@ def _plan_facts(plan: ExportPlan) -> dict[str, str]:
     }
 
 
-def _quality_facts(proof: Quality | EmbeddingQuality | None) -> dict[str, str]:
+def _quality_facts(proof: Quality | EmbeddingQuality | TaskQuality | None) -> dict[str, str]:
+    if isinstance(proof, TaskQuality):
+        return {"Same outcome as the original": f"{100 * proof.agreement:.1f} % of {proof.texts} texts"}
     if isinstance(proof, Quality):
         return {
             "Mean KL to the original": f"{proof.kl_mean:.4f} nats per token",

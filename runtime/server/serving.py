@@ -40,8 +40,11 @@ from runtime.server.metrics import Metrics
 from runtime.server.shelf import Shelf, Title
 from runtime.server.supervised import SupervisedWorker
 from runtime.server.switch import create_switch_app
+from runtime.server.task_worker import TaskWorker
+from runtime.server.tasks import create_task_app
 from runtime.server.worker import QUEUED_PER_SEQUENCE, Backend, Worker
 from runtime.settings import SPARE_SHARE, predicted_bytes
+from runtime.tasks import TaskOptions, holds_task, open_task
 from targets.host import available_memory
 
 DRAIN_S = 30.0
@@ -113,7 +116,7 @@ def _bind_error(host: str, port: int, error: OSError) -> EdgelmError:
     return EdgelmError(f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}")
 
 
-Served = Backend | EmbeddingWorker | Shelf
+Served = Backend | EmbeddingWorker | TaskWorker | Shelf
 
 
 class _DrainingServer(uvicorn.Server):
@@ -165,6 +168,8 @@ def make_server(backend: Served, metrics: Metrics, access: Access, *, drain_s: f
         app = create_switch_app(backend, metrics, access)
     elif isinstance(backend, EmbeddingWorker):
         app = create_embedding_app(backend.model, backend, metrics, access)
+    elif isinstance(backend, TaskWorker):
+        app = create_task_app(backend, metrics, access)
     else:
         app = create_app(backend, metrics, access)
     config = uvicorn.Config(
@@ -186,13 +191,17 @@ def make_server(backend: Served, metrics: Metrics, access: Access, *, drain_s: f
 
 def make_backend(
     path: Path, options: EngineOptions, metrics: Metrics, *, in_process: bool
-) -> Worker | SupervisedWorker | EmbeddingWorker:
+) -> Worker | SupervisedWorker | EmbeddingWorker | TaskWorker:
     """The backend for a bundle or model file. ``in_process`` loads it here and now, else a child process does later.
 
-    Encoders always run here: nothing of theirs lasts longer than a step.
+    Encoders and models with a task always run here: nothing of theirs outlasts a request.
 
     Raises what ``runtime.model.open_model`` raises, without a child for what is wrong with the path.
     """
+    if holds_task(path) is not None:
+        if options.sequences > 1:
+            raise UsageError("--parallel is for models that generate", hint="this one answers text after text")
+        return TaskWorker(open_task(path, TaskOptions(options.context, options.threads_prefill)), metrics)
     if holds_encoder(path):
         if options.sequences > 1:
             raise UsageError("--parallel is for models that generate", hint="an encoder shares its steps by itself")
@@ -225,6 +234,11 @@ def make_shelf(paths: Sequence[Path], settle: Settle, metrics: Metrics, *, unloa
 def _title(path: Path, settle: Settle, metrics: Metrics) -> Title:
     """Reads headers only; hashes are checked when the model is loaded."""
     artifact, bundle = artifact_of(path, check_hashes=False)
+    if bundle is not None and bundle.manifest.task is not None:
+        raise UsageError(
+            f"{path} is for the task {bundle.manifest.task.kind}, so it cannot be one of several models",
+            hint="serve it alone, without --unload-after",
+        )
     encoder = is_encoder(artifact, bundle.manifest if bundle else None)
     foreign = bundle is None and artifact.suffix == ".onnx"
 
@@ -235,7 +249,7 @@ def _title(path: Path, settle: Settle, metrics: Metrics) -> Title:
         # The server's own memory is taken already.
         return predicted_bytes(path, options, in_process=True)
 
-    def open_servant() -> Worker | SupervisedWorker | EmbeddingWorker:
+    def open_servant() -> Worker | SupervisedWorker | EmbeddingWorker | TaskWorker:
         options, in_process = settle(path)
         return make_backend(path, replace(options, sequences=1) if encoder else options, metrics, in_process=in_process)
 
