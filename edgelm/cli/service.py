@@ -41,6 +41,8 @@ def command(bundle: Path, serve_options: tuple[str, ...], user: str | None, outp
     chosen = serve.make_context("edgelm serve", list(words)).params
     bundles: tuple[Path, ...] = chosen["bundles"]
     key = chosen["api_key_file"]
+    if user is not None:
+        _check_visible([*bundles, *([] if key is None else [key])])
     unit = Unit(
         command=[*_program(), "serve", *words],
         description=f"EdgeLM serving {bundle.resolve().name}",
@@ -55,6 +57,18 @@ def command(bundle: Path, serve_options: tuple[str, ...], user: str | None, outp
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text, encoding="utf-8")
+
+
+def _check_visible(paths: list[Path]) -> None:
+    """A unit of the system gets a /tmp of its own. Raises ``UsageError``."""
+    from edgelm.errors import UsageError
+
+    for path in paths:
+        if path.resolve().is_relative_to("/tmp") or path.resolve().is_relative_to("/var/tmp"):  # noqa: S108
+            raise UsageError(
+                f"{path} is in a directory for temporary files, which a unit of the system does not see",
+                hint="move it, or write a unit of your own: leave --system out",
+            )
 
 
 def _program() -> list[str]:

@@ -76,7 +76,7 @@ class Shelf:
     """All models of a server. ``free`` tells bytes that can be taken now; ``unload_after_s`` None keeps what is loaded.
 
     The first title is loaded at the start: the server is ready when it is. ``on_refusal`` is called once when that
-    fails; ``failure`` then tells why.
+    fails; ``failure`` then tells why. ``on_unload`` is called with the name of a model that is let go of.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class Shelf:
         self._stopping = threading.Event()
         self._opened = False
         self.on_refusal: Callable[[], None] = lambda: None
+        self.on_unload: Callable[[str], object] = lambda name: None
         self._reaper = threading.Thread(target=self._reap, name="unload", daemon=True)
         metrics.gauges(self._gauges)
 
@@ -265,6 +266,7 @@ class Shelf:
             if servant is None or (book.users and not dead):
                 return
             book.servant = None
+        self.on_unload(book.title.name)
         servant.stop()
         self._metrics.model_unloads.labels(book.title.name).inc()
         log_event("model unloaded", {"model": book.title.name, "reason": reason})

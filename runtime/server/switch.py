@@ -59,6 +59,7 @@ class Switch:
         self._created = int(time.time())
         self._apps: dict[str, tuple[Servant, ASGIApp, Callable[[], dict[str, Any]]]] = {}
         self._waiting = 0
+        shelf.on_unload = lambda name: self._apps.pop(name, None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A request for one model; the guard has put its whole body into the first message."""
@@ -152,7 +153,6 @@ class Switch:
         servant = book.servant
         if servant is not None and servant.state == "ready":
             return self._app(book, servant)[1]()
-        self._apps.pop(book.title.name, None)  # let go of what was unloaded
         return card(book.title.name, book.state, None, book.title.manifest)
 
     def _entry(self, book: Book) -> dict[str, Any]:

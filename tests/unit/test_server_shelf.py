@@ -207,7 +207,7 @@ def test_age_unloads() -> None:
     library = Library()
     with serving(library, library.writer("one"), unload_after_s=0.2) as server:
         assert wait_until(lambda: states(server) == {"one": "unloaded"})
-        assert library.loaded == {}
+        assert wait_until(lambda: library.loaded == {})
         assert server.request("GET", "/health/ready")[0] == 200  # it is loaded when somebody asks
         assert said(server, "one") == "I am one"
         assert wait_until(lambda: states(server) == {"one": "unloaded"})

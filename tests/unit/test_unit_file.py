@@ -101,10 +101,13 @@ def test_the_command_writes_what_serve_would_take(
     assert needed < int(service["MemoryMax"]) < 2 * needed
     assert run_cli(["service", str(smollm2_gguf), "--", "--port", "99999"]) == 2
     assert "--port" in capsys.readouterr().err
-    assert run_cli(["service", str(smollm2_gguf), "--system", "pi", "--", "--api-key-file", "keys/key"]) == 0
+    assert run_cli(["service", str(smollm2_gguf), "--system", "pi", "--", "--api-key-file", "/tmp/key"]) == 2
+    assert "temporary" in capsys.readouterr().err
+    key = smollm2_gguf.parent / "keys" / "key"
+    assert run_cli(["service", str(smollm2_gguf), "--system", "pi", "--", "--api-key-file", str(key)]) == 0
     service = parsed(capsys.readouterr().out)["Service"]
     assert service["User"] == "pi"
-    assert service["ReadWritePaths"] == str(tmp_path / "keys")
+    assert service["ReadWritePaths"] == str(key.parent)
 
 
 @contextmanager
