@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,25 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 LOOPBACK = ("127.", "::1", "localhost")
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _hermetic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A HOME of its own for every session (children inherit it), and only loopback sockets in this process."""
-    patch = pytest.MonkeyPatch()
-    home = tmp_path_factory.mktemp("home")
+_HOME = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A HOME of its own for every session (children inherit it), before any module reads its settings at import."""
+    home = config.stash[_HOME] = tempfile.mkdtemp(prefix="edgelm-tests-")
     for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "HF_HOME"):
-        patch.setenv(name, str(home))
-    patch.setenv("HF_HUB_OFFLINE", "1")
+        os.environ[name] = home
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(config.stash[_HOME], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _hermetic() -> Iterator[None]:
+    """Only loopback sockets in this process."""
+    patch = pytest.MonkeyPatch()
     connect = socket.socket.connect
 
     def loopback_only(self: socket.socket, address: Any) -> None:
