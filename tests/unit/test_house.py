@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,11 +36,19 @@ def modules() -> list[Path]:
     return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
-def functions() -> Iterator[tuple[str, Function]]:
-    for path in modules():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, Function):
-                yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", node
+@functools.cache
+def trees() -> dict[str, ast.Module]:
+    return {str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8")) for path in modules()}
+
+
+@functools.cache
+def functions() -> list[tuple[str, Function]]:
+    return [
+        (f"{name}:{node.lineno} {node.name}", node)
+        for name, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, Function)
+    ]
 
 
 def test_modules_stay_small() -> None:
@@ -49,7 +57,7 @@ def test_modules_stay_small() -> None:
 
 
 def test_every_module_says_what_it_does() -> None:
-    assert [str(path) for path in modules() if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))] == []
+    assert [name for name, tree in trees().items() if not ast.get_docstring(tree)] == []
 
 
 def test_functions_stay_small() -> None:
