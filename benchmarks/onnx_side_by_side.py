@@ -1,14 +1,12 @@
-"""Our ONNX engine and exporter against their peers, in turn, at equal threads; peers that are missing are named.
+"""Our ONNX engine against its peers, in turn, at equal threads; peers that are missing are named.
 
 Speed and peak RSS of whole processes: ours; onnxruntime-genai's generator on the same graph and weights (only its
 inputs are put into genai's form, and it computes logits of all positions, as genai wants them); ORTModelForCausalLM on
-an optimum export (float32, and optimum's dynamic int8); our GGUF engine on bundles whose KL is printed beside. Export:
-time and peak RSS against ``optimum-cli export onnx`` and genai's model builder.
+an optimum export (float32, and optimum's dynamic int8); our GGUF engine on bundles whose KL is printed beside. What
+exports cost is measured by ``onnx_export_cost.py``.
 
     python -m venv /tmp/genai && /tmp/genai/bin/pip install onnxruntime-genai
     python benchmarks/onnx_side_by_side.py DIRECTORY --genai /tmp/genai/bin/python --rounds 7
-
-Genai's builder needs torch, transformers and onnx_ir beside it; without them only its generator is compared.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -27,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import Run, edgelm, run, save
+from onnx_export_cost import can_import, optimum_command
 
 WORKERS = Path(__file__).with_name("onnx_workers.py")
 ONNX_QUANTS, GGUF_QUANTS = ("fp32", "int8", "int4"), ("Q8_0", "Q4_K_M")
@@ -47,7 +45,6 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="a Hugging Face directory")
     parser.add_argument("--genai", type=Path, help="a Python interpreter that has onnxruntime-genai")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--export-rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("-p", "--prompt", type=int, default=512)
     parser.add_argument("-n", "--generated", type=int, default=128)
@@ -55,8 +52,7 @@ def main() -> None:
     missing: list[str] = []
     with tempfile.TemporaryDirectory(prefix="onnx-bench-") as directory:
         work = Path(directory)
-        rows = exports(arguments, work, missing)
-        rows += speeds(arguments, sides(arguments, work, missing))
+        rows = speeds(arguments, sides(arguments, work, missing))
     rows += [{"missing": text} for text in missing]
     name = f"onnx_side_by_side-{arguments.source.resolve().name}"
     path = save(name, rows)
@@ -66,47 +62,8 @@ def main() -> None:
     print(f"raw rows: {path}")
 
 
-# --- exports
-
-
-def exports(arguments: argparse.Namespace, work: Path, missing: list[str]) -> list[dict[str, Any]]:
-    """Rows of export time and RSS, unverified as the peers' are. The optimum export stays for the speed rows."""
-    source = str(arguments.source)
-    commands = {
-        "edgelm fp32": edgelm("export", source, "--format", "onnx", "--quant", "fp32", "--no-verify", "-o"),
-        "edgelm int4": edgelm("export", source, "--format", "onnx", "--quant", "int4", "--no-verify", "-o"),
-    }
-    if can_import(sys.executable, "optimum.exporters.onnx"):
-        optimum = ["-m", "optimum.exporters.onnx", "--model", source, "--task", "text-generation-with-past"]
-        commands["optimum fp32"] = [sys.executable, *optimum]
-    else:
-        missing.append("optimum-onnx (pip install 'edgelm[export]')")
-    if arguments.genai is None or not can_import(arguments.genai, "onnxruntime_genai"):
-        missing.append("onnxruntime-genai: name an interpreter that has it with --genai")
-    elif not can_import(arguments.genai, "onnxruntime_genai.models.builder"):
-        missing.append(f"genai's model builder: {arguments.genai} lacks torch, transformers or onnx_ir")
-    else:
-        builder = ["-m", "onnxruntime_genai.models.builder", "-i", source, "-p", "int4", "-e", "cpu"]
-        commands["genai int4"] = [str(arguments.genai), *builder, "-c", str(work / "cache"), "-o"]
-    rows = []
-    for number in range(arguments.export_rounds):
-        order = list(commands) if number % 2 else list(commands)[::-1]
-        for name in order:
-            finished = run([*commands[name], str(work / f"{name.replace(' ', '-')}-{number}")])
-            rows.append({"kind": "export", "round": number, "side": name, **accounted(finished)})
-    return rows
-
-
-def can_import(python: Path | str, module: str) -> bool:
-    """Whether an interpreter can import a module."""
-    return subprocess.run([str(python), "-c", f"import {module}"], capture_output=True, check=False).returncode == 0
-
-
 def accounted(finished: Run) -> dict[str, Any]:
     return {"wall_s": finished.wall_s, "cpu_s": finished.cpu_s, "peak_rss_bytes": finished.peak_rss_bytes}
-
-
-# --- speed
 
 
 def sides(arguments: argparse.Namespace, work: Path, missing: list[str]) -> list[Side]:
@@ -126,12 +83,17 @@ def sides(arguments: argparse.Namespace, work: Path, missing: list[str]) -> list
                 folder = work / f"genai-{quant}"
                 genai_folder(bundle, folder, arguments.threads, arguments.prompt + arguments.generated + 8)
                 found.append(_worker("genai", quant, folder, arguments, str(arguments.genai)))
-    exported = work / "optimum-fp32-0"
-    if (exported / "model.onnx").is_file():
+    if arguments.genai is None or not can_import(arguments.genai, "onnxruntime_genai"):
+        missing.append("onnxruntime-genai: name an interpreter that has it with --genai")
+    if can_import(sys.executable, "optimum.exporters.onnx"):
+        exported = work / "optimum-fp32"
+        run([*optimum_command(arguments.source), str(exported)])
         found.append(_worker("optimum", "fp32", exported, arguments, sys.executable))
         int8 = work / "optimum-int8"
         dynamic_int8(exported, int8)
         found.append(_worker("optimum", "int8", int8, arguments, sys.executable))
+    else:
+        missing.append("optimum-onnx (pip install 'edgelm[optimum]')")
     return found
 
 
@@ -152,7 +114,7 @@ def speeds(arguments: argparse.Namespace, contestants: Sequence[Side]) -> list[d
             finished = run(side.command)
             rates = side.rates(json.loads(finished.stdout[finished.stdout.index("{") :]))
             rows.append(
-                {"kind": "speed", "round": number, "side": side.name, "case": side.case, "threads": arguments.threads}
+                {"round": number, "side": side.name, "case": side.case, "threads": arguments.threads}
                 | rates
                 | accounted(finished)
             )
@@ -254,25 +216,20 @@ def genai_config(graph: Any, vocabulary: int, threads: int, context: int) -> dic
 def summarise(rows: Sequence[dict[str, Any]]) -> None:
     """Medians, and the ratio of medians to ours in the same class."""
 
-    def median(kind: str, side: str, case: str | None, field: str) -> float:
-        return statistics.median(
-            row[field]
-            for row in rows
-            if row.get("kind") == kind and row["side"] == side and case in (None, row.get("case"))
-        )
+    speed = [row for row in rows if "case" in row]
 
-    for side in dict.fromkeys(row["side"] for row in rows if row.get("kind") == "export"):
-        wall, peak = (median("export", side, None, field) for field in ("wall_s", "peak_rss_bytes"))
-        print(f"export {side}: {wall:.1f} s, {peak / 2**20:.0f} MiB")
-    seen = dict.fromkeys((row["side"], row["case"]) for row in rows if row.get("kind") == "speed")
+    def median(side: str, case: str, field: str) -> float:
+        return statistics.median(row[field] for row in speed if (row["side"], row["case"]) == (side, case))
+
+    seen = dict.fromkeys((row["side"], row["case"]) for row in speed)
     for side, case in seen:
-        fields = [median("speed", side, case, name) for name in ("prefill_tps", "decode_tps", "peak_rss_bytes")]
+        fields = [median(side, case, name) for name in ("prefill_tps", "decode_tps", "peak_rss_bytes")]
         told = (
             f"{side} {case}: prompt {fields[0]:.0f}, decode {fields[1]:.1f} tokens/s, peak {fields[2] / 2**20:.0f} MiB"
         )
         if side in ("genai", "optimum") and ("edgelm onnx", case) in seen:
-            own = [median("speed", "edgelm onnx", case, name) for name in ("prefill_tps", "decode_tps")]
-            peak = median("speed", "edgelm onnx", case, "peak_rss_bytes")
+            own = [median("edgelm onnx", case, name) for name in ("prefill_tps", "decode_tps")]
+            peak = median("edgelm onnx", case, "peak_rss_bytes")
             told += f"; ours / theirs: prompt {own[0] / fields[0]:.2f}, decode {own[1] / fields[1]:.2f}"
             told += f", peak {peak / fields[2]:.2f}"
         print(told)

@@ -377,10 +377,18 @@ def _model_record(model: LoadedModel, place: _Place) -> ModelRecord:
         quant=manifest.plan.quant if manifest else _quant_of(model.artifact),
         architecture=info.architecture,
         parameters=info.parameters,
-        artifact_bytes=manifest.artifact_bytes if manifest else model.artifact.stat().st_size,
+        artifact_bytes=manifest.artifact_bytes if manifest else _stored_bytes(model.artifact),
         sha256=place.record_sha256,
         bundle_sha256=place.bundle_sha256,
     )
+
+
+def _stored_bytes(path: Path) -> int:
+    """Bytes of a bare model, with the data files that an ONNX file names."""
+    files = (
+        [path, *(path.parent / name for name in read_onnx_model(path).data_files)] if path.suffix == ".onnx" else [path]
+    )
+    return sum(file.stat().st_size for file in files)
 
 
 def _quant_of(path: Path) -> str:

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -56,6 +57,12 @@ BITS = {
     "IQ1_S": 1.5625,
     "Q1_0": 1.125,
 }
+# Bits per weight of ONNX types in the block sizes that recipes take, float32 scales and zero points included.
+ONNX_BITS = {"int4-32-asym": 5.125, "int8-32": 9.0, "fp32": 32.0}
+ONNX_NAMES = "fp32, int8, int4, int4-mixed, int4-gptq, int4-mixed-gptq, or a type as int4-64-asym"
+_ONNX_NAME = re.compile(r"fp32|int4(-mixed)?(-gptq)?|int[48](-(16|32|64|128))?(-asym)?")
+# Names that say nothing of types: a file taken as it was, and types that were chosen for every tensor.
+_BY_SIZE = ("COPY", "MIXED")
 # Shares of the weights between embedding and head, by preset; a mix of one type is that type.
 MIXES = {
     "Q4_K_M": {"Q4_K": 0.86, "Q6_K": 0.14},
@@ -120,18 +127,31 @@ class _Shape:
 
 
 def workload_from_figures(
-    *, parameters: float | None, file_bytes: int, quant: str, model: str | None = None
+    *,
+    parameters: float | None,
+    file_bytes: int,
+    quant: str,
+    model: str | None = None,
+    format_name: Literal["gguf", "onnx"] | None = None,
 ) -> Workload:
     """A workload from published figures. ``parameters`` counts weights, ``quant`` is a preset or a type.
 
     A known ``model`` name gives the exact shape, otherwise the usual shape of that size is assumed. Whether the head
-    is stored beside the embedding is decided by which of the two explains ``file_bytes`` better. ``COPY`` (a file taken
-    as it was) is read off the size. Raises ``UsageError``
-    for an unknown quantisation or figures that cannot be.
+    is stored beside the embedding is decided by which of the two explains ``file_bytes`` better. ``format_name`` of
+    None is told by ``quant``. Types of GGUF files without a preset (``COPY``, ``MIXED``) and of ONNX files, whatever
+    their recipe is called, are read off the size. Raises ``UsageError`` for an unknown quantisation or figures that
+    cannot be.
     """
-    mix = mix_of(quant) if parameters is None or quant.upper() != "COPY" else _mix_of_size(file_bytes / parameters)
     if file_bytes <= 0 or (parameters is not None and parameters <= 0):
         raise UsageError("parameters and file size have to be above zero")
+    if format_name is None:
+        format_name = "onnx" if _ONNX_NAME.fullmatch(quant.lower()) else "gguf"
+    if parameters is not None and format_name == "onnx":
+        mix = _onnx_mix_of_size(file_bytes / parameters)
+    elif parameters is not None and quant.upper() in _BY_SIZE:
+        mix = _mix_of_size(file_bytes / parameters)
+    else:
+        mix = mix_of(quant)
     known = known_model(model) if model else None
     if parameters is None:
         bits = sum(share * BITS[kind] for kind, share in mix.items())
@@ -140,9 +160,9 @@ def workload_from_figures(
     table = shape.vocabulary * shape.hidden
     base, head = _head_types(mix, shape.hidden)
     body = _resolved(mix, shape.hidden)
-    body_bytes = sum(shape.body * share * BITS[kind] / 8 for kind, share in body.items())
-    tied_bytes = body_bytes + table * BITS[head] / 8
-    untied_bytes = tied_bytes + table * BITS[base] / 8
+    body_bytes = sum(shape.body * share * _bits(kind) / 8 for kind, share in body.items())
+    tied_bytes = body_bytes + table * _bits(head) / 8
+    untied_bytes = tied_bytes + table * _bits(base) / 8
     tied = shape.tied is not False and abs(tied_bytes - file_bytes) <= abs(untied_bytes - file_bytes)
     factor = file_bytes / (tied_bytes if tied else untied_bytes)
     weights = [
@@ -151,7 +171,7 @@ def workload_from_figures(
     ]
     weights.append(TypedWeights(head, table, _scaled(table, head, factor)))
     return Workload(
-        format="gguf",
+        format=format_name,
         architecture=model or "unknown",
         parameters=shape.body + table * (1 if tied else 2),
         file_bytes=file_bytes,
@@ -175,13 +195,28 @@ def mix_of(quant: str) -> dict[str, float]:
         return mix_of(upper)
     raise UsageError(
         f"unknown quantisation '{quant}'",
-        hint=f"known are: {', '.join([*MIXES, *(k for k in BITS if k not in MIXES)])}",
+        hint=f"known are: {', '.join([*MIXES, *(k for k in BITS if k not in MIXES)])}; of ONNX: {ONNX_NAMES}",
     )
 
 
 def _mix_of_size(bytes_per_weight: float) -> dict[str, float]:
     """The type whose size is nearest, for a file that was taken as it was and whose types nobody stated."""
     return {min(BITS, key=lambda kind: abs(BITS[kind] / 8 - bytes_per_weight)): 1.0}
+
+
+def _onnx_mix_of_size(bytes_per_weight: float) -> dict[str, float]:
+    """The two neighbours among ONNX types that give a file of this size together: recipes mix them tensor by tensor."""
+    names, sizes = list(ONNX_BITS), list(ONNX_BITS.values())
+    bits = min(max(8 * bytes_per_weight, sizes[0]), sizes[-1])
+    upper = next(index for index in range(1, len(sizes)) if bits <= sizes[index])
+    share = (bits - sizes[upper - 1]) / (sizes[upper] - sizes[upper - 1])
+    mix = {names[upper - 1]: 1 - share, names[upper]: share}
+    return {kind: part for kind, part in mix.items() if part > 0}
+
+
+def _bits(kind: str) -> float:
+    """Bits per weight of a type of either format."""
+    return BITS[kind] if kind in BITS else ONNX_BITS[kind]
 
 
 def known_model(name: str) -> KnownModel | None:
@@ -230,8 +265,10 @@ def _resolved(mix: dict[str, float], hidden: int) -> dict[str, float]:
 
 
 def _head_types(mix: dict[str, float], hidden: int) -> tuple[str, str]:
-    """Type of the looked-up table and of the head: the preset's main type, and at least Q6_K for the head."""
+    """Type of the looked-up table and of the head: the preset's main type, and in GGUF at least Q6_K for the head."""
     main = max(mix, key=lambda kind: mix[kind])
+    if main in ONNX_BITS:
+        return main, main
     head = main if BITS[main] >= BITS["Q8_0"] or main in ("Q1_0", "Q2_0") else "Q6_K"
     if hidden % K_ROW:
         main, head = FALLBACK.get(main, main), FALLBACK.get(head, head)
@@ -239,4 +276,4 @@ def _head_types(mix: dict[str, float], hidden: int) -> tuple[str, str]:
 
 
 def _scaled(weights: float, kind: str, factor: float) -> int:
-    return round(weights * BITS[kind] / 8 * factor)
+    return round(weights * _bits(kind) / 8 * factor)

@@ -226,6 +226,7 @@ def _models(
                 file_bytes=manifest.plan.artifact_bytes,
                 quant=manifest.plan.quant,
                 model=manifest.name,
+                format_name=manifest.format,
             )
             notes.append(
                 f"{manifest.name}: the bundle does not state the model's shape, predictions assume a usual one"
@@ -251,7 +252,11 @@ def _models(
 def _model_of_report(report: Report, notes: list[str]) -> _Model:
     record = report.model
     workload = workload_from_figures(
-        parameters=record.parameters, file_bytes=record.artifact_bytes, quant=record.quant, model=record.name
+        parameters=record.parameters,
+        file_bytes=record.artifact_bytes,
+        quant=record.quant,
+        model=record.name,
+        format_name=record.format,
     )
     notes.append(
         f"{record.name}: known from a report only, predictions for other targets assume the usual shape of its size"

@@ -126,11 +126,11 @@ def report(path: Path, name: str = "m", **changes: Any) -> Path:
         created="2026-01-01T00:00:00Z",
         model=ModelRecord(
             name=name,
-            format="gguf",
-            quant="Q4_0",
+            format=changes.pop("format", "gguf"),
+            quant=changes.pop("quant", "Q4_0"),
             architecture="llama",
-            parameters=132_096,
-            artifact_bytes=140_000,
+            parameters=changes.pop("parameters", 132_096),
+            artifact_bytes=changes.pop("artifact_bytes", 140_000),
             sha256=changes.pop("sha256", None),
         ),
         settings=settings,
@@ -159,6 +159,34 @@ def test_predicted_stands_beside_measured_with_the_error(tmp_path: Path) -> None
     assert line.decode_tps.error_pct == pytest.approx(25)
     assert line.ram_bytes.error_pct == pytest.approx(-20)
     assert line.device == "Test CPU"
+
+
+@pytest.mark.parametrize(
+    ("format_name", "quant", "bits"),
+    [
+        ("onnx", "fp32", 32.1),
+        ("onnx", "int8", 9.1),
+        ("onnx", "int4-mixed-gptq", 6.5),
+        ("onnx", "int4-64-asym", 4.7),
+        ("onnx", "uint8", 9.0),  # what a folder of somebody else's is called after
+        ("gguf", "MIXED", 5.1),
+    ],
+)
+def test_models_known_from_reports_are_predicted_whatever_their_types_are_called(
+    tmp_path: Path, format_name: str, quant: str, bits: float
+) -> None:
+    size = {"parameters": 100_000_000, "artifact_bytes": round(100_000_000 * bits / 8)}
+    path = report(tmp_path / "r.json", format=format_name, quant=quant, **size)
+    measured, predicted = compare([path], ["raspberry-pi-5"]).lines
+    assert (measured.format, predicted.format, predicted.quant) == (format_name, format_name, quant)
+    usual = report(tmp_path / "s.json", "usual", format="gguf", quant="F32", **{**size, "artifact_bytes": 400_000_000})
+    slow = compare([usual], ["raspberry-pi-5"]).lines[1].decode_tps.value
+    assert predicted.decode_tps.value is not None
+    assert slow is not None
+    # At 32 bits both are bound by the same memory; with fewer, fewer bytes are read.
+    assert (
+        predicted.decode_tps.value == pytest.approx(slow, rel=0.05) if bits > 32 else predicted.decode_tps.value > slow
+    )
 
 
 def test_a_bundle_is_predicted_for_every_target(tmp_path: Path) -> None:

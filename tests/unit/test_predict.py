@@ -184,11 +184,29 @@ def test_names_and_presets() -> None:
         mix_of("Q9")
 
 
+@pytest.mark.parametrize(
+    ("bits", "types"),
+    [
+        (33.0, {"fp32"}),
+        (9.0, {"int8-32"}),
+        (6.2, {"int4-32-asym", "int8-32"}),
+        (4.6, {"int4-32-asym"}),
+    ],
+)
+def test_types_of_onnx_files_are_read_off_their_size(bits: float, types: set[str]) -> None:
+    size = round(135e6 * bits / 8)
+    workload = workload_from_figures(parameters=135e6, file_bytes=size, quant="int4")
+    assert workload.format == "onnx"
+    assert {item.type for item in workload.weights} == types
+    stored = [*workload.weights, *([workload.lookup] if workload.lookup else [])]
+    assert sum(item.size_bytes for item in stored) == pytest.approx(size, rel=1e-6)
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     billions=st.floats(min_value=1e-3, max_value=500),
     bits=st.floats(min_value=1.2, max_value=20),
-    quant=st.sampled_from(["Q4_K_M", "Q8_0", "F16", "Q2_K", "IQ4_NL", "COPY"]),
+    quant=st.sampled_from(["Q4_K_M", "Q8_0", "F16", "Q2_K", "IQ4_NL", "COPY", "MIXED", "int8", "int4-mixed", "fp32"]),
 )
 def test_any_size_gives_a_workload_that_can_be_predicted(billions: float, bits: float, quant: str) -> None:
     workload = workload_from_figures(
