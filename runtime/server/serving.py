@@ -46,6 +46,7 @@ from runtime.server.worker import QUEUED_PER_SEQUENCE, Backend, Worker
 from runtime.settings import SPARE_SHARE, predicted_bytes
 from runtime.tasks import TaskOptions, holds_task, open_task
 from targets.host import available_memory
+from targets.predict import PROCESS_BYTES
 
 DRAIN_S = 30.0
 KEEP_ALIVE_S = 5
@@ -234,15 +235,13 @@ def make_shelf(paths: Sequence[Path], settle: Settle, metrics: Metrics, *, unloa
 def _title(path: Path, settle: Settle, metrics: Metrics) -> Title:
     """Reads headers only; hashes are checked when the model is loaded."""
     artifact, bundle = artifact_of(path, check_hashes=False)
-    if bundle is not None and bundle.manifest.task is not None:
-        raise UsageError(
-            f"{path} is for the task {bundle.manifest.task.kind}, so it cannot be one of several models",
-            hint="serve it alone, without --unload-after",
-        )
+    task = bundle.manifest if bundle is not None and bundle.manifest.task is not None else None
     encoder = is_encoder(artifact, bundle.manifest if bundle else None)
     foreign = bundle is None and artifact.suffix == ".onnx"
 
     def needs() -> int:
+        if task is not None:  # whose plan has no shape to predict from again; its process is this one
+            return task.plan.predicted.ram_bytes - PROCESS_BYTES
         options, _ = settle(path)
         if encoder:  # it computes whole texts at once, in steps of a batch
             options = replace(options, context=max(options.context, options.batch), sequences=1)
@@ -251,7 +250,10 @@ def _title(path: Path, settle: Settle, metrics: Metrics) -> Title:
 
     def open_servant() -> Worker | SupervisedWorker | EmbeddingWorker | TaskWorker:
         options, in_process = settle(path)
-        return make_backend(path, replace(options, sequences=1) if encoder else options, metrics, in_process=in_process)
+        one_by_one = encoder or task is not None
+        return make_backend(
+            path, replace(options, sequences=1) if one_by_one else options, metrics, in_process=in_process
+        )
 
     if foreign:
         raise UsageError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -17,6 +17,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from edgelm.bundle import TaskKind
 from edgelm.errors import DoesNotFitError
 from runtime.server.answering import unavailable
 from runtime.server.app import Service, guarded, model_routes
@@ -32,6 +33,8 @@ from runtime.server.ollama import VERSION_SPOKEN, timestamp
 from runtime.server.page import page
 from runtime.server.replies import model_document
 from runtime.server.shelf import Book, Servant, Shelf
+from runtime.server.task_worker import TaskWorker
+from runtime.server.tasks import TaskService, task_routes
 from runtime.server.worker import NotReadyError
 
 WAITING_LIMIT = 64
@@ -46,6 +49,7 @@ BY_MODEL = (
     "/api/chat",
     "/api/generate",
     "/api/show",
+    *(f"/v1/{kind}" for kind in get_args(TaskKind)),
 )
 
 
@@ -142,10 +146,13 @@ class Switch:
         if known is None or known[0] is not servant:
             if isinstance(servant, EmbeddingWorker):
                 encoder = EmbeddingService(servant.model, servant, self._metrics, self._figures)
-                known = (servant, Router(routes=embedding_routes(encoder)), lambda: encoder.cards()[0])
+                known = (servant, _router(name, embedding_routes(encoder)), lambda: encoder.cards()[0])
+            elif isinstance(servant, TaskWorker):
+                task = TaskService(servant, self._metrics, self._figures)
+                known = (servant, _router(name, task_routes(task, servant.model.kind)), task.card)
             else:
                 service = Service(servant, self._metrics, self._figures)  # type: ignore[arg-type]
-                known = (servant, Router(routes=model_routes(service)), lambda: service.cards()[0])
+                known = (servant, _router(name, model_routes(service)), lambda: service.cards()[0])
             self._apps[name] = known
         return known[1:]
 
@@ -178,6 +185,15 @@ def _named(body: bytes, path: str) -> str | None:
         return None
     # Ollama's clients add a tag to every name that has none.
     return name.removesuffix(":latest") if path.startswith("/api/") else name
+
+
+def _router(name: str, routes: list[Route]) -> Router:
+    """The routes of one model. The others of the server are refused by name: they exist, for other models."""
+
+    async def other(scope: Scope, receive: Receive, send: Send) -> None:
+        raise ApiError(400, f"{name!r} does not answer {scope['path']}", param="model", code="model_not_supported")
+
+    return Router(routes=routes, default=other)
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

@@ -76,9 +76,9 @@ def _invalid(param: str, told: str) -> ApiError:
 class TaskService:
     """What the routes share."""
 
-    def __init__(self, worker: TaskWorker, metrics: Metrics) -> None:
+    def __init__(self, worker: TaskWorker, metrics: Metrics, figures: Figures) -> None:
         self._worker, self._metrics, self._model = worker, metrics, worker.model
-        self._figures = Figures(worker, metrics)
+        self._figures = figures
         self._created = int(time.time())
 
     async def live(self, _: Request) -> Response:
@@ -92,10 +92,14 @@ class TaskService:
         return Response(await run_in_threadpool(self._metrics.text), headers={"Content-Type": CONTENT_TYPE})
 
     async def status(self, _: Request) -> Response:
+        document = await run_in_threadpool(self._figures.document)
+        return JSONResponse(document | {"models": [self.card()]})
+
+    def card(self) -> dict[str, Any]:
+        """What a person wants to know of the model, in the form of ``server.card``."""
         facts = {"Task": self._model.kind, "Architecture": self._model.facts.architecture, "Engine": self._model.system}
         shown = {"name": self._model.name, "state": self._worker.state, "generates": False, "facts": facts}
-        document = await run_in_threadpool(self._figures.document)
-        return JSONResponse(document | {"models": [shown | {"predicted": None}]})
+        return shown | {"predicted": None}
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._document()]})
@@ -165,15 +169,19 @@ async def _cancel_when_gone(request: Request, worker: TaskWorker, job: TaskJob) 
 
 def create_task_app(worker: TaskWorker, metrics: Metrics, access: Access) -> ASGIApp:
     """The ASGI application for one model with a task. The caller starts and stops the worker."""
-    service = TaskService(worker, metrics)
-    routes = [
+    routes = task_routes(TaskService(worker, metrics, Figures(worker, metrics)), worker.model.kind)
+    return guarded(routes, metrics, access)
+
+
+def task_routes(service: TaskService, kind: TaskKind) -> list[Route]:
+    """Everything that a model with a task answers."""
+    return [
         Route("/health/live", service.live, methods=["GET"]),
         Route("/health/ready", service.ready, methods=["GET"]),
         Route("/metrics", service.metrics, methods=["GET"]),
         Route("/status", service.status, methods=["GET"]),
         Route("/v1/models", service.models, methods=["GET"]),
         Route("/v1/models/{name:path}", service.model, methods=["GET"]),
-        Route(f"/v1/{worker.model.kind}", service.task, methods=["POST"]),
+        Route(f"/v1/{kind}", service.task, methods=["POST"]),
         *(Route(path, service.other, methods=["POST"]) for path in _GENERATING),
     ]
-    return guarded(routes, metrics, access)

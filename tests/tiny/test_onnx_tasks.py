@@ -27,6 +27,7 @@ from exporter.verification import verify
 from runtime.engine import EngineOptions
 from runtime.model import open_model
 from runtime.server.metrics import Metrics
+from runtime.server.serving import make_shelf
 from runtime.server.task_worker import TaskWorker
 from runtime.tasks import Asked, TaskOptions, Translator, open_task
 
@@ -59,7 +60,7 @@ def translator(marian: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle
 @pytest.fixture(scope="module")
 def masked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
     directory = tmp_path_factory.mktemp("masked")
-    source = make_bert_with_head(directory / "model")
+    source = make_bert_with_head(directory / "masked")
     return source, made(source, directory / "bundle")
 
 
@@ -187,6 +188,34 @@ def test_labels(tmp_path: Path) -> None:
         assert sum(item["score"] for item in document["data"][0]["labels"]) == pytest.approx(1)
 
 
+def test_models_with_a_task_stand_among_several(translator: Bundle, masked: tuple[Path, Bundle]) -> None:
+    metrics = Metrics()
+    paths = [masked[1].path, translator.path]
+    shelf = make_shelf(
+        paths, lambda _: (EngineOptions(context=0, threads_prefill=1, sequences=4), True), metrics, unload_after_s=None
+    )
+    names = [masked[1].manifest.name, translator.manifest.name]
+    with running_server(shelf, metrics) as server:
+        assert wait_until(lambda: shelf.state != "starting", 30)
+        assert post(server, "/v1/fill-mask", {"input": "the [MASK]", "top_k": 1})[0] == 200
+        assert shelf.books[names[1]].state == "unloaded"
+        status, document = post(server, "/v1/translate", {"input": "red blue", "model": names[1]})
+        assert (status, document["data"][0]["text"]) == (200, "blau rot")
+        for route, model in (("/v1/translate", names[0]), ("/v1/classify", names[1]), ("/tokenize", names[1])):
+            status, document = post(server, route, {"input": "red", "model": model})
+            assert (status, document["error"]["code"]) == (400, "model_not_supported")
+        status, document = post(server, "/v1/chat/completions", {"messages": [], "model": names[1]})
+        assert (status, document["error"]["code"]) == (400, "model_not_supported")
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/status", timeout=30) as answer:
+            told = json.loads(answer.read())["models"]
+        assert [(model["name"], model["facts"]["Task"]) for model in told] == [
+            (names[0], "fill-mask"),
+            (names[1], "translate"),
+        ]
+        # What a plan predicts is what has to be free: weights and caches of both graphs, without the process.
+        assert all(0 < book.needed_bytes < 100e6 for book in shelf.books.values())
+
+
 def test_translations_are_served(translator: Bundle) -> None:
     with served(translator) as server:
         texts = ["red blue", "white"]
@@ -230,7 +259,7 @@ def test_other_commands_say_what_it_is(translator: Bundle, capfd: pytest.Capture
     assert run_cli(["bench", str(translator.path)]) == 2
     several = ["serve", str(translator.path), str(translator.path), "--port", "0"]
     assert run_cli(several) == 2
-    assert "cannot be one of several models" in capfd.readouterr().err
+    assert "two of the models are named" in capfd.readouterr().err
     assert run_cli(["verify", str(translator.path)]) == 0
     assert "same outcome" in capfd.readouterr().out
 
