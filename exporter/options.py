@@ -13,7 +13,7 @@ from exporter.onnx_plan import recipe_named
 from exporter.onnx_types import parse_type
 
 FormatChoice = Literal["auto", "gguf", "onnx"]
-"""``auto`` is GGUF until measurements on the target say otherwise."""
+"""``auto`` is GGUF unless something speaks against it; see ``exporter.format_choice``."""
 
 
 def as_format(name: str) -> FormatChoice:

@@ -45,6 +45,7 @@ from exporter.automatic import Point
 from exporter.calibration import Calibration, open_calibration
 from exporter.chat_proof import prove_chat
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
+from exporter.format_choice import other_format, settle_format
 from exporter.gguf import RowQuantizer, check_room, write_errors, write_head, write_tensors
 from exporter.importance import importance
 from exporter.options import ExportOptions, check_options
@@ -103,9 +104,10 @@ def choices(
     check_options(options)
     profile = load_profile(options.target)
     checkpoint = open_checkpoint(open_source(options.source, progress, headers_only=not measure))
+    options, why = settle_format(options, checkpoint)
     if optimum_tasks.task_of(checkpoint, options) is not None:
         return profile, *optimum_tasks.choices(options, checkpoint, profile)
-    check_checkpoint(checkpoint)
+    check_checkpoint(checkpoint, form_of(options))
     found: list[Candidate] = []
     try:
         if measure and options.quant.lower() == "auto" and measuring_obstacle(options, checkpoint) is None:
@@ -116,22 +118,11 @@ def choices(
         else:
             found = candidates(options, checkpoint, profile)
             chosen = choose(found, profile)
+        if why is not None:
+            chosen = replace(chosen, plan=_with_note(chosen.plan, why), reason=f"{why}; {chosen.reason}")
     except DoesNotFitError as error:
-        return profile, [*found, *_other_format(options, checkpoint, profile)], None, error
-    return profile, [*found, *_other_format(options, checkpoint, profile)], chosen, None
-
-
-def _other_format(options: ExportOptions, checkpoint: Checkpoint, profile: TargetProfile) -> list[Candidate]:
-    """What ONNX could become beside the GGUF candidates of ``--format auto``, to compare; none where it cannot.
-
-    They are not chosen from: what a recipe loses is not predicted, and bits per weight do not compare across formats.
-    """
-    if options.format != "auto" or options.quant.lower() != "auto" or options.type_overrides:
-        return []
-    try:
-        return candidates(replace(options, format="onnx"), checkpoint, profile)
-    except CheckpointError:  # a graph that cannot be drawn
-        return []
+        return profile, [*found, *other_format(options, checkpoint, profile)], None, error
+    return profile, [*found, *other_format(options, checkpoint, profile)], chosen, None
 
 
 def measuring_obstacle(options: ExportOptions, checkpoint: Checkpoint) -> str | None:
@@ -203,6 +194,13 @@ def prepare(options: ExportOptions, progress: Progress = SILENT, *, headers_only
     profile = load_profile(options.target)
     headers_only = headers_only and not options.chooses_types
     checkpoint = open_checkpoint(open_source(options.source, progress, headers_only=headers_only))
+    options, why = settle_format(options, checkpoint)
+    prepared = _prepared(options, checkpoint, profile, progress)
+    return prepared if why is None else replace(prepared, plan=_with_note(prepared.plan, why))
+
+
+def _prepared(options: ExportOptions, checkpoint: Checkpoint, profile: TargetProfile, progress: Progress) -> Prepared:
+    """``prepare`` of a checkpoint whose format is settled."""
     task = optimum_tasks.task_of(checkpoint, options)
     if task is not None:
         return Prepared(checkpoint, optimum_tasks.resolve(options, checkpoint, profile), task=task)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 
-from edgelm.errors import CheckpointError
+from edgelm.errors import CheckpointError, UsageError
+from edgelm.progress import SILENT
 from exporter.architectures import available, describe, family
 from exporter.checkpoint import open_checkpoint, open_source
 from exporter.onnx_layout import structure_of
 from exporter.options import ExportOptions
-from exporter.pipeline import export
+from exporter.pipeline import choices, export, prepare
 from runtime.engine import Chunk, EngineOptions
 from runtime.engines.onnx import load_engine
 from tests.onnx_parity import ONNX_ROWS, REFUSED, measure, write_model
@@ -100,3 +102,38 @@ def test_whole_export_of_a_family(name: str, tmp_path: Path) -> None:
     assert quality is not None
     assert quality.reference.startswith("transformers")
     assert quality.kl_mean < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("row", "changes", "reason"),
+    [
+        ("smollm3, other layers without rotation", {}, "as GGUF it cannot be"),
+        ("mistral, window", {"context": 200}, "llama.cpp computes 48 tokens of this model and --context asks for 200"),
+        ("llama", {"quant": "int4"}, "int4 is a quantisation of ONNX models only"),
+    ],
+)
+def test_auto_is_onnx_where_gguf_cannot_be(row: str, changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    make_checkpoint(row_named(row), tmp_path / "model")
+    options = ExportOptions(str(tmp_path / "model"), target="raspberry-pi-5", **changes)
+    plan = prepare(options, headers_only=True).plan
+    assert plan.format == "onnx"
+    assert any(note.startswith(f"format auto: ONNX, since {reason}") for note in plan.notes)
+    _, found, chosen, error = choices(options, SILENT, measure=False)
+    assert error is None
+    assert chosen is not None
+    assert reason in chosen.reason
+    assert {item.plan.format for item in found} == {"onnx"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_auto_is_gguf_where_nothing_speaks_against_it(tmp_path: Path) -> None:
+    make_checkpoint(row_named("mistral, window"), tmp_path / "model")
+    plain = ExportOptions(str(tmp_path / "model"), target="raspberry-pi-5", quant="Q8_0")
+    for options in (plain, replace(plain, quant="auto", context=40)):
+        _, _, chosen, _ = choices(options, SILENT, measure=False)
+        assert chosen is not None
+        assert chosen.plan.format == "gguf"
+        assert "format auto" not in chosen.reason
+    with pytest.raises(UsageError, match="Q99"):
+        prepare(replace(plain, quant="Q99"), headers_only=True)
