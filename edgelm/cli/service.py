@@ -40,7 +40,7 @@ def command(bundle: Path, serve_options: tuple[str, ...], user: str | None, outp
 
     words = [str(bundle.resolve()), *serve_options]
     # Serve's own parser refuses what serve would refuse, here and not at the next boot.
-    chosen = serve.make_context("edgelm serve", list(words)).params
+    chosen = serve.make_context("serve", list(words), parent=click.get_current_context().parent).params
     bundles: tuple[Path, ...] = chosen["bundles"]
     key = chosen["api_key_file"]
     if user is not None:
