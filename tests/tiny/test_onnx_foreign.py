@@ -101,6 +101,7 @@ def test_they_run_and_are_measured(genai: Path, capsys: pytest.CaptureFixture[st
     assert run_cli(["bench", str(genai), "-p", "16", "-n", "4", "-r", "2", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["model"]["format"], report["model"]["quant"]) == ("onnx", "fp32")
+    assert report["model"]["artifact_bytes"] == sum(path.stat().st_size for path in genai.glob("model.onnx*"))
     assert report["decode_tps"]["median"] > 0
 
 
