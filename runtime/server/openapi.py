@@ -28,7 +28,9 @@ _REFERENCE = "#/components/schemas/{model}"
 _EVENTS = (
     "Server-sent events: each is `data: ` and a {piece}, the last one `data: [DONE]`. A failure ends them as Error."
 )
-_LINES = "Lines, each of them a {piece}. A failure ends them as OllamaError."
+_LINES = "Streamed: lines, each of them a {piece}. A failure ends them as OllamaError."
+
+_HELLO = [{"role": "user", "content": "Hello"}]
 
 Document = dict[str, Any]
 
@@ -45,6 +47,8 @@ class Operation:
     pieces: type[BaseModel] | None = None
     also: int = 0
     """Another status with the same answer."""
+    example: Document | None = None
+    """A request that shows what the route is for; the name of a model is added where one is needed."""
 
 
 _OPERATIONS: Mapping[str, Operation] = {
@@ -57,24 +61,63 @@ _OPERATIONS: Mapping[str, Operation] = {
     "/v1/models": Operation("The models that are served", shapes.ModelList),
     "/v1/models/{name}": Operation("One model", shapes.ModelEntry),
     "/v1/chat/completions": Operation(
-        "Answer a conversation", shapes.ChatCompletion, openai.ChatRequest, Answer.media_type, shapes.ChatPiece
+        "Answer a conversation",
+        shapes.ChatCompletion,
+        openai.ChatRequest,
+        Answer.media_type,
+        shapes.ChatPiece,
+        example={"messages": _HELLO, "max_tokens": 8, "logprobs": True},
     ),
     "/v1/completions": Operation(
-        "Continue a text", shapes.TextCompletion, openai.CompletionRequest, Answer.media_type, shapes.TextPiece
+        "Continue a text",
+        shapes.TextCompletion,
+        openai.CompletionRequest,
+        Answer.media_type,
+        shapes.TextPiece,
+        example={"prompt": "Once upon a time", "max_tokens": 8, "n": 2, "logprobs": 2},
     ),
-    "/v1/embeddings": Operation("Vectors of texts", shapes.Embeddings, embeddings.EmbeddingRequest),
-    "/v1/translate": Operation("Translate texts", shapes.Translations, tasks.TranslateRequest),
-    "/v1/fill-mask": Operation("Find words for masks", shapes.FilledTexts, tasks.FillMaskRequest),
-    "/v1/classify": Operation("Label texts", shapes.LabelledTexts, tasks.ClassifyRequest),
-    "/tokenize": Operation("Token ids of a text or of a conversation", shapes.Tokens, routes.TokenizeBody),
-    "/detokenize": Operation("Text of token ids", shapes.Content, routes.DetokenizeBody),
+    "/v1/embeddings": Operation(
+        "Vectors of texts", shapes.Embeddings, embeddings.EmbeddingRequest, example={"input": ["a text", "another"]}
+    ),
+    "/v1/translate": Operation(
+        "Translate texts",
+        shapes.Translations,
+        tasks.TranslateRequest,
+        example={"input": ["Good morning.", "How are you?"]},
+    ),
+    "/v1/fill-mask": Operation(
+        "Find words for masks",
+        shapes.FilledTexts,
+        tasks.FillMaskRequest,
+        example={"input": "Paris is the [MASK] of France.", "top_k": 3},
+    ),
+    "/v1/classify": Operation(
+        "Label texts", shapes.LabelledTexts, tasks.ClassifyRequest, example={"input": "What a fine day!"}
+    ),
+    "/tokenize": Operation(
+        "Token ids of a text or of a conversation",
+        shapes.Tokens,
+        routes.TokenizeBody,
+        example={"messages": _HELLO, "with_pieces": True},
+    ),
+    "/detokenize": Operation("Text of token ids", shapes.Content, routes.DetokenizeBody, example={"tokens": [72, 105]}),
     "/api/chat": Operation(
-        "Answer a conversation (Ollama)", shapes.OllamaChat, ollama.ChatBody, OllamaAnswer.media_type, shapes.OllamaChat
+        "Answer a conversation (Ollama)",
+        shapes.OllamaChat,
+        ollama.ChatBody,
+        OllamaAnswer.media_type,
+        shapes.OllamaChat,
+        example={"messages": _HELLO, "options": {"num_predict": 8}},
     ),
     "/api/generate": Operation(
-        "Answer a prompt (Ollama)", shapes.OllamaText, ollama.GenerateBody, OllamaAnswer.media_type, shapes.OllamaText
+        "Answer a prompt (Ollama)",
+        shapes.OllamaText,
+        ollama.GenerateBody,
+        OllamaAnswer.media_type,
+        shapes.OllamaText,
+        example={"prompt": "Hello", "options": {"num_predict": 8}, "logprobs": True},
     ),
-    "/api/show": Operation("What is known of a model (Ollama)", shapes.OllamaModel, ollama.ShowBody),
+    "/api/show": Operation("What is known of a model (Ollama)", shapes.OllamaModel, ollama.ShowBody, example={}),
     "/api/tags": Operation("The models that are served (Ollama)", shapes.OllamaTags),
     "/api/version": Operation("The version of Ollama's API that is spoken here", shapes.OllamaVersion),
 }
@@ -170,7 +213,8 @@ def _operation(path: str, operation: Operation, names: Sequence[str], *, keyed: 
         told["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": schema}]
     if operation.body is not None:
         statuses |= _COMPUTED
-        told["requestBody"] = {"required": True, "content": {JSON: {"schema": _reference(operation.body)}}}
+        content = {"schema": _reference(operation.body), "examples": _examples(path, operation, names)}
+        told["requestBody"] = {"required": True, "content": {JSON: content}}
     if path == OPEN_ROUTE:
         told["security"] = []
     elif keyed:
@@ -189,18 +233,29 @@ def _operation(path: str, operation: Operation, names: Sequence[str], *, keyed: 
     return told
 
 
+def _examples(path: str, operation: Operation, names: Sequence[str]) -> Document:
+    example = dict(operation.example or {})
+    if path.startswith("/api/") and names:  # Ollama's requests have to name it
+        example["model"] = names[0]
+    found: Document = {"whole": {"value": example}}
+    if operation.pieces is not None:
+        found = {"whole": {"value": example | {"stream": False}}, "streamed": {"value": example | {"stream": True}}}
+    return found
+
+
 def _success(operation: Operation) -> Document:
     content: Document = {}
     if operation.answer is not None:
         content[JSON] = {"schema": _reference(operation.answer)}
-    if operation.media:
-        streamed: Document = {"schema": {"type": "object"} if operation.media == JSON else {"type": "string"}}
-        if operation.pieces is not None:
-            text = _EVENTS if operation.media == Answer.media_type else _LINES
-            streamed["schema"]["description"] = text.format(piece=operation.pieces.__name__)
-            streamed["x-pieces"] = _reference(operation.pieces)
-        content[operation.media] = streamed
-    return {"description": operation.summary, "content": content}
+    told = operation.summary
+    if operation.pieces is not None:
+        # OpenAPI 3.1 has no schema for what comes piece by piece.
+        content[operation.media] = {"x-pieces": _reference(operation.pieces)}
+        text = _EVENTS if operation.media == Answer.media_type else _LINES
+        told = f"{told}. {text.format(piece=operation.pieces.__name__)}"
+    elif operation.media:
+        content[operation.media] = {"schema": {"type": "object" if operation.media == JSON else "string"}}
+    return {"description": told, "content": content}
 
 
 def _reference(kind: type[BaseModel]) -> Document:
