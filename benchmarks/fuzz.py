@@ -349,7 +349,7 @@ def judge_servers(cases: int, seed: int, targets: str | None) -> int:
         with serving() as server:
             fine, told = judge(server, cases, seed)
         failed += not fine
-        counted = next((line.strip() for line in told.splitlines() if " generated" in line), "nothing generated")
+        counted = next((line.strip() for line in told.splitlines() if " generated, " in line), "nothing generated")
         print(f"{name}: {counted} in {time.monotonic() - started:.0f} s, {'fine' if fine else 'FAILED'}", flush=True)
         if not fine:
             print(told, flush=True)

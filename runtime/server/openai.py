@@ -229,11 +229,18 @@ class StructuredOutputs(StrictModel):
     grammar: str | None = None
 
 
+def _boolean(value: Any) -> Any:
+    """A literal of Python takes 0 for False."""
+    if not isinstance(value, bool):
+        raise ValueError("Input should be a valid boolean")
+    return value
+
+
 class StreamOptions(StrictModel):
     """``include_usage`` asks for one more event with the token counts. Obfuscation padding is never sent."""
 
     include_usage: bool = False
-    include_obfuscation: Literal[False] = False
+    include_obfuscation: Annotated[Literal[False], BeforeValidator(_boolean)] = False
 
 
 def _listed(value: Any) -> Any:

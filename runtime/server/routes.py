@@ -138,7 +138,8 @@ class OllamaRoutes:
 
     async def show(self, request: Request) -> Response:
         wanted = parse_request(ShowBody, parse_json(await request.body()))
-        self._check_model(wanted.model if wanted.model is not None else wanted.name or "")
+        for name in [name for name in (wanted.model, wanted.name) if name is not None] or [""]:
+            self._check_model(name)
         template = self._model.chat_template
         tools = ["tools"] if template is not None and template.uses_tools else []
         architecture = self._info.architecture

@@ -149,8 +149,8 @@ class Scheduler:
         del session.tokens[cached:]
         return cached
 
-    def step(self) -> None:
-        """End what was cancelled, compute one batch, deliver its tokens.
+    def step(self) -> int:
+        """End what was cancelled, compute one batch, deliver its tokens; how many tokens it had.
 
         Raises ``EngineError``; after an ``EngineInterruptedError`` the step can simply be repeated.
         """
@@ -158,10 +158,11 @@ class Scheduler:
             self._end(run, Step(None, run.continuation.finish(), "cancelled"))
         batch = self._batch()
         if not batch:
-            return
+            return 0
+        tokens = sum(len(chunk.tokens) for _, chunk in batch)
         logits = self._engine.forward([chunk for _, chunk in batch])
         self._metrics.batch_requests.observe(len(batch))
-        self._metrics.batch_tokens.observe(sum(len(chunk.tokens) for _, chunk in batch))
+        self._metrics.batch_tokens.observe(tokens)
         rows = iter(logits)
         for run, chunk in batch:
             run.session.tokens.extend(chunk.tokens)
@@ -170,6 +171,7 @@ class Scheduler:
                 self._metrics.prefill_tokens.inc(len(chunk.tokens))
             if chunk.logits == "last":
                 self._take(run, next(rows))
+        return tokens
 
     def fail(self, failure: Failure) -> None:
         """End every running job with ``failure``. What the sequences hold is unknown then, so they start afresh."""
