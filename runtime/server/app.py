@@ -6,6 +6,7 @@ Builds a Starlette application around one backend. Knows HTTP and the model's wo
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -263,18 +264,18 @@ def guarded(routes: list[Route], metrics: Metrics, access: Access, names: Callab
 
     ``names`` tells the models' names as far as they are known.
     """
-    written: dict[tuple[str, ...], Response] = {}
+    written: dict[tuple[str, ...], bytes] = {}
 
-    def describe(known: tuple[str, ...]) -> Response:
+    def describe(known: tuple[str, ...]) -> bytes:
         from runtime.server.openapi import openapi_document  # a tenth of a second that few servers are asked for
 
-        return JSONResponse(openapi_document(routes, known, keyed=access.key is not None))
+        return json.dumps(openapi_document(routes, known, keyed=access.key is not None)).encode()
 
     async def openapi(_: Request) -> Response:
         known = tuple(names())
         if known not in written:
             written[known] = await run_in_threadpool(describe, known)
-        return written[known]
+        return Response(written[known], media_type="application/json")
 
     routes = [*routes, Route("/openapi.json", openapi, methods=["GET"])]
 
