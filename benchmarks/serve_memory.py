@@ -2,8 +2,8 @@
 
     python benchmarks/serve_memory.py MODEL --rounds 5
 
-Both forms in turn, each ready and after one answer; USS (pages that no other process has) and PSS of all processes of the
-server from ``smaps_rollup``. Rows go to ``results/serve_memory.jsonl``. Needs no quiet machine.
+Both forms in turn, each ready and after one answer; USS (pages that no other process has) and PSS of all processes of
+the server from ``smaps_rollup``. Rows go to ``results/serve_memory.jsonl``. Needs no quiet machine.
 """
 
 from __future__ import annotations

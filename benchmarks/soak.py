@@ -118,8 +118,8 @@ def serving(model: Path, *options: str, stderr: Any = subprocess.DEVNULL) -> Ite
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = edgelm("serve", str(model), "--port", str(port), "--parallel", str(PARALLEL), "--context", "512", *options)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
+    command = edgelm("serve", str(model), "--port", str(port), "--parallel", str(PARALLEL), "--context", "512")
+    process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=stderr)
     server = Server(process, port)
 
     def listening() -> bool:
