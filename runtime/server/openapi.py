@@ -26,9 +26,10 @@ from runtime.server.replies import Answer
 JSON = "application/json"
 _REFERENCE = "#/components/schemas/{model}"
 _EVENTS = (
-    "Server-sent events: each is `data: ` and a {piece}, the last one `data: [DONE]`. A failure ends them as Error."
+    "With `stream` server-sent events: each is `data: ` and a {piece}, the last one `data: [DONE]`. "
+    "A failure ends them as Error."
 )
-_LINES = "Streamed: lines, each of them a {piece}. A failure ends them as OllamaError."
+_LINES = "With `stream`, which is the default, lines: each of them is a {piece}. A failure ends them as OllamaError."
 
 _HELLO = [{"role": "user", "content": "Hello"}]
 

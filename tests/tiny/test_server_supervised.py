@@ -19,6 +19,7 @@ from fake_engine import FakeEngine, FakeTokenizer, wait_until
 from live_server import LiveServer, fake_model, live_server, running_server
 from prometheus_client.parser import text_string_to_metric_families
 
+import runtime.server.supervised
 from runtime.engine import EngineOptions
 from runtime.generate import GenerationRequest
 from runtime.server.metrics import Metrics
@@ -237,6 +238,18 @@ def test_an_engine_that_stands_still_is_ended_and_comes_back() -> None:
         assert wait_until(lambda: is_ready(server), START_TIMEOUT_S)
         assert server.post("/v1/completions", wanted("x"))[0] == 200
         assert figure(server, "edgelm_engine_hangs_total") == figure(server, "edgelm_engine_deaths_total") == 2
+
+
+def test_a_model_that_never_loads_is_loaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading = tmp_path / "loading"
+    loading.mkdir()
+    monkeypatch.setattr(runtime.server.supervised, "LOAD_TIMEOUT_S", 0.5)
+    with supervised(str(loading / "slow")) as server:
+        assert wait_until(lambda: figure(server, "edgelm_engine_hangs_total") >= 1, START_TIMEOUT_S)
+        assert server.worker.state == "starting"
+        monkeypatch.undo()
+        loading.rmdir()
+        assert wait_until(lambda: is_ready(server), START_TIMEOUT_S)
 
 
 def test_values_that_are_no_numbers_are_an_error_without_a_crash(server: LiveServer) -> None:
