@@ -144,24 +144,45 @@ def open_model(path: Path, options: EngineOptions) -> LoadedModel:
 
 def _speculation(model: LoadedModel, options: EngineOptions) -> Speculation:
     """What was asked for, loaded. Raises ``UsageError`` for models that it cannot work with."""
-    info = model.info
-    if not info.truncates:
-        raise UsageError(
-            f"{model.name} cannot take back a wrong guess: models of architecture {info.architecture} keep a state "
-            "that forgets nothing",
-            hint="leave out --lookup and --draft",
-        )
+    check_speculation(model, None)
     if not options.draft:
         return Speculation(lookup=options.lookup)
     draft = _open_draft(Path(options.draft), model, options)
     try:
-        _check_vocabulary(draft, model)
+        check_speculation(model, draft)
     except UsageError:
         draft.close()
         raise
     # Decoding waits for memory: what a model reads for a token is what its call takes.
-    drafter = ModelDrafter(draft.engine, draft.info.weights_bytes / max(info.weights_bytes, 1))
+    drafter = ModelDrafter(draft.engine, draft.info.weights_bytes / max(model.info.weights_bytes, 1))
     return Speculation(lookup=options.lookup, drafter=drafter, close=draft.close)
+
+
+def check_speculation(model: LoadedModel, draft: LoadedModel | None) -> None:
+    """Raise ``UsageError`` when a model cannot take guesses back, or not take those of ``draft``.
+
+    Guesses are token ids: they mean something only where both models say the same with them.
+    """
+    for checked in (model, *([] if draft is None else [draft])):
+        if not checked.info.truncates:
+            raise UsageError(
+                f"{checked.name} cannot take back a wrong guess: models of architecture {checked.info.architecture} "
+                "keep a state that forgets nothing",
+                hint="leave out --lookup and --draft",
+            )
+    if draft is None:
+        return
+    sizes = draft.info.vocabulary, model.info.vocabulary
+    difference = "" if sizes[0] == sizes[1] else f"{sizes[0]} tokens against {sizes[1]}"
+    if not difference:
+        ours, theirs = model.tokenizer.token_bytes, draft.tokenizer.token_bytes
+        other = next((token for token in range(sizes[0]) if ours(token) != theirs(token)), None)
+        difference = "" if other is None else f"token {other} is {theirs(other)!r} against {ours(other)!r}"
+    if difference:
+        raise UsageError(
+            f"{draft.name} cannot draft for {model.name}: it has another vocabulary ({difference})",
+            hint="use a model of the same family, for example one that edgelm compress made of it",
+        )
 
 
 def _open_draft(path: Path, model: LoadedModel, options: EngineOptions) -> LoadedModel:
@@ -185,24 +206,6 @@ def _open_draft(path: Path, model: LoadedModel, options: EngineOptions) -> Loade
         return _open_alone(path, wanted, beside_bytes=model.info.weights_bytes + model.info.kv_bytes)
     except UsageError as error:
         raise UsageError(f"--draft: {error.message}", hint=error.hint) from error
-
-
-def _check_vocabulary(draft: LoadedModel, model: LoadedModel) -> None:
-    """Guesses are token ids: they mean something only where both models say the same with them."""
-    sizes = draft.info.vocabulary, model.info.vocabulary
-    wrong = ""
-    if sizes[0] != sizes[1]:
-        wrong = f"{sizes[0]} tokens against {sizes[1]}"
-    else:
-        ours, theirs = model.tokenizer.token_bytes, draft.tokenizer.token_bytes
-        other = next((token for token in range(sizes[0]) if ours(token) != theirs(token)), None)
-        if other is not None:
-            wrong = f"token {other} is {theirs(other)!r} against {ours(other)!r}"
-    if wrong:
-        raise UsageError(
-            f"{draft.name} cannot draft for {model.name}: it has another vocabulary ({wrong})",
-            hint="use a model of the same family, for example one that edgelm compress made of it",
-        )
 
 
 def _open_alone(path: Path, options: EngineOptions, *, beside_bytes: int = 0) -> LoadedModel:

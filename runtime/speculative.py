@@ -232,6 +232,11 @@ class Speculation:
         self._drafter = drafter
         self.close = close
 
+    def check(self) -> None:
+        """Raise ``EngineError`` when the other model cannot compute one token."""
+        if self._drafter is not None:
+            self._drafter.draft([0], 1)
+
     def drafts(self, ends: frozenset[int]) -> Drafts:
         """The guesses of a new generation that ends at one of ``ends``."""
         drafters: list[Drafter] = [PromptLookup()] if self._lookup else []
