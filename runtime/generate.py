@@ -340,7 +340,8 @@ def generate(
     cancelled: Callable[[], bool] = lambda: False,
     speculation: Speculation | None = None,
 ) -> Iterator[TokenEvent]:
-    """Generate token by token, with ``speculation`` several from one call where its guesses are right; ``cancelled`` is asked before every engine call (prefill asks between batches).
+    """Generate token by token; ``cancelled`` is asked before every engine call (prefill asks between batches). With
+    ``speculation`` a call gives several tokens where its guesses are right.
 
     The sequence is truncated to the longest common prefix of what it holds and the prompt, so a chat's second turn
     computes only what is new. When the engine is interrupted the generation counts as cancelled. Raises
@@ -384,12 +385,14 @@ def _events(
     prefill_s = time.perf_counter() - started
     while found is not None:
         chunk, logits = found
+        latest = 0
         for step in take_rows(session, continuation, chunk, logits, drafts):
             yield event(step)
             if step.finish_reason is not None or step.token is None:
                 return
             index += 1
-        found = None if cancelled() else _forward(session, next_chunk(session, continuation, step.token, drafts))
+            latest = step.token
+        found = None if cancelled() else _forward(session, next_chunk(session, continuation, latest, drafts))
     yield event(Step(None, continuation.finish(), "cancelled"))
 
 

@@ -295,4 +295,3 @@ def _loss(free: Session, prompt: Sequence[int]) -> int:
     Among equals the lowest number is taken: llama.cpp computes sequences together up to the highest one in use.
     """
     return len(free.tokens) - 2 * common_prefix(free.tokens, prompt)
-

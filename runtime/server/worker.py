@@ -280,7 +280,7 @@ class Worker:
             self._compute_one_token()
 
     def _compute_one_token(self) -> None:
-        """Raises ``EngineError`` when the engine, or the one that drafts for it, cannot compute logits for one token."""
+        """Raises ``EngineError`` when the engine cannot compute finite logits for one token, or a drafting one none."""
         tokens = self._tokenizer.encode("Hello")[:1] or [0]
         logits = self._engine.forward([Chunk(0, tokens, "last")])
         finite = bool(np.isfinite(logits).all())
