@@ -29,7 +29,8 @@ _CATCH_UP_TOKENS = 128  # of a prompt that a drafting model computes between two
 _FIRST_GUESSES = 4
 _CREDIT = 4.0  # calls of one token that guesses may lose before they pause
 _PAUSE_TOKENS, _LONGEST_PAUSE_TOKENS = 16, 256
-_LEAST_CHANCE = 0.3  # of a guess and all before it, by the drafting model; below, checking is not worth its cost
+LEAST_CHANCE = 0.3
+"""Of a guess and all before it, by the drafting model itself; with less it is not worth being checked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +84,10 @@ class ModelDrafter:
     engine has sequences; of more, each takes the place where least is lost.
     """
 
-    def __init__(self, engine: Engine, share: float) -> None:
+    def __init__(self, engine: Engine, share: float, *, least_chance: float = LEAST_CHANCE) -> None:
         self._engine = engine
         self._share = share
+        self._least_chance = least_chance
         self._held: list[list[int]] = [[] for _ in range(engine.info.sequences)]
         self._latest: list[int] = list(range(engine.info.sequences))
 
@@ -108,7 +110,7 @@ class ModelDrafter:
         while True:
             guess = int(logits[-1].argmax())
             chance *= probability(logits[-1], guess)
-            if chance < _LEAST_CHANCE:
+            if chance < self._least_chance:
                 break
             guesses.append(guess)
             if len(guesses) == most:
