@@ -1,4 +1,4 @@
-"""Guesses checked by real engines: what is said is what the model says, with fewer calls; from command line and server."""
+"""Guesses checked by real engines: the words are the model's, the calls fewer; from command line and server, too."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from live_server import running_server
 
 from edgelm.cli.app import run_cli
 from edgelm.errors import EngineError
+from edgelm.report import Report
 from runtime.engine import Chunk, Engine, EngineOptions
 from runtime.engines.onnx import load_engine as load_onnx_engine
 from runtime.generate import GenerationRequest, Session, TokenEvent, generate
 from runtime.model import open_model
+from runtime.points import GUESSED_DEPTH
 from runtime.probe import write_tiny_gguf
 from runtime.sampling import SamplingOptions
 from runtime.server.metrics import Metrics
@@ -121,6 +123,22 @@ def test_run_tells_guesses(gguf: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert "guessed, " in capfd.readouterr().err
     assert run_cli([*arguments, "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["drafted_tokens"] == 0
+
+
+def test_bench_counts_guesses(gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", str(gguf), "-p", "16", "-n", "32", "-r", "2", "--threads", "1", "--no-history", "--json"]
+    assert run_cli([*arguments, "--lookup", "--draft", str(gguf)]) == 0
+    report = Report.model_validate_json(capfd.readouterr().out)
+    decode = next(item for item in report.measurements if item.kind == "decode")
+    assert (report.settings.lookup, report.settings.draft, decode.depth) == (True, "tiny.gguf", GUESSED_DEPTH)
+    assert decode.drafted_tokens is not None
+    assert 0 < (decode.accepted_tokens or 0) <= decode.drafted_tokens
+    assert any("guesses were right" in note for note in report.notes)
+    assert run_cli(arguments) == 0
+    plain = Report.model_validate_json(capfd.readouterr().out)
+    assert [item.drafted_tokens for item in plain.measurements] == [None, None]
+    assert run_cli([*arguments, "--lookup", "--sequences", "2"]) == 2
+    assert "with one sequence" in capfd.readouterr().err
 
 
 def test_a_missing_draft_ends_the_command(gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
