@@ -10,6 +10,8 @@ import click
 if TYPE_CHECKING:
     from edgelm.bundle import Choice
 
+PRIVATE_DIRECTORIES = (Path("/tmp"), Path("/var/tmp"))  # noqa: S108 - of a service, by PrivateTmp
+
 
 @click.command(
     short_help="Write the systemd unit that keeps a server alive.", context_settings={"ignore_unknown_options": True}
@@ -38,7 +40,7 @@ def command(bundle: Path, serve_options: tuple[str, ...], user: str | None, outp
 
     words = [str(bundle.resolve()), *serve_options]
     # Serve's own parser refuses what serve would refuse, here and not at the next boot.
-    chosen = serve.make_context("edgelm serve", list(words)).params
+    chosen = serve.make_context("serve", list(words), parent=click.get_current_context().parent).params
     bundles: tuple[Path, ...] = chosen["bundles"]
     key = chosen["api_key_file"]
     if user is not None:
@@ -64,7 +66,7 @@ def _check_visible(paths: list[Path]) -> None:
     from edgelm.errors import UsageError
 
     for path in paths:
-        if path.resolve().is_relative_to("/tmp") or path.resolve().is_relative_to("/var/tmp"):  # noqa: S108
+        if any(path.resolve().is_relative_to(directory) for directory in PRIVATE_DIRECTORIES):
             raise UsageError(
                 f"{path} is in a directory for temporary files, which a unit of the system does not see",
                 hint="move it, or write a unit of your own: leave --system out",

@@ -101,7 +101,10 @@ def test_the_command_writes_what_serve_would_take(
     assert needed < int(service["MemoryMax"]) < 2 * needed
     assert run_cli(["service", str(smollm2_gguf), "--", "--port", "99999"]) == 2
     assert "--port" in capsys.readouterr().err
-    assert run_cli(["service", str(smollm2_gguf), "--system", "pi", "--", "--api-key-file", "/tmp/key"]) == 2
+    # The suite itself may run from a temporary directory; here another one is.
+    monkeypatch.setattr("edgelm.cli.service.PRIVATE_DIRECTORIES", (tmp_path,))
+    hidden = str(tmp_path / "key")
+    assert run_cli(["service", str(smollm2_gguf), "--system", "pi", "--", "--api-key-file", hidden]) == 2
     assert "temporary" in capsys.readouterr().err
     key = smollm2_gguf.parent / "keys" / "key"
     assert run_cli(["service", str(smollm2_gguf), "--system", "pi", "--", "--api-key-file", str(key)]) == 0
