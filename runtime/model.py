@@ -155,7 +155,7 @@ def _speculation(model: LoadedModel, options: EngineOptions) -> Speculation:
         raise
     # Decoding waits for memory: what a model reads for a token is what its call takes.
     drafter = ModelDrafter(draft.engine, draft.info.weights_bytes / max(model.info.weights_bytes, 1))
-    return Speculation(lookup=options.lookup, drafter=drafter, close=draft.close)
+    return Speculation(lookup=options.lookup, drafter=drafter, close=draft.engine.close)
 
 
 def check_speculation(model: LoadedModel, draft: LoadedModel | None) -> None:

@@ -20,6 +20,8 @@ from runtime.model import LoadedModel, check_speculation
 from runtime.sampling import SamplingOptions
 from runtime.server.metrics import Metrics
 from runtime.server.scheduler import Job, JobEvent, Scheduler
+from runtime.server.serving import make_backend
+from runtime.server.worker import Worker
 from runtime.speculative import DRAFT_TOKENS, Draft, Drafter, Drafts, ModelDrafter, PromptLookup, Speculation
 
 Said = list[tuple[int | None, str, int, str | None, TokenLogprobs | None]]
@@ -344,6 +346,31 @@ def test_another_vocabulary_is_refused() -> None:
         check_speculation(model, loaded(Larger(), FakeTokenizer()))
     with pytest.raises(UsageError, match=r"token 120 is b'\?' against b'x'"):
         check_speculation(model, loaded(FakeEngine(), Other()))
+
+
+def test_a_draft_that_cannot_compute_is_found_before_readiness() -> None:
+    broken = Speculation(drafter=ModelDrafter(FakeEngine(fail_at=0), 0.5))
+    worker = Worker(replace(loaded(FakeEngine(), FakeTokenizer()), speculation=broken), Metrics())
+    worker.start()
+    worker.wait()
+    assert worker.state == "failed"
+    assert worker.failure is not None
+    assert "told to fail" in worker.failure.message
+
+
+def test_closing_a_model_closes_its_draft() -> None:
+    engine, draft = FakeEngine(), FakeEngine()
+    speculation = Speculation(drafter=ModelDrafter(draft, 0.5), close=draft.close)
+    replace(loaded(engine, FakeTokenizer()), speculation=speculation).close()
+    assert engine.closed
+    assert draft.closed
+
+
+def test_encoders_take_no_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.server.serving.holds_task", lambda _: None)
+    monkeypatch.setattr("runtime.server.serving.holds_encoder", lambda _: True)
+    with pytest.raises(UsageError, match="for models that generate"):
+        make_backend(Path("encoder"), EngineOptions(lookup=True), Metrics(), in_process=False)
 
 
 def test_options_cross_the_border_to_the_engine_process() -> None:
