@@ -21,9 +21,9 @@ DRAFT_TOKENS = 15
 """Guesses that are checked at once, at most: with the token before them a call computes 16."""
 DRAFTED_STREAMS = 2
 """Streams that may be running while guesses are made. More fill a call by themselves, and with certain tokens."""
-CHECK_COST = 0.2
-"""What one more token in a call costs, in calls of one token: four to eight sequences decode together 2.3 to 3.3 times
-as fast as one (SmolLM2-135M, two cores), which is 0.15 to 0.25 for each."""
+CHECK_COST = 0.3
+"""What one more token in a call costs, in calls of one token: 0.23 to 0.33 for calls of 4 to 16 tokens (CPU time of
+SmolLM2-135M in Q4_0, Q4_K_M and Q8_0, AVX-512, one thread). Less where memory is slower than arithmetic."""
 _LENGTHS = (4, 3, 2)  # tokens that have to be the same before a continuation is copied, longest first
 _CATCH_UP_TOKENS = 128  # of a prompt that a drafting model computes between two steps, so that streams keep their pace
 _FIRST_GUESSES = 4
