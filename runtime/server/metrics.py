@@ -82,6 +82,8 @@ class Metrics:
         self.prefill_tokens = self._counter("edgelm_prefill_tokens", "Prompt tokens computed, cached ones left out")
         self.cached_tokens = self._counter("edgelm_cached_tokens", "Prompt tokens found in the cache")
         self.decode_tokens = self._counter("edgelm_decode_tokens", "Tokens generated")
+        self.drafted_tokens = self._counter("edgelm_drafted_tokens", "Guessed tokens that were checked")
+        self.accepted_tokens = self._counter("edgelm_accepted_tokens", "Guessed tokens that were right")
         self.ttft_s = self._histogram(
             "edgelm_ttft_seconds", "From the queueing of a request to its first token", _WAIT_BUCKETS_S
         )

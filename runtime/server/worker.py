@@ -143,7 +143,7 @@ class Worker:
         self._tokenizer = model.tokenizer
         self._metrics = metrics
         self._after_step = after_step
-        self._scheduler = Scheduler(self._engine, self._tokenizer, metrics)
+        self._scheduler = Scheduler(self._engine, self._tokenizer, metrics, speculation=model.speculation)
         self._queue: deque[Job] = deque()
         self._queue_limit = QUEUED_PER_SEQUENCE * self._engine.info.sequences
         self._changed = threading.Condition()
@@ -262,7 +262,7 @@ class Worker:
             with self._changed:
                 self._state = "stopped" if self._stopping and self._state == "ready" else "failed"
             self._fail_all("the engine failed")
-            self._engine.close()
+            self._model.close()
             self._after_step()
 
     def _wait_for_work(self) -> bool:
@@ -292,13 +292,15 @@ class Worker:
             return 0
 
     def _compute_one_token(self) -> None:
-        """Raises ``EngineError`` when the engine cannot compute finite logits for one token."""
+        """Raises ``EngineError`` when the engine cannot compute finite logits for one token, or a drafting one none."""
         tokens = self._tokenizer.encode("Hello")[:1] or [0]
         logits = self._engine.forward([Chunk(0, tokens, "last")])
         finite = bool(np.isfinite(logits).all())
         self._engine.truncate(0, 0)
         if not finite:
             raise EngineError("the engine computes values that are not finite", hint="try: edgelm doctor")
+        if self._model.speculation is not None:
+            self._model.speculation.check()
 
     def _fail_all(self, message: str) -> None:
         self._scheduler.fail(Failure(message))
