@@ -6,6 +6,13 @@ files. Whatever ends in anything but the refusal that is promised is a failure: 
 seconds. Failing inputs are kept under ``fuzz_corpus/failures``. The same seed gives the same cases.
 
     python benchmarks/fuzz.py --cases 1000000
+
+``--openapi`` lets schemathesis judge real servers instead (a text model in a supervised process, an encoder, the tasks,
+several models) by the OpenAPI document that each gives of itself, so many cases for every operation: no 5xx, no answer
+that contradicts the document, no restart, nothing that takes longer than five seconds.
+
+    python benchmarks/fuzz.py --openapi 2000
+    python benchmarks/fuzz.py --openapi 2000 --targets text,several --seed 2
 """
 
 from __future__ import annotations
@@ -25,7 +32,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message
 
@@ -46,7 +52,7 @@ from runtime.server.app import create_app  # noqa: E402
 from runtime.server.errors import ApiError  # noqa: E402
 from runtime.server.limits import Access, parse_json, split_host  # noqa: E402
 from runtime.server.metrics import Metrics  # noqa: E402
-from runtime.server.openai import parse_request  # noqa: E402
+from runtime.server.openai import Body, parse_request  # noqa: E402
 from runtime.server.worker import Worker  # noqa: E402
 from runtime.supervisor import FrameError  # noqa: E402
 
@@ -81,12 +87,12 @@ class Target:
     run: Callable[[bytes, random.Random], None]
 
 
-def request_models() -> list[type[BaseModel]]:
+def request_models() -> list[type[Body]]:
     """Every request body that a module of the server declares; new ones are found by themselves."""
     modules = [module.name for module in pkgutil.iter_modules(runtime.server.__path__, "runtime.server.")]
     items = [item for name in modules for item in vars(importlib.import_module(name)).values()]
-    models = {item for item in items if isinstance(item, type) and issubclass(item, BaseModel)}
-    return sorted((model for model in models if model.__name__.endswith("Request")), key=lambda model: model.__name__)
+    models = {item for item in items if isinstance(item, type) and issubclass(item, Body)}
+    return sorted((model for model in models if model.__name__[0] != "_"), key=lambda model: model.__name__)
 
 
 class Grower:
@@ -231,16 +237,16 @@ def refuses(read: Callable[[bytes], object], *promised: type[Exception]) -> Call
     return run
 
 
-def parse_any(models: list[type[BaseModel]]) -> Callable[[bytes], object]:
+def parse_any(models: list[type[Body]]) -> Callable[[bytes], object]:
     def read(data: bytes) -> None:
         split_host(data[:80].decode("latin-1"))
         document = parse_json(data)
         for model in models:
             parse_one(model, document)
 
-    def parse_one(model: type[BaseModel], document: Any) -> None:
+    def parse_one(model: type[Body], document: Any) -> None:
         try:
-            parse_request(model, document)  # type: ignore[type-var]
+            parse_request(model, document)
         except ApiError as error:
             json.dumps(error.document)
             if not 400 <= error.status < 500:
@@ -332,13 +338,34 @@ def fuzz(target: Target, count: int, seed: int) -> list[str]:
     return failures
 
 
+def judge_servers(cases: int, seed: int, targets: str | None) -> int:
+    from openapi_judge import SERVERS, judge
+
+    failed = 0
+    for name, serving in SERVERS.items():
+        if targets and name not in targets.split(","):
+            continue
+        started = time.monotonic()
+        with serving() as server:
+            fine, told = judge(server, cases, seed)
+        failed += not fine
+        counted = next((line.strip() for line in told.splitlines() if " generated, " in line), "nothing generated")
+        print(f"{name}: {counted} in {time.monotonic() - started:.0f} s, {'fine' if fine else 'FAILED'}", flush=True)
+        if not fine:
+            print(told, flush=True)
+    return 1 if failed else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--cases", type=int, default=1_000_000, help="in all, shared out among the targets")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--targets", help="some of them, with commas")
+    parser.add_argument("--openapi", type=int, metavar="CASES", help="for each operation, judged by schemathesis")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
+    if arguments.openapi is not None:
+        return judge_servers(arguments.openapi, arguments.seed, arguments.targets)
     application = Application()
     failures: list[str] = []
     with tempfile.TemporaryDirectory(prefix="edgelm-fuzz-") as at:

@@ -114,12 +114,12 @@ def wait(condition: Callable[[], bool], timeout_s: float, failure: str) -> float
 
 
 @contextmanager
-def serving(model: Path, *, stderr: Any = subprocess.DEVNULL) -> Iterator[Server]:
+def serving(model: Path, *options: str, stderr: Any = subprocess.DEVNULL) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = edgelm("serve", str(model), "--port", str(port), "--parallel", str(PARALLEL), "--context", "512")
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
+    process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=stderr)
     server = Server(process, port)
 
     def listening() -> bool:

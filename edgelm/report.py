@@ -50,7 +50,8 @@ class Measurement(Record):
     """One point of a sweep: ``tokens`` per sequence, computed behind ``depth`` tokens that are in the cache already.
 
     ``tps`` counts the tokens of all sequences. ``started_s`` and ``seconds`` place it in the run, warm-up excluded.
-    ``power_w`` is the mean while it ran. ``labels`` say what spoilt this point.
+    ``power_w`` is the mean while it ran. ``labels`` say what spoilt this point. ``drafted_tokens`` are the guesses of
+    speculative decoding in all repetitions, ``accepted_tokens`` those that were right; None where none were asked for.
     """
 
     kind: Literal["prefill", "decode"]
@@ -64,6 +65,8 @@ class Measurement(Record):
     seconds: float
     power_w: float | None = None
     labels: tuple[Label, ...] = ()
+    drafted_tokens: int | None = None
+    accepted_tokens: int | None = None
 
 
 class StartRecord(Record):
@@ -261,7 +264,8 @@ class Settings(Record):
     """How it was measured; the first prompt, depth and number of sequences of a sweep stand for it in summaries.
 
     ``depth`` is the number of tokens already in the cache. ``affinity`` lists the CPUs that the process might use.
-    ``stopped_by`` says what ended the repetitions.
+    ``stopped_by`` says what ended the repetitions. ``lookup`` and ``draft`` (a model's name) tell where guesses came
+    from: single sequences then continued a fixed text, else random tokens.
     """
 
     prompt_tokens: int
@@ -277,6 +281,8 @@ class Settings(Record):
     sequences: int = 1
     seed: int = 0
     stopped_by: Literal["count", "precision", "time", "interrupt"] = "count"
+    lookup: bool = False
+    draft: str | None = None
 
 
 class Report(Record):

@@ -47,7 +47,7 @@ from runtime.memory import KnowsItsCache, Ledger, cgroup_memory, reset_peak, sna
 from runtime.model import LoadedModel, artifact_of, open_model
 from runtime.onnx_header import ELEMENT_NAMES, read_onnx_model
 from runtime.page_cache import cached_share
-from runtime.points import AUTO_MOST, SEED, Point, Runner, StoppedBy, Until, measurement, sustained
+from runtime.points import AUTO_MOST, GUESSED_DEPTH, SEED, Point, Runner, StoppedBy, Until, measurement, sustained
 from runtime.sensors import INTERVAL_S, Sampler, Sensors
 from runtime.starts import cold_start, model_files
 from targets.host import default_threads, detect_host, host_record
@@ -64,6 +64,7 @@ class BenchOptions:
     Zero prompt or generated tokens leave that figure out; threads of 0 ask the host. ``repetitions`` of 0 repeat until
     the medians are known to 2 % (5 to 100 times), ``max_time_s`` bounds that. ``sustained_s`` adds a long run of
     decoding, ``cold`` a start without page cache. ``interval_s`` is the sensors' (0: only around repetitions).
+    ``lookup`` and ``draft`` are those of ``EngineOptions``: single sequences then continue a fixed text.
     """
 
     prompts: tuple[int, ...] = (512,)
@@ -73,6 +74,8 @@ class BenchOptions:
     threads_decode: tuple[int, ...] = (0,)
     threads_prefill: int = 0
     kv_type: KvType = "f16"
+    lookup: bool = False
+    draft: str = ""
     repetitions: int = 5
     max_time_s: float | None = None
     sustained_s: float = 0.0
@@ -98,6 +101,17 @@ def check_options(options: BenchOptions) -> None:
         raise UsageError(f"more than {_MOST_POINTS} points", hint="measure fewer prompts, depths or thread counts")
     if options.sustained_s and not options.generated_tokens:
         raise UsageError("a sustained run decodes: -n must be above 0")
+    if guesses(options) and not options.generated_tokens:
+        raise UsageError("guesses are for decoding: -n must be above 0")
+    if guesses(options) and max(options.sequences) > 1:
+        raise UsageError(
+            "guesses are measured with one sequence", hint="leave out --sequences, or --lookup and --draft"
+        )
+
+
+def guesses(options: BenchOptions) -> bool:
+    """Whether decoding is speculative."""
+    return options.lookup or bool(options.draft)
 
 
 def points_of(options: BenchOptions) -> tuple[Point, ...]:
@@ -106,14 +120,16 @@ def points_of(options: BenchOptions) -> tuple[Point, ...]:
     for depth in options.depths:
         found += [Point("prefill", tokens, depth) for tokens in options.prompts if tokens]
         if options.generated_tokens:
-            found += [Point("decode", options.generated_tokens, depth, count) for count in options.sequences]
-    return tuple(found)
+            behind = max(depth, GUESSED_DEPTH) if guesses(options) else depth
+            found += [Point("decode", options.generated_tokens, behind, count) for count in options.sequences]
+    return tuple(dict.fromkeys(found))
 
 
 def context_needed(options: BenchOptions) -> int:
     """Tokens that the longest measured sequence holds."""
     depth = max(options.depths)
-    return max(depth + max(options.prompts), max(depth, 1) + options.generated_tokens)
+    behind = max(depth, GUESSED_DEPTH if guesses(options) else 1)
+    return max(depth + max(options.prompts), behind + options.generated_tokens)
 
 
 @dataclass(slots=True)
@@ -182,6 +198,8 @@ def _engine_options(options: BenchOptions, threads: int) -> EngineOptions:
         threads_decode=threads,
         threads_prefill=options.threads_prefill or threads,
         kv_type=options.kv_type,
+        lookup=options.lookup,
+        draft=options.draft,
     )
 
 
@@ -201,7 +219,7 @@ def _on_threads(
         ledger.opened(files, _kv_bytes(model))
         points = points_of(options)
         with Sampler(sensors, options.interval_s) as sampler:
-            runner = Runner(model.engine, model.tokenizer, sampler)
+            runner = Runner(model.engine, model.tokenizer, sampler, model.speculation)
             prompt = next((tokens for tokens in options.prompts if tokens), 0)
             first_token_s = runner.first_token_s(prompt) if prompt else None
             run.starts.append(_start(model, opened_s, first_token_s, cached))
@@ -320,6 +338,8 @@ def _settings(options: BenchOptions, info: EngineInfo, found: Sequence[Measureme
         affinity=tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else (),
         sequences=options.sequences[0],
         seed=SEED,
+        lookup=options.lookup,
+        draft=Path(options.draft).name if options.draft else None,
     )
 
 
@@ -353,6 +373,10 @@ def _completed(report: Report, run: _Run) -> Report:
             f"decode fell by {-run.sustained.change:.0%} within {run.sustained.seconds:.0f} s: "
             f"{run.sustained.first_tps:.1f} to {run.sustained.last_tps:.1f} tok/s"
         )
+    drafted = sum(item.drafted_tokens or 0 for item in run.measurements)
+    if report.settings.lookup or report.settings.draft:
+        right = sum(item.accepted_tokens or 0 for item in run.measurements)
+        notes.append(f"{right} of {drafted} guesses were right on a text that quotes itself; others gain less")
     settings = report.settings.model_copy(update={"stopped_by": run.stopped_by})
     return report.model_copy(
         update={
@@ -452,7 +476,14 @@ def best_threads(path: Path, options: BenchOptions, progress: Progress = SILENT)
         options, prompts=(prompt,), generated_tokens=generated, depths=(0,), sequences=(1,), repetitions=repetitions
     )
     short = replace(
-        short, threads_decode=candidate_threads(), threads_prefill=0, sustained_s=0.0, cold=False, max_time_s=None
+        short,
+        lookup=False,
+        draft="",
+        threads_decode=candidate_threads(),
+        threads_prefill=0,
+        sustained_s=0.0,
+        cold=False,
+        max_time_s=None,
     )
     report = bench(path, short, progress)
     speeds: dict[int, dict[str, float]] = {}

@@ -25,7 +25,10 @@ class EngineOptions:
 
     ``context`` counts tokens per sequence, ``sequences`` how many are kept at once. ``threads_*`` of 0 means: ask the
     host (``targets.host``). ``mmap`` maps the file instead of copying it into anonymous memory. ``batch`` is the most
-    tokens computed in one step; a longer chunk is computed in several.
+    tokens computed in one step; a longer chunk is computed in several. ``logits_rows`` is the length of the longest
+    chunk whose logits may be wanted at ``"all"`` positions, ``all_logits`` lifts that limit: an engine reserves room
+    for a row of logits each. ``lookup`` and ``draft`` (the path of a model, "" for none) ask ``runtime.model`` for
+    speculative decoding; engines themselves know nothing of it.
     """
 
     context: int = 2048
@@ -36,6 +39,9 @@ class EngineOptions:
     kv_type: KvType = "f16"
     mmap: bool = True
     all_logits: bool = False
+    logits_rows: int = 1
+    lookup: bool = False
+    draft: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,7 @@ class EngineInfo:
 
     ``buffers`` are sizes that it announced while loading, as far as it does: ``weights_copied`` (weights repacked or
     read instead of mapped) and ``compute`` (reserved, used as far as touched). ``waiting`` tells how its threads wait
-    for one another, ``waiting_reason`` why.
+    for one another, ``waiting_reason`` why. ``truncates`` tells whether a sequence can forget its last tokens alone.
     """
 
     engine: str
@@ -65,6 +71,7 @@ class EngineInfo:
     buffers: dict[str, int] = field(default_factory=dict)
     waiting: str | None = None
     waiting_reason: str = ""
+    truncates: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,7 @@ class Engine(Protocol):
 
         Returns float32 logits of shape (rows, vocabulary), a row per wanted position in the order of the chunks. The
         array may be a view of the engine's own buffer: it is valid until the next call, and must not be written.
-        Logits of ``"all"`` positions need an engine loaded with ``all_logits``.
+        Logits of ``"all"`` positions need an engine loaded with as many ``logits_rows``, or with ``all_logits``.
 
         Raises ``ContextOverflowError`` before anything is computed when a sequence would outgrow the context, and
         ``EngineError`` when the engine fails; the sequences named are then cleared. Each sequence may be named once.
@@ -132,8 +139,19 @@ class PrefixCopier(Protocol):
         ...
 
 
-def check_chunks(engine: Engine, chunks: Sequence[Chunk], *, all_logits: bool) -> None:
-    """What every engine refuses before it computes anything. ``all_logits`` tells whether it was loaded with them.
+def common_prefix(held: Sequence[int], wanted: Sequence[int]) -> int:
+    """Number of leading tokens that both share."""
+    shorter = min(len(held), len(wanted))
+    if held[:shorter] == wanted[:shorter]:
+        return shorter
+    for index, (left, right) in enumerate(zip(held, wanted, strict=False)):
+        if left != right:
+            return index
+    return shorter
+
+
+def check_chunks(engine: Engine, chunks: Sequence[Chunk], options: EngineOptions) -> None:
+    """What every engine refuses before it computes anything. ``options`` are those that it was loaded with.
 
     Raises ``ContextOverflowError`` and ``EngineError`` as ``Engine.forward`` promises.
     """
@@ -151,7 +169,10 @@ def check_chunks(engine: Engine, chunks: Sequence[Chunk], *, all_logits: bool) -
         if min(tokens) < 0 or max(tokens) >= info.vocabulary:
             wrong = next(token for token in tokens if not 0 <= token < info.vocabulary)
             raise EngineError(f"token {wrong} is outside the vocabulary of {info.vocabulary}")
-        if chunk.logits == "all" and not all_logits:
-            raise EngineError("logits of all positions need an engine loaded with all_logits")
+        if chunk.logits == "all" and not options.all_logits and len(tokens) > options.logits_rows:
+            raise EngineError(
+                f"logits of all {len(tokens)} positions need an engine loaded with all_logits: "
+                f"this one has room for {options.logits_rows}"
+            )
     if len({chunk.sequence for chunk in chunks}) != len(chunks):
         raise EngineError("a sequence was given twice in one call")

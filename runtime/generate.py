@@ -12,8 +12,9 @@ from typing import Literal
 
 from edgelm.errors import ContextOverflowError, EngineError, UsageError
 from runtime.constraint import Constraint, constraint_vocabulary
-from runtime.engine import Chunk, Engine, EngineInfo, EngineInterruptedError, Logits
+from runtime.engine import Chunk, Engine, EngineInfo, EngineInterruptedError, Logits, common_prefix
 from runtime.sampling import Sampler, SamplingOptions, token_logprobs
+from runtime.speculative import Drafts, Speculation
 from runtime.tokenizer import TextDecoder, TextTokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -66,7 +67,8 @@ class TokenEvent:
 
     Times are seconds since ``generate`` was called; ``prefill_s`` is set on the first event only, ``cached_tokens``
     tells how many prompt tokens were already in the sequence. The last event carries ``finish_reason``; its ``token``
-    is None when a stop token or a cancellation ended the generation.
+    is None when a stop token or a cancellation ended the generation. ``drafted_tokens`` and ``accepted_tokens`` count
+    the guesses of speculative decoding so far, and those among them that were right.
     """
 
     token: int | None
@@ -77,6 +79,8 @@ class TokenEvent:
     cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,8 @@ class Answer:
     ttft_s: float | None
     decode_s: float
     decode_steps: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def prefill_tps(self) -> float | None:
@@ -139,6 +145,8 @@ def answer(
         ttft_s=first.elapsed_s if first.token is not None else None,
         decode_s=last.elapsed_s - first.elapsed_s,
         decode_steps=max(steps, 0),
+        drafted_tokens=last.drafted_tokens,
+        accepted_tokens=last.accepted_tokens,
     )
 
 
@@ -249,6 +257,10 @@ class Continuation:
             return Step(token, piece, "stop" if stopped or complete else "length", logprobs)
         return Step(token, piece, None, logprobs)
 
+    def room(self, held: Sequence[int]) -> int:
+        """How many tokens may still be chosen before a limit ends the generation, behind the tokens ``held``."""
+        return min(self._request.max_tokens - self._generated, self._context + 1 - len(held))
+
     def finish(self) -> str:
         """Text that was held back, when nothing follows."""
         return self._text.finish()[0]
@@ -259,6 +271,42 @@ class Continuation:
             for index, logprob in token_logprobs(row, token, top)
         )
         return TokenLogprobs(chosen, tuple(likeliest))
+
+
+def next_chunk(session: Session, continuation: Continuation, token: int, drafts: Drafts | None) -> Chunk:
+    """What to compute after ``token`` was chosen: the token and guesses at what follows it, if there are any.
+
+    Raises ``EngineError`` when a drafting model fails.
+    """
+    tokens = [*session.tokens, token]
+    guesses = [] if drafts is None else drafts.propose(tokens, continuation.room(tokens) - 1)
+    return Chunk(session.sequence, [token, *guesses], "all" if guesses else "last")
+
+
+def take_rows(
+    session: Session, continuation: Continuation, chunk: Chunk, rows: Logits, drafts: Drafts | None
+) -> list[Step]:
+    """What comes of the rows of a chunk that the session's sequence holds now and its tokens do not yet.
+
+    Every token is chosen from the model's own logits, with the tokens before it as they were chosen. Rows behind the
+    first guess that differs from the choice are of no use; the sequence forgets their tokens. Raises what
+    ``Continuation.take`` raises.
+    """
+    certain = len(chunk.tokens) - len(rows)
+    session.tokens.extend(chunk.tokens[:certain])
+    steps: list[Step] = []
+    try:
+        for token, row in zip(chunk.tokens[certain:], rows, strict=True):
+            if steps and (steps[-1].finish_reason is not None or steps[-1].token != token):
+                break
+            session.tokens.append(token)
+            steps.append(continuation.take(row, session.tokens))
+    finally:
+        if len(steps) < len(rows):
+            session.engine.truncate(len(session.tokens), session.sequence)
+    if drafts is not None:
+        drafts.judge(len(steps) - 1)
+    return steps
 
 
 def prepare_grammar(request: GenerationRequest, tokenizer: TextTokenizer, vocabulary: int) -> None:
@@ -290,8 +338,10 @@ def generate(
     request: GenerationRequest,
     *,
     cancelled: Callable[[], bool] = lambda: False,
+    speculation: Speculation | None = None,
 ) -> Iterator[TokenEvent]:
-    """Generate token by token; ``cancelled`` is asked before every engine call (prefill asks between batches).
+    """Generate token by token; ``cancelled`` is asked before every engine call (prefill asks between batches). With
+    ``speculation`` a call gives several tokens where its guesses are right.
 
     The sequence is truncated to the longest common prefix of what it holds and the prompt, so a chat's second turn
     computes only what is new. When the engine is interrupted the generation counts as cancelled. Raises
@@ -300,7 +350,8 @@ def generate(
     started = time.perf_counter()
     check_request(request, session.engine.info.context)
     continuation = Continuation(request, tokenizer, session.engine.info)
-    return _events(session, continuation, request.prompt, cancelled, started)
+    drafts = None if speculation is None else speculation.drafts(request.stop_tokens)
+    return _events(session, continuation, request.prompt, cancelled, drafts, started)
 
 
 def _events(
@@ -308,6 +359,7 @@ def _events(
     continuation: Continuation,
     prompt: Sequence[int],
     cancelled: Callable[[], bool],
+    drafts: Drafts | None,
     started: float,
 ) -> Iterator[TokenEvent]:
     prefill_s: float | None = None
@@ -324,28 +376,29 @@ def _events(
             cached_tokens=cached if first else 0,
             finish_reason=step.finish_reason,
             logprobs=step.logprobs,
+            drafted_tokens=drafts.drafted if drafts else 0,
+            accepted_tokens=drafts.accepted if drafts else 0,
         )
 
     cached = _reuse(session, prompt)
-    logits = _prefill(session, prompt[cached:], cancelled)
+    found = _prefill(session, prompt[cached:], cancelled)
     prefill_s = time.perf_counter() - started
-    while logits is not None:
-        step = continuation.take(logits[-1], session.tokens)
-        yield event(step)
-        if step.finish_reason is not None or step.token is None:
-            return
-        index += 1
-        logits = None if cancelled() else _forward(session, [step.token], "last")
+    while found is not None:
+        chunk, logits = found
+        latest = 0
+        for step in take_rows(session, continuation, chunk, logits, drafts):
+            yield event(step)
+            if step.finish_reason is not None or step.token is None:
+                return
+            index += 1
+            latest = step.token
+        found = None if cancelled() else _forward(session, next_chunk(session, continuation, latest, drafts))
     yield event(Step(None, continuation.finish(), "cancelled"))
 
 
 def _reuse(session: Session, prompt: Sequence[int]) -> int:
     """Truncate the session to the prefix that it shares with the prompt; the last prompt token is always computed."""
-    shared = 0
-    for held, wanted in zip(session.tokens, prompt[:-1], strict=False):
-        if held != wanted:
-            break
-        shared += 1
+    shared = min(common_prefix(session.tokens, prompt), len(prompt) - 1)
     try:
         session.engine.truncate(shared, session.sequence)
     except EngineError:
@@ -355,28 +408,26 @@ def _reuse(session: Session, prompt: Sequence[int]) -> int:
     return shared
 
 
-def _prefill(session: Session, tokens: Sequence[int], cancelled: Callable[[], bool]) -> Logits | None:
-    """Logits after the last of ``tokens``, None when cancelled on the way."""
-    logits: Logits | None = None
+def _prefill(session: Session, tokens: Sequence[int], cancelled: Callable[[], bool]) -> tuple[Chunk, Logits] | None:
+    """The last chunk of ``tokens`` with its logits, None when cancelled on the way."""
     for start in range(0, len(tokens), PREFILL_STEP_TOKENS):
         if cancelled():
             return None
         step = tokens[start : start + PREFILL_STEP_TOKENS]
         last = start + len(step) == len(tokens)
-        logits = _forward(session, step, "last" if last else "none")
-        if logits is None:
-            return None
-    return logits
+        found = _forward(session, Chunk(session.sequence, step, "last" if last else "none"))
+        if found is None or last:
+            return found
+        session.tokens.extend(step)
+    return None
 
 
-def _forward(session: Session, tokens: Sequence[int], wanted: Literal["none", "last"]) -> Logits | None:
-    """Append tokens to the session; None when the engine was interrupted. After a failure the session is empty."""
+def _forward(session: Session, chunk: Chunk) -> tuple[Chunk, Logits] | None:
+    """Compute a chunk; None when the engine was interrupted. After a failure the session is empty."""
     try:
-        logits = session.engine.forward([Chunk(session.sequence, tokens, wanted)])
+        return chunk, session.engine.forward([chunk])
     except EngineInterruptedError:
         return None
     except EngineError:
         del session.tokens[session.engine.length(session.sequence) :]
         raise
-    session.tokens.extend(tokens)
-    return logits

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelm.bundle import MANIFEST_NAME, Bundle, Choice, Manifest, open_bundle
-from edgelm.errors import BundleError, DoesNotFitError, UsageError
+from edgelm.errors import BundleError, DoesNotFitError, EdgelmError, UsageError
 from edgelm.units import format_bytes
 from runtime.chat import ChatTemplate, Message
 from runtime.engine import Engine, EngineInfo, EngineOptions
@@ -22,6 +22,7 @@ from runtime.engines.onnx_foreign import foreign_context
 from runtime.foreign import foreign_model, foreign_texts
 from runtime.gguf_header import GGUFHeader, read_gguf_header, workload_from_gguf
 from runtime.memory import snapshot
+from runtime.speculative import DRAFT_TOKENS, DRAFTED_STREAMS, ModelDrafter, Speculation
 from runtime.tokenizer import GgufTokenizer, JsonTokenizer, TextTokenizer
 from targets.host import available_memory
 
@@ -66,10 +67,12 @@ class PromptingModel:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel(PromptingModel):
-    """Everything that answering needs, in this process. ``artifact`` is the model file."""
+    """Everything that answering needs, in this process. ``artifact`` is the model file, ``speculation`` where guesses
+    at the next tokens come from, if they were asked for."""
 
     artifact: Path
     engine: Engine
+    speculation: Speculation | None = None
 
     @property
     def info(self) -> EngineInfo:
@@ -77,7 +80,9 @@ class LoadedModel(PromptingModel):
         return self.engine.info
 
     def close(self) -> None:
-        """Free the engine."""
+        """Free the engine, and the model that drafts for it."""
+        if self.speculation is not None:
+            self.speculation.close()
         self.engine.close()
 
 
@@ -123,9 +128,88 @@ def open_model(path: Path, options: EngineOptions) -> LoadedModel:
     """Load a bundle directory or a bare ``.gguf`` file.
 
     ``options.context`` of 0 means: what the bundle's plan chose, or for a bare file what the model was trained for,
-    at most ``DEFAULT_CONTEXT``. Raises ``BundleError``, ``UsageError``, ``EngineError``, and
-    ``DoesNotFitError`` when the memory that is free now is too small.
+    at most ``DEFAULT_CONTEXT``. ``options.lookup`` and ``options.draft`` load what speculative decoding needs. Raises
+    ``BundleError``, ``UsageError``, ``EngineError``, and ``DoesNotFitError`` when the memory that is free now is too
+    small.
     """
+    if not options.lookup and not options.draft:
+        return _open_alone(path, options)
+    model = _open_alone(path, replace(options, logits_rows=DRAFT_TOKENS + 1))
+    try:
+        return replace(model, speculation=_speculation(model, options))
+    except EdgelmError:
+        model.close()
+        raise
+
+
+def _speculation(model: LoadedModel, options: EngineOptions) -> Speculation:
+    """What was asked for, loaded. Raises ``UsageError`` for models that it cannot work with."""
+    check_speculation(model, None)
+    if not options.draft:
+        return Speculation(lookup=options.lookup)
+    draft = _open_draft(Path(options.draft), model, options)
+    try:
+        check_speculation(model, draft)
+    except UsageError:
+        draft.close()
+        raise
+    # Decoding waits for memory: what a model reads for a token is what its call takes.
+    drafter = ModelDrafter(draft.engine, draft.info.weights_bytes / max(model.info.weights_bytes, 1))
+    return Speculation(lookup=options.lookup, drafter=drafter, close=draft.engine.close)
+
+
+def check_speculation(model: LoadedModel, draft: LoadedModel | None) -> None:
+    """Raise ``UsageError`` when a model cannot take guesses back, or not take those of ``draft``.
+
+    Guesses are token ids: they mean something only where both models say the same with them.
+    """
+    for checked in (model, *([] if draft is None else [draft])):
+        if not checked.info.truncates:
+            raise UsageError(
+                f"{checked.name} cannot take back a wrong guess: models of architecture {checked.info.architecture} "
+                "keep a state that forgets nothing",
+                hint="leave out --lookup and --draft",
+            )
+    if draft is None:
+        return
+    sizes = draft.info.vocabulary, model.info.vocabulary
+    difference = "" if sizes[0] == sizes[1] else f"{sizes[0]} tokens against {sizes[1]}"
+    if not difference:
+        ours, theirs = model.tokenizer.token_bytes, draft.tokenizer.token_bytes
+        other = next((token for token in range(sizes[0]) if ours(token) != theirs(token)), None)
+        difference = "" if other is None else f"token {other} is {theirs(other)!r} against {ours(other)!r}"
+    if difference:
+        raise UsageError(
+            f"{draft.name} cannot draft for {model.name}: it has another vocabulary ({difference})",
+            hint="use a model of the same family, for example one that edgelm compress made of it",
+        )
+
+
+def _open_draft(path: Path, model: LoadedModel, options: EngineOptions) -> LoadedModel:
+    """The drafting model, with as much of the context as it was made for, beside the model that is loaded already."""
+    artifact, bundle = artifact_of(path)
+    longest = planned_context(None, bundle)[0] if bundle and artifact.suffix == ".onnx" else model.info.context
+    if artifact.suffix == ".gguf" and artifact.is_file():
+        metadata = read_gguf_header(artifact).metadata
+        trained = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+        longest = min(longest, trained) if isinstance(trained, int) and trained > 0 else longest
+    wanted = replace(
+        options,
+        context=min(model.info.context, longest),
+        sequences=min(options.sequences, DRAFTED_STREAMS),
+        kv_type="f16",
+        mmap=options.mmap or artifact.suffix == ".onnx",
+        lookup=False,
+        draft="",
+    )
+    try:
+        return _open_alone(path, wanted, beside_bytes=model.info.weights_bytes + model.info.kv_bytes)
+    except UsageError as error:
+        raise UsageError(f"--draft: {error.message}", hint=error.hint) from error
+
+
+def _open_alone(path: Path, options: EngineOptions, *, beside_bytes: int = 0) -> LoadedModel:
+    """Without another model; ``beside_bytes`` are those of one that is loaded already."""
     artifact, bundle = artifact_of(path)
     if is_encoder(artifact, bundle.manifest if bundle else None):
         raise UsageError(
@@ -142,7 +226,7 @@ def open_model(path: Path, options: EngineOptions) -> LoadedModel:
     header = read_gguf_header(artifact)
     if options.context == 0:
         options = replace(options, context=planned_context(header, bundle)[0])
-    check_memory(artifact, header, options)
+    check_memory(artifact, header, options, beside_bytes=beside_bytes)
     template = _chat_template(header, bundle)
     tokenizer_path = bundle.file(TOKENIZER_NAME) if bundle else None
     tokenizer: TextTokenizer | None = JsonTokenizer(tokenizer_path) if tokenizer_path else None
@@ -213,15 +297,16 @@ def memory_for_model() -> Choice:
     return Choice(value=int(free.value) + snapshot().anonymous_bytes, reason=free.reason)
 
 
-def check_memory(artifact: Path, header: GGUFHeader, options: EngineOptions) -> None:
-    """Refuse a model whose weights and caches exceed the memory that is free now.
+def check_memory(artifact: Path, header: GGUFHeader, options: EngineOptions, *, beside_bytes: int = 0) -> None:
+    """Refuse a model whose weights and caches exceed the memory that is free now; ``beside_bytes`` of it are taken by
+    another model of this process.
 
     Mapped weights that do not fit would be read from the disk again for every token, and copied ones would swap: a
     small board is lost to both for minutes. Raises ``DoesNotFitError`` naming what is needed and what is there.
     """
     workload = workload_from_gguf(header)
     per_token = kv_bytes_per_token(workload.kv_elements_per_token, options.kv_type) * options.sequences
-    fixed = workload.file_bytes + _PROCESS_BYTES
+    fixed = workload.file_bytes + _PROCESS_BYTES + beside_bytes
     needed = fixed + per_token * options.context
     free = memory_for_model()
     if needed <= int(free.value):
@@ -230,7 +315,8 @@ def check_memory(artifact: Path, header: GGUFHeader, options: EngineOptions) -> 
     raise DoesNotFitError(
         f"{artifact.name} needs {format_bytes(int(needed))}: weights {format_bytes(workload.file_bytes)}, cache for "
         f"{options.context} tokens x {options.sequences} {format_bytes(int(per_token * options.context))}, process "
-        f"{format_bytes(_PROCESS_BYTES)}; {free.reason}",
+        f"{format_bytes(_PROCESS_BYTES)}{f', the other model {format_bytes(beside_bytes)}' if beside_bytes else ''}; "
+        f"{free.reason}",
         hint=f"use --context {fits}" if fits >= 256 else "use a smaller model or quantisation, or free memory",
     )
 

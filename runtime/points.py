@@ -1,6 +1,7 @@
 """The points of a benchmark's sweep, measured in turns on a loaded engine until they are tight or time is up.
 
-Prompts are random but fixed tokens, as in llama-bench: speed does not depend on what a text says. Single sequences go
+Prompts are random but fixed tokens, as in llama-bench: speed does not depend on what a text says. With speculative
+decoding it does, so that decoding then continues a fixed text that quotes itself. Single sequences go
 through ``generate()``, so a figure is what a user gets; several sequences take the scheduler's step, one ``forward``
 for all. Every repetition is bracketed by readings of the sensors. Knows nothing of reports and files.
 """
@@ -20,6 +21,7 @@ from runtime.conditions import Window, labels_of, merged, power_w, unsteady, usa
 from runtime.engine import Chunk, Engine
 from runtime.generate import GenerationRequest, Session, TokenEvent, generate
 from runtime.sensors import Reading, Sampler
+from runtime.speculative import Speculation
 from runtime.tokenizer import TextTokenizer
 from targets.significance import median_interval, summarise
 
@@ -27,6 +29,12 @@ SEED = 0
 AUTO_LEAST, AUTO_MOST = 5, 100  # repetitions when the precision decides
 PRECISION = 0.02  # half the width of the median's 95 % interval, relative to it
 _WARM_TOKENS = 8
+GUESSED_DEPTH = 128
+"""Least tokens of text before what is decoded with guesses: without a text there is nothing to guess from."""
+_QUOTED = (
+    "The harbour of Lindholm was built in 1883 by the engineer Karla Brandt. It has three docks, and the longest of "
+    "them measures 240 metres. Today the harbour employs 410 people and handles 96,000 containers a year.\n\n"
+)
 SUSTAINED_POINTS = 600  # at most in one long run
 
 StoppedBy = Literal["count", "precision", "time", "interrupt"]
@@ -57,6 +65,8 @@ class Taken:
     tps: list[float] = field(default_factory=list)
     ttft_s: list[float] = field(default_factory=list)
     pieces: list[list[Reading]] = field(default_factory=list)
+    drafted_tokens: int | None = None
+    accepted_tokens: int | None = None
 
     @property
     def tight(self) -> bool:
@@ -78,8 +88,11 @@ class Until:
 class Runner:
     """Measures points on one loaded engine."""
 
-    def __init__(self, engine: Engine, tokenizer: TextTokenizer, sampler: Sampler) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: TextTokenizer, sampler: Sampler, speculation: Speculation | None = None
+    ) -> None:
         self.engine = engine
+        self.speculation = speculation
         self._tokenizer = tokenizer
         self._sampler = sampler
         self._session = Session(engine)
@@ -125,7 +138,7 @@ class Runner:
                 item.tps.append(point.tokens / first.prefill_s)
                 item.ttft_s.append(first.elapsed_s)
         else:
-            seconds, piece = self._decode(point, point.tokens)
+            seconds, piece = self._decode(point, point.tokens, item)
             item.tps.append(point.sequences * point.tokens / seconds)
         item.pieces.append(piece)
 
@@ -138,7 +151,8 @@ class Runner:
         tokens, took_s = 0, 0.0
         while True:
             last_s: float | None = None
-            for event in generate(self._session, self._tokenizer, GenerationRequest(self._fixed(1), generated + 1)):
+            request = GenerationRequest(self._behind(0), generated + 1)
+            for event in generate(self._session, self._tokenizer, request, speculation=self.speculation):
                 now = time.perf_counter()
                 if last_s is not None:
                     tokens, took_s = tokens + 1, took_s + now - last_s
@@ -168,18 +182,25 @@ class Runner:
         event = next(iter(generate(self._session, self._tokenizer, GenerationRequest(prompt, 1))))
         return event, self._sampler.between(start, self._sampler.mark())
 
-    def _decode(self, point: Point, count: int) -> tuple[float, list[Reading]]:
-        """Seconds for ``count`` tokens per sequence after the first one, which belongs to the prompt."""
+    def _decode(self, point: Point, count: int, item: Taken | None = None) -> tuple[float, list[Reading]]:
+        """Seconds for ``count`` tokens per sequence after the first one, which belongs to the prompt.
+
+        ``item`` counts the guesses of speculative decoding.
+        """
         prompt = self._fixed(max(point.depth, 1))
         if point.sequences > 1:
             return self._decode_together(prompt, point.sequences, count)
-        events = generate(self._session, self._tokenizer, GenerationRequest(prompt, max_tokens=count + 1))
-        next(events)
+        request = GenerationRequest(self._behind(point.depth), max_tokens=count + 1)
+        events = generate(self._session, self._tokenizer, request, speculation=self.speculation)
+        last = next(events)
         start = self._sampler.mark()
         started_s = time.perf_counter()
-        for _ in events:
-            pass
+        for event in events:
+            last = event
         seconds = time.perf_counter() - started_s
+        if item is not None and self.speculation is not None:
+            item.drafted_tokens = (item.drafted_tokens or 0) + last.drafted_tokens
+            item.accepted_tokens = (item.accepted_tokens or 0) + last.accepted_tokens
         return seconds, self._sampler.between(start, self._sampler.mark())
 
     def _decode_together(self, prompt: list[int], sequences: int, count: int) -> tuple[float, list[Reading]]:
@@ -207,6 +228,14 @@ class Runner:
         if len(have) < count:
             have += self._random.integers(0, self.engine.info.vocabulary, count - len(have)).tolist()
         return have[:count]
+
+    def _behind(self, depth: int) -> list[int]:
+        """What decoding goes on from: random tokens, or for guesses a text that quotes itself."""
+        if self.speculation is None:
+            return self._fixed(max(depth, 1))
+        tokens = self._tokenizer.encode(_QUOTED, special=False)
+        count = max(depth, GUESSED_DEPTH)
+        return (tokens * (count // len(tokens) + 1))[-count:]
 
     def _clear(self) -> None:
         self.engine.truncate(0, self._session.sequence)
@@ -237,6 +266,8 @@ def measurement(item: Taken, threads: int, origin_s: float) -> Measurement | Non
         seconds=window.seconds,
         power_w=power_w(window),
         labels=merged([labels_of(window), unsteady(point.name, tps)]),
+        drafted_tokens=item.drafted_tokens,
+        accepted_tokens=item.accepted_tokens,
     )
 
 

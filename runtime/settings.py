@@ -21,6 +21,7 @@ from edgelm.units import format_bytes
 from runtime.engine import EngineOptions, KvType
 from runtime.gguf_header import GGUFHeader, read_gguf_header, workload_from_gguf
 from runtime.model import artifact_of, memory_for_model, planned_context
+from runtime.speculative import DRAFTED_STREAMS
 from targets.calibration import Family, calibration
 from targets.host import default_threads
 from targets.predict import RunSettings, family_of, ram_parts
@@ -44,7 +45,8 @@ class Asked:
     """What the user fixed. Zero or None means: decide.
 
     ``process`` tells where the engine may run: in one of its own beside the server (``any``: decide), or only in this
-    one (``own``), as all commands but ``serve`` do.
+    one (``own``), as all commands but ``serve`` do. ``lookup`` and ``draft`` are those of ``EngineOptions``; a drafting
+    model's memory counts.
     """
 
     context: int = 0
@@ -53,6 +55,8 @@ class Asked:
     threads_prefill: int = 0
     kv_type: KvType | None = None
     process: Literal["any", "own"] = "own"
+    lookup: bool = False
+    draft: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,8 @@ class _Way:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """What decides about memory. ``q8_cache`` tells whether the engine can keep this model's cache in 8 bits."""
+    """What decides about memory. ``q8_cache`` tells whether the engine can keep this model's cache in 8 bits,
+    ``draft`` is the model that drafts for it."""
 
     name: str
     workload: Workload
@@ -88,6 +93,7 @@ class _Model:
     q8_cache: bool
     family: Family
     profile: TargetProfile
+    draft: _Model | None = None
 
     def needs(self, way: _Way) -> int:
         """Resident bytes that are predicted for a way."""
@@ -96,7 +102,14 @@ class _Model:
         settings = RunSettings(context=cells, kv_type=options.kv_type, mmap=options.mmap, batch=options.batch)
         parts = ram_parts(self.workload, self.profile, settings, self.family)
         held: dict[str, int] = parts.model_dump()
-        return sum(held.values()) + (0 if way.in_process else SERVER_BYTES)
+        drafting = 0 if self.draft is None else self.draft.needs(_drafting(way))
+        return sum(held.values()) + drafting + (0 if way.in_process else SERVER_BYTES)
+
+
+def _drafting(way: _Way) -> _Way:
+    """How the drafting model is held beside the other; a process counts twice, which errs on the safe side."""
+    options = replace(way.options, sequences=min(way.options.sequences, DRAFTED_STREAMS), kv_type="f16")
+    return _Way(options, in_process=True)
 
 
 def choose_settings(path: Path, target: str, asked: Asked) -> Settings:
@@ -120,6 +133,8 @@ def choose_settings(path: Path, target: str, asked: Asked) -> Settings:
         threads_decode=int(decode.value),
         threads_prefill=int(prefill.value if model.workload.format == "gguf" else decode.value),
         kv_type=asked.kv_type or "f16",
+        lookup=asked.lookup,
+        draft=asked.draft,
     )
     first = _Way(options, in_process=asked.process == "own")
     way = _fitting(model, first, free, shorten=asked.context == 0)
@@ -139,7 +154,7 @@ def predicted_bytes(path: Path, options: EngineOptions, *, in_process: bool) -> 
     Raises what opening the model raises.
     """
     profile = _cpu_profile(AUTO)
-    model = _open(path, profile, Asked(options.context))
+    model = _open(path, profile, Asked(options.context, draft=options.draft))
     way = _Way(replace(options, context=model.context), in_process)
     return model.needs(way)
 
@@ -187,6 +202,7 @@ def _open(path: Path, profile: TargetProfile, asked: Asked) -> _Model:
         q8_cache=header is not None and _takes_q8_cache(header),
         family=family_of(profile, calibration()),
         profile=profile,
+        draft=_open(Path(asked.draft), profile, Asked(context)) if asked.draft else None,
     )
 
 

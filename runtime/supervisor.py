@@ -144,6 +144,12 @@ class Supervisor:
         """The present child does its work, so its death will be answered by a new one without a pause."""
         self._worked = True
 
+    def kill(self) -> None:
+        """End the present child at once, in whatever state it is; another is started when it is gone."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
     def forgo(self) -> None:
         """Do not start another child when the present one has ended; callable from any thread."""
         with self._changed:

@@ -100,7 +100,7 @@ def _alike(one: Report, other: Report) -> bool:
     return same_model and one.host.cpu == other.host.cpu and _way(one) == _way(other)
 
 
-def _way(report: Report) -> tuple[int, ...]:
+def _way(report: Report) -> tuple[int | str | None, ...]:
     settings = report.settings
     return (
         settings.prompt_tokens,
@@ -109,6 +109,8 @@ def _way(report: Report) -> tuple[int, ...]:
         settings.sequences,
         settings.threads_decode,
         settings.threads_prefill,
+        settings.lookup,
+        settings.draft,
     )
 
 

@@ -95,6 +95,13 @@ class Repetitions(click.ParamType[int]):
     show_default=True,
     help="Type of the KV cache; q8_0 takes half the memory (llama.cpp only).",
 )
+@click.option("--lookup", is_flag=True, help="Guess tokens by what followed the same ones earlier.")
+@click.option(
+    "--draft",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="Let a smaller model of the same vocabulary guess tokens.",
+)
 @click.option(
     "--write-profile", type=click.Path(path_type=Path, dir_okay=False), help="Keep what auto found in this profile."
 )
@@ -118,6 +125,8 @@ def command(
     threads: tuple[int, ...] | None,
     threads_prefill: int | None,
     kv_type: KvType,
+    lookup: bool,
+    draft: Path | None,
     write_profile: Path | None,
     depth: tuple[int, ...],
     sequences: tuple[int, ...],
@@ -158,6 +167,8 @@ def command(
         threads_prefill=threads_prefill or 0,
         repetitions=repetitions,
         kv_type=kv_type,
+        lookup=lookup,
+        draft=str(draft or ""),
         max_time_s=max_time or (60.0 if repetitions == 0 else None),
         sustained_s=sustained or 0.0,
         cold=cold,

@@ -63,6 +63,13 @@ class _Settings:
     type=click.Choice(["f16", "q8_0"]),
     help="Type of the KV cache; q8_0 takes half the memory (llama.cpp only).  [default: f16, or as --target decides]",
 )
+@click.option("--lookup", is_flag=True, help="Guess tokens by what followed the same ones earlier; same answers.")
+@click.option(
+    "--draft",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="Let a smaller model of the same vocabulary guess tokens; same answers.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of streamed text.")
 def command(
     bundle: Path,
@@ -83,6 +90,8 @@ def command(
     context: int | None,
     target: str | None,
     kv_type: KvType | None,
+    lookup: bool,
+    draft: Path | None,
     as_json: bool,
 ) -> None:
     """Answer PROMPT with the model in BUNDLE (a bundle or a .gguf file), or chat when no PROMPT is given.
@@ -129,10 +138,22 @@ def command(
         threads_decode=threads or 0,
         threads_prefill=threads_prefill or threads or 0,
         kv_type=kv_type or "f16",
+        lookup=lookup,
+        draft=str(draft or ""),
     )
     if target is not None:
         settled = choose_settings(
-            bundle, target, Asked(context or 0, 1, options.threads_decode, options.threads_prefill, kv_type)
+            bundle,
+            target,
+            Asked(
+                context or 0,
+                1,
+                options.threads_decode,
+                options.threads_prefill,
+                kv_type,
+                lookup=lookup,
+                draft=options.draft,
+            ),
         )
         for name, line in settled.lines().items():
             click.echo(f"{name} {line}", err=True)
@@ -329,7 +350,8 @@ def _answer(model: LoadedModel, session: Session, settings: _Settings, ids: list
         ids, settings.max_tokens, settings.sampling, settings.stop, model.stop_tokens, grammar=settings.grammar
     )
     with stopped_by_ctrl_c(model.engine) as cancelled:
-        result = answer(generate(session, model.tokenizer, request, cancelled=cancelled), len(ids), write)
+        events = generate(session, model.tokenizer, request, cancelled=cancelled, speculation=model.speculation)
+        result = answer(events, len(ids), write)
     write("\n")
     return result
 
@@ -347,6 +369,9 @@ def _tell(result: Answer) -> None:
         f"TTFT {'-' if result.ttft_s is None else f'{result.ttft_s:.2f} s'}",
         f"RSS {format_bytes(snapshot().rss_bytes)}",
     ]
+    if result.drafted_tokens:
+        share = result.accepted_tokens / result.drafted_tokens
+        parts.insert(1, f"{result.drafted_tokens} guessed, {share:.0%} right")
     if result.finish_reason != "stop":
         parts.append({"length": "length limit reached", "cancelled": "interrupted"}[result.finish_reason])
     click.echo(" | ".join(parts), err=True)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgelm.errors import UsageError
+
 if TYPE_CHECKING:
     from runtime.engine import EngineOptions, KvType
 
@@ -51,10 +53,17 @@ if TYPE_CHECKING:
     type=click.Choice(["f16", "q8_0"]),
     help="Type of the KV cache; q8_0 takes half the memory (llama.cpp only).  [default: f16, or as --target decides]",
 )
+@click.option("--lookup", is_flag=True, help="Guess tokens by what followed the same ones earlier; same answers.")
+@click.option(
+    "--draft",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="Let a smaller model of the same vocabulary guess tokens; same answers.",
+)
 @click.option(
     "--in-process",
     is_flag=True,
-    help="Run the engine in the server's own process: about 35 MB less memory, but its crash ends the server.",
+    help="Run the engine in the server's own process: 37 MB less memory, but its crash ends the server.",
 )
 @click.option(
     "--unload-after",
@@ -73,6 +82,8 @@ def command(
     allowed_hosts: tuple[str, ...],
     per_client: int | None,
     kv_type: KvType | None,
+    lookup: bool,
+    draft: Path | None,
     in_process: bool,
     unload_after: float | None,
 ) -> None:
@@ -105,12 +116,22 @@ def command(
         serve,
     )
 
+    if draft is not None and len(bundles) > 1:
+        raise UsageError(
+            "--draft is for one BUNDLE", hint="the others may have another vocabulary; --lookup is for all"
+        )
     places = ServerOptions(host, port, allowed_hosts, api_key_file, per_client or default_per_client(parallel))
     start_logging()
     access = resolve_access(places)
     with bind(host, port) as listener:
         metrics = Metrics()
-        engine = EngineOptions(context=context or 0, sequences=parallel, kv_type=kv_type or "f16")
+        engine = EngineOptions(
+            context=context or 0,
+            sequences=parallel,
+            kv_type=kv_type or "f16",
+            lookup=lookup,
+            draft=str(draft or ""),
+        )
 
         def settle(bundle: Path) -> tuple[EngineOptions, bool]:
             if target is None:
@@ -142,6 +163,8 @@ def _settled(
         options.context,
         options.sequences,
         kv_type=options.kv_type if fixed_type else None,
+        lookup=options.lookup,
+        draft=options.draft,
         process="own" if in_process else "any",
     )
     settings = choose_settings(bundle, target, asked)

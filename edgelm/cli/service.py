@@ -44,7 +44,7 @@ def command(bundle: Path, serve_options: tuple[str, ...], user: str | None, outp
     bundles: tuple[Path, ...] = chosen["bundles"]
     key = chosen["api_key_file"]
     if user is not None:
-        _check_visible([*bundles, *([] if key is None else [key])])
+        _check_visible([*bundles, *(path for path in (key, chosen["draft"]) if path is not None)])
     unit = Unit(
         command=[*_program(), "serve", *words],
         description=f"EdgeLM serving {bundle.resolve().name}",
@@ -91,7 +91,13 @@ def _memory_max(bundles: tuple[Path, ...], chosen: dict[str, object]) -> Choice:
     context, parallel, kv_type = chosen["context"] or 0, chosen["parallel"], chosen["kv_type"]
     assert isinstance(context, int)
     assert isinstance(parallel, int)
-    options = EngineOptions(context=context, sequences=parallel, kv_type="q8_0" if kv_type == "q8_0" else "f16")
+    options = EngineOptions(
+        context=context,
+        sequences=parallel,
+        kv_type="q8_0" if kv_type == "q8_0" else "f16",
+        lookup=bool(chosen["lookup"]),
+        draft=str(chosen["draft"] or ""),
+    )
     predicted = sum(predicted_bytes(bundle, options, in_process=bool(chosen["in_process"])) for bundle in bundles)
     limit = -(-predicted * 3 // 2 // 2**20) * 2**20
     return Choice(value=limit, reason=f"predicted {format_bytes(predicted)}, and half of it more for requests")

@@ -35,7 +35,6 @@ _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 _LOG_WARN, _LOG_ERROR, _LOG_CONTINUE = 3, 4, 5  # enum ggml_log_level
 _NO_SLOT, ABORTED = 1, 2  # return values of llama_decode and llama_encode
 
-
 # Buffers that llama.cpp announces while loading: "load_tensors:   CPU_REPACK model buffer size =    56.95 MiB".
 _BUFFER = re.compile(r"(\w+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")
 
@@ -304,7 +303,8 @@ def _create_context(
     # One micro-batch per call: the same work for the CPU, and a call can be interrupted between two of them.
     parameters.n_batch = parameters.n_ubatch = options.batch
     # Without this llama.cpp reserves batch x vocabulary floats (98 MiB for 49,152 tokens) for rows nobody asks for.
-    parameters.n_outputs_max = max(options.batch, options.sequences) if options.all_logits else options.sequences
+    rows = options.batch if options.all_logits else min(options.logits_rows * options.sequences, options.batch)
+    parameters.n_outputs_max = max(rows, options.sequences)
     parameters.n_outputs_max_per_seq = 0
     parameters.n_threads, parameters.n_threads_batch = threads
     parameters.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_ENABLED
@@ -382,6 +382,7 @@ def _describe(
         buffers={"weights_copied": 0, **_log.buffers},
         waiting=None if waiting is None else waiting.kind,
         waiting_reason="" if waiting is None else waiting.reason,
+        truncates=not (library.llama_model_is_recurrent(model) or library.llama_model_is_hybrid(model)),
     )
 
 
@@ -438,7 +439,7 @@ class LlamaCppEngine:
         library = loaded.library
         self._loaded: Loaded | None = loaded
         self._info = info
-        self._all_logits = options.all_logits
+        self._options = options
         self._context = loaded.context
         self._memory = library.llama_get_memory(loaded.context)
         self._lengths = [0] * options.sequences
@@ -488,7 +489,7 @@ class LlamaCppEngine:
     def _check(self, chunks: Sequence[Chunk]) -> None:
         if self._loaded is None:
             raise EngineError("the engine is closed")
-        check_chunks(self, chunks, all_logits=self._all_logits)
+        check_chunks(self, chunks, self._options)
 
     def _fill(self, chunk: Chunk, done: int, take: int, at: int) -> int:
         """Write ``take`` tokens of a chunk into the batch from row ``at`` on; tell how many logits are wanted."""

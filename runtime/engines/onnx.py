@@ -97,7 +97,7 @@ def _load_foreign(path: Path, model: OnnxModel, options: EngineOptions) -> Forei
     run_options = runtime.RunOptions()
     run_options.log_severity_level = 4
     errors = runtime_errors(runtime)
-    return ForeignOnnxEngine(session, run_options, errors, info, graph, all_logits=options.all_logits)
+    return ForeignOnnxEngine(session, run_options, errors, info, graph, options)
 
 
 def load_engine(path: Path, options: EngineOptions) -> OnnxEngine:
@@ -287,7 +287,7 @@ class OnnxEngine:
     def __init__(self, runtime: Any, session: Any, info: EngineInfo, shape: _Shape, options: EngineOptions) -> None:
         self.session: Any = session
         self._info = info
-        self._all_logits = options.all_logits
+        self._options = options
         self._step = min(options.batch, PREFILL_STEP)
         self._lengths = [0] * options.sequences
         # calloc: pages cost nothing until a token is written there. Sequence first, so that one or several
@@ -326,7 +326,7 @@ class OnnxEngine:
     def _check(self, chunks: Sequence[Chunk]) -> None:
         if self.session is None:
             raise EngineError("the engine is closed")
-        check_chunks(self, chunks, all_logits=self._all_logits)
+        check_chunks(self, chunks, self._options)
 
     def _steps(self, chunks: Sequence[Chunk], rows: Sequence[int]) -> Iterator[_Step]:
         offsets = np.concatenate(([0], np.cumsum(rows))).tolist()

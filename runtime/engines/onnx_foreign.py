@@ -160,15 +160,14 @@ class ForeignOnnxEngine:
         errors: tuple[type[Exception], ...],
         info: EngineInfo,
         graph: ForeignGraph,
-        *,
-        all_logits: bool,
+        options: EngineOptions,
     ) -> None:
         self.session: Any = session
         self._run_options, self._errors = run_options, errors
         self._info, self._graph = info, graph
         self._caches: list[list[Floats]] = [self._empty() for _ in range(info.sequences)]
         self._names = [f"{layer}.{part}" for layer in range(len(graph.heads)) for part in ("key", "value")]
-        self._all_logits = all_logits
+        self._options = options
         self._interrupted = False
 
     @property
@@ -183,7 +182,7 @@ class ForeignOnnxEngine:
         """See ``Engine.forward``. Chunks are computed in turn."""
         if self.session is None:
             raise EngineError("the engine is closed")
-        check_chunks(self, chunks, all_logits=self._all_logits)
+        check_chunks(self, chunks, self._options)
         self._interrupted = self._run_options.terminate = False
         before = {chunk.sequence: self._caches[chunk.sequence] for chunk in chunks}
         rows = [np.empty((0, self._info.vocabulary), np.float32)]

@@ -132,6 +132,8 @@ class Generation:
             prefill_tps=computed / first.prefill_s if first.prefill_s else None,
             decode_tps=steps / decode_s if decode_s > 0 else None,
             total_s=total_s,
+            drafted_tokens=sum(last.drafted_tokens for _, last in begun),
+            accepted_tokens=sum(last.accepted_tokens for _, last in begun),
         )
 
     @property

@@ -6,6 +6,7 @@ Builds a Starlette application around one backend. Knows HTTP and the model's wo
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -94,6 +95,13 @@ class Service:
 
     async def status(self, _: Request) -> Response:
         return JSONResponse(await run_in_threadpool(self._figures.document) | {"models": self.cards()})
+
+    def names(self) -> list[str]:
+        """The model's name, once it was loaded."""
+        try:
+            return [self._backend.model.name]
+        except NotReadyError:
+            return []
 
     def cards(self) -> list[dict[str, Any]]:
         """The model's card, once it was loaded."""
@@ -223,7 +231,8 @@ class Observer:
 
 def create_app(backend: Backend, metrics: Metrics, access: Access) -> ASGIApp:
     """The ASGI application for one model. The caller starts and stops the backend."""
-    return guarded(model_routes(Service(backend, metrics, Figures(backend, metrics))), metrics, access)
+    service = Service(backend, metrics, Figures(backend, metrics))
+    return guarded(model_routes(service), metrics, access, service.names)
 
 
 def model_routes(service: Service) -> list[Route]:
@@ -239,7 +248,7 @@ def model_routes(service: Service) -> list[Route]:
         Route("/v1/models/{name:path}", service.one_model, methods=["GET"]),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
         Route("/v1/completions", service.complete, methods=["POST"]),
-        Route("/v1/embeddings", service.embed, methods=["POST"]),
+        Route("/v1/embeddings", service.embed, methods=["POST"], include_in_schema=False),
         Route("/tokenize", tokens.tokenize, methods=["POST"]),
         Route("/detokenize", tokens.detokenize, methods=["POST"]),
         Route("/api/chat", ollama.chat, methods=["POST"]),
@@ -250,8 +259,25 @@ def model_routes(service: Service) -> list[Route]:
     ]
 
 
-def guarded(routes: list[Route], metrics: Metrics, access: Access) -> ASGIApp:
-    """Routes behind everything that protects and observes them."""
+def guarded(routes: list[Route], metrics: Metrics, access: Access, names: Callable[[], list[str]]) -> ASGIApp:
+    """Routes behind everything that protects and observes them, and one for the document that describes them.
+
+    ``names`` tells the models' names as far as they are known.
+    """
+    written: dict[tuple[str, ...], bytes] = {}
+
+    def describe(known: tuple[str, ...]) -> bytes:
+        from runtime.server.openapi import openapi_document  # a tenth of a second that few servers are asked for
+
+        return json.dumps(openapi_document(routes, known, keyed=access.key is not None)).encode()
+
+    async def openapi(_: Request) -> Response:
+        known = tuple(names())
+        if known not in written:
+            written[known] = await run_in_threadpool(describe, known)
+        return Response(written[known], media_type="application/json")
+
+    routes = [*routes, Route("/openapi.json", openapi, methods=["GET"])]
 
     def refused(error: ApiError, path: str) -> JSONResponse:
         metrics.refusals.labels(error.code or "other").inc()

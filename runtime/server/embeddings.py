@@ -12,10 +12,10 @@ import base64
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field, PlainValidator
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -33,44 +33,13 @@ from runtime.server.exposition import CONTENT_TYPE
 from runtime.server.figures import Figures
 from runtime.server.limits import Access, parse_json, prompt_characters_limit
 from runtime.server.metrics import Metrics
+from runtime.server.openai import INTEGER_LIMIT, Body, ModelName, TokenId, parse_request
 from runtime.server.replies import model_document
 from runtime.server.worker import NotReadyError, QueueFullError
 
+_GENERATING = ("/v1/chat/completions", "/v1/completions", "/api/chat", "/api/generate")
 INPUT_COUNT_LIMIT = 2048
 """OpenAI's own."""
-_MODEL_NAME_LIMIT = 256
-_LABELS = frozenset({"user"})  # ask for no behaviour
-
-
-@dataclass(frozen=True, slots=True)
-class EmbeddingRequest:
-    """A validated body: texts or token ids, never both."""
-
-    inputs: tuple[str, ...] | tuple[tuple[int, ...], ...]
-    model: str | None = None
-    encoding: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
-
-
-def parse_embedding_request(document: Any) -> EmbeddingRequest:
-    """The request that a JSON document holds. Raises ``ApiError`` 400 naming the first field that is wrong."""
-    if not isinstance(document, dict):
-        raise ApiError(400, "the body must be a JSON object", code="invalid_type")
-    fields = {name: value for name, value in document.items() if value is not None and name not in _LABELS}
-    unknown = next((name for name in fields if name not in ("input", "model", "encoding_format", "dimensions")), None)
-    if unknown is not None:
-        raise ApiError(400, f"unknown field {unknown[:64]!r}", param=unknown[:64], code="unknown_parameter")
-    if "input" not in fields:
-        raise _invalid("input", "it is missing")
-    model, encoding, dimensions = (fields.get(name) for name in ("model", "encoding_format", "dimensions"))
-    if model is not None and not (isinstance(model, str) and len(model) <= _MODEL_NAME_LIMIT):
-        raise _invalid("model", f"it must be a string of at most {_MODEL_NAME_LIMIT} characters")
-    if dimensions is not None and not (_is_count(dimensions) and dimensions > 0):
-        raise _invalid("dimensions", "it must be a whole number above 0")
-    if encoding not in (None, "float", "base64"):
-        raise _invalid("encoding_format", "it must be 'float' or 'base64'")
-    chosen: Literal["float", "base64"] = "base64" if encoding == "base64" else "float"
-    return EmbeddingRequest(_inputs(fields["input"]), model, chosen, dimensions)
 
 
 def _inputs(value: Any) -> tuple[str, ...] | tuple[tuple[int, ...], ...]:
@@ -96,6 +65,28 @@ def _is_count(value: Any) -> bool:
 
 def _invalid(param: str, told: str) -> ApiError:
     return ApiError(400, f"{param}: {told}", param=param, code="invalid_value")
+
+
+_Ids = Annotated[list[TokenId], Field(min_length=1)]
+_Several = Field(min_length=1, max_length=INPUT_COUNT_LIMIT)
+
+
+class EmbeddingRequest(Body):
+    """Body of ``POST /v1/embeddings``. ``input`` holds texts or token ids, never both."""
+
+    labels: ClassVar[frozenset[str]] = frozenset({"user"})
+
+    # The kinds are told apart by hand: a union's error would not say which of thousands of inputs is of another kind.
+    input: Annotated[
+        tuple[str, ...] | tuple[tuple[int, ...], ...],
+        PlainValidator(
+            _inputs,
+            json_schema_input_type=str | _Ids | Annotated[list[str], _Several] | Annotated[list[_Ids], _Several],
+        ),
+    ]
+    model: ModelName | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(default=None, ge=1, le=INTEGER_LIMIT)
 
 
 class EmbeddingService:
@@ -143,18 +134,20 @@ class EmbeddingService:
         )
 
     async def embeddings(self, request: Request) -> Response:
-        wanted = parse_embedding_request(parse_json(await request.body()))
+        wanted = parse_request(EmbeddingRequest, parse_json(await request.body()))
         self._check_model(wanted.model)
         if wanted.dimensions not in (None, self._info.dimensions):
             told = f"vectors of this model have {self._info.dimensions} numbers and were not trained to be cut"
             raise _invalid("dimensions", told)
         loop = asyncio.get_running_loop()
-        sequences = await loop.run_in_executor(self._tokenizing, self._sequences, wanted.inputs)
+        sequences = await loop.run_in_executor(self._tokenizing, self._sequences, wanted.input)
         vectors = await self._vectors(request, sequences)
         tokens = sum(map(len, sequences))
         request.state.facts.update({"prompt_tokens": tokens, "inputs": len(sequences)})
         # Thousands of vectors take a while to write down; the event loop is needed by others.
-        answer: Response = await loop.run_in_executor(self._tokenizing, self._answer, vectors, tokens, wanted.encoding)
+        answer: Response = await loop.run_in_executor(
+            self._tokenizing, self._answer, vectors, tokens, wanted.encoding_format
+        )
         return answer
 
     def _sequences(self, inputs: Sequence[str | tuple[int, ...]]) -> list[Sequence[int]]:
@@ -245,7 +238,7 @@ def _as_base64(vector: Vectors) -> str:
 def create_embedding_app(model: LoadedEncoder, worker: EmbeddingWorker, metrics: Metrics, access: Access) -> ASGIApp:
     """The ASGI application for one encoder. The caller starts and stops the worker."""
     service = EmbeddingService(model, worker, metrics, Figures(worker, metrics))
-    return guarded(embedding_routes(service), metrics, access)
+    return guarded(embedding_routes(service), metrics, access, lambda: [model.name])
 
 
 def embedding_routes(service: EmbeddingService) -> list[Route]:
@@ -258,8 +251,5 @@ def embedding_routes(service: EmbeddingService) -> list[Route]:
         Route("/v1/models", service.models, methods=["GET"]),
         Route("/v1/models/{name:path}", service.model, methods=["GET"]),
         Route("/v1/embeddings", service.embeddings, methods=["POST"]),
-        Route("/v1/chat/completions", service.generate, methods=["POST"]),
-        Route("/v1/completions", service.generate, methods=["POST"]),
-        Route("/api/chat", service.generate, methods=["POST"]),
-        Route("/api/generate", service.generate, methods=["POST"]),
+        *(Route(path, service.generate, methods=["POST"], include_in_schema=False) for path in _GENERATING),
     ]

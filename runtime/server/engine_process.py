@@ -53,6 +53,7 @@ class EngineProcess:
         self._observations: deque[Observation] = deque()
         self._lock = threading.Lock()
         self._told_ready = False
+        self._told_steps = 0
         # Encoding a long text must not keep a cancellation waiting.
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")
 
@@ -141,10 +142,12 @@ class EngineProcess:
     def _flush(self) -> None:
         """Send what came since the last time; one message per step, however many streams there are."""
         with self._lock:
-            if not self._deliveries and not self._observations:
+            pace = self._worker.pace
+            if not self._deliveries and not self._observations and pace.steps == self._told_steps:
                 return
             observations = [self._observations.popleft() for _ in range(len(self._observations))]
-            progress = wire.Progress(self._worker.running, self._deliveries, observations, self._worker.kv_tokens)
+            worker, self._told_steps = self._worker, pace.steps
+            progress = wire.Progress(worker.running, self._deliveries, observations, worker.kv_tokens, pace)
             self._deliveries = []
             # Sent under the lock: events of one job must not overtake one another.
             self._say(progress)

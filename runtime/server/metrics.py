@@ -76,11 +76,14 @@ class Metrics:
         self.refusals = self._counter("edgelm_refusals", "Requests refused before any work, by reason", ("reason",))
         self.engine_starts = self._counter("edgelm_engine_starts", "Starts of the engine")
         self.engine_deaths = self._counter("edgelm_engine_deaths", "Engines that ended without being asked to")
+        self.engine_hangs = self._counter("edgelm_engine_hangs", "Engines that stood still and were ended for it")
         self.model_loads = self._counter("edgelm_model_loads", "Loads of one of several models", ("model",))
         self.model_unloads = self._counter("edgelm_model_unloads", "Unloads of one of several models", ("model",))
         self.prefill_tokens = self._counter("edgelm_prefill_tokens", "Prompt tokens computed, cached ones left out")
         self.cached_tokens = self._counter("edgelm_cached_tokens", "Prompt tokens found in the cache")
         self.decode_tokens = self._counter("edgelm_decode_tokens", "Tokens generated")
+        self.drafted_tokens = self._counter("edgelm_drafted_tokens", "Guessed tokens that were checked")
+        self.accepted_tokens = self._counter("edgelm_accepted_tokens", "Guessed tokens that were right")
         self.ttft_s = self._histogram(
             "edgelm_ttft_seconds", "From the queueing of a request to its first token", _WAIT_BUCKETS_S
         )

@@ -11,25 +11,25 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pydantic_core
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from runtime.generate import LOGPROBS_LIMIT, TokenEvent
 from runtime.sampling import SamplingOptions
 from runtime.server.errors import ApiError
-from runtime.server.limits import MESSAGE_COUNT_LIMIT, STOP_COUNT_LIMIT, TOOL_COUNT_LIMIT
+from runtime.server.limits import MESSAGE_COUNT_LIMIT, TOOL_COUNT_LIMIT
 from runtime.server.openai import (
     INTEGER_LIMIT,
     NAME_LENGTH_LIMIT,
     SEED_LIMIT,
     Body,
-    StopText,
+    EchoedModel,
+    ModelName,
+    StopTexts,
     StrictModel,
     ToolEntry,
-    listed,
-    without_nothing,
 )
 from runtime.server.prepare import ANY_OBJECT
 from runtime.server.replies import ChoiceReader, Timings, Usage, logprob_entry
@@ -38,7 +38,7 @@ from runtime.tools import Tool, ToolCall, ToolCallReader
 VERSION_SPOKEN = "0.12.0"  # of Ollama's API; clients ask for it before they use newer routes
 
 
-class Options(StrictModel):
+class Options(EchoedModel):
     """``options``: sampling and limits. What is not listed here is refused by name."""
 
     num_ctx: int | None = Field(default=None, ge=1, le=INTEGER_LIMIT)
@@ -52,7 +52,7 @@ class Options(StrictModel):
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=0, le=SEED_LIMIT)
-    stop: Annotated[list[StopText], BeforeValidator(listed)] = Field(default=[], max_length=STOP_COUNT_LIMIT)
+    stop: StopTexts = Field(default=[])
 
     def sampling(self, context: int) -> SamplingOptions:
         """As the sampler wants it. Raises ``ApiError`` when a larger context is asked for than there is."""
@@ -92,9 +92,9 @@ class _OllamaBody(Body):
         "width": (),
     }
 
-    model: str = Field(max_length=NAME_LENGTH_LIMIT)
+    model: ModelName
     stream: bool = True
-    options: Annotated[Options, BeforeValidator(without_nothing)] = Options()
+    options: Options = Options()
     format: Literal["", "json"] | dict[str, Any] = ""
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=LOGPROBS_LIMIT)
@@ -133,7 +133,7 @@ class OllamaToolCall(StrictModel):
     function: OllamaFunction
 
 
-class OllamaMessage(StrictModel):
+class OllamaMessage(EchoedModel):
     """One message. Images and thoughts are refused; ``tool_name`` says whose result a ``tool`` message is."""
 
     role: Literal["system", "user", "assistant", "tool"]
@@ -159,13 +159,15 @@ class OllamaMessage(StrictModel):
         return len(self.content) + sum(len(str(call.function)) for call in self.tool_calls)
 
 
+class OllamaTool(EchoedModel, ToolEntry):
+    """One entry of ``tools``."""
+
+
 class ChatBody(_OllamaBody):
     """Body of ``POST /api/chat``."""
 
-    messages: list[Annotated[OllamaMessage, BeforeValidator(without_nothing)]] = Field(
-        default=[], max_length=MESSAGE_COUNT_LIMIT
-    )
-    tools: list[Annotated[ToolEntry, BeforeValidator(without_nothing)]] = Field(default=[], max_length=TOOL_COUNT_LIMIT)
+    messages: list[OllamaMessage] = Field(default=[], max_length=MESSAGE_COUNT_LIMIT)
+    tools: list[OllamaTool] = Field(default=[], max_length=TOOL_COUNT_LIMIT)
 
     @property
     def offered_tools(self) -> list[Tool]:
@@ -178,8 +180,8 @@ class ShowBody(Body):
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"verbose": (False,)}
 
-    model: str | None = Field(default=None, max_length=NAME_LENGTH_LIMIT)
-    name: str | None = Field(default=None, max_length=NAME_LENGTH_LIMIT)
+    model: ModelName | None = None
+    name: ModelName | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,15 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
 
 from runtime.generate import LOGPROBS_LIMIT
 from runtime.sampling import SamplingOptions
@@ -52,22 +60,31 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
+_NULL: dict[str, Any] = {"type": "null"}
 _LABELS = frozenset(
     {"metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "user"}
 )
-
-
-def without_nothing(value: Any) -> Any:
-    """Clients echo answers back with every absent field as null or empty; absent they are."""
-    if not isinstance(value, dict):
-        return value
-    return {name: item for name, item in value.items() if item is not None and item != []}
 
 
 class StrictModel(BaseModel):
     """Takes what is listed and nothing else, without conversions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class EchoedModel(StrictModel):
+    """Clients echo answers back with every absent field as null or empty; absent they are, whatever their name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: item for name, item in value.items() if item is not None and item != []}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return _permitting(handler, core_schema, [_NULL, {"type": "array", "maxItems": 0}])
 
 
 _Text = Annotated[str, Field(min_length=1)]
@@ -108,7 +125,7 @@ class MessageToolCall(StrictModel):
         return {"id": self.id, "type": "function", "function": function}
 
 
-class Message(StrictModel):
+class Message(EchoedModel):
     """One message of a chat. Parts are joined by ``text``. Only calls of tools may stand without a content."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -212,18 +229,33 @@ class StructuredOutputs(StrictModel):
     grammar: str | None = None
 
 
+def _boolean(value: Any) -> Any:
+    """A literal of Python takes 0 for False."""
+    if not isinstance(value, bool):
+        raise ValueError("Input should be a valid boolean")
+    return value
+
+
 class StreamOptions(StrictModel):
     """``include_usage`` asks for one more event with the token counts. Obfuscation padding is never sent."""
 
     include_usage: bool = False
-    include_obfuscation: Literal[False] = False
+    include_obfuscation: Annotated[Literal[False], BeforeValidator(_boolean)] = False
 
 
-def listed(value: Any) -> Any:
+def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
 StopText = Annotated[str, Field(min_length=1, max_length=STOP_LENGTH_LIMIT)]
+StopTexts = Annotated[
+    list[StopText],
+    Field(max_length=STOP_COUNT_LIMIT),
+    BeforeValidator(
+        _listed, json_schema_input_type=StopText | Annotated[list[StopText], Field(max_length=STOP_COUNT_LIMIT)]
+    ),
+]
+ModelName = Annotated[str, Field(max_length=NAME_LENGTH_LIMIT)]
 TokenId = Annotated[int, Field(ge=0, le=INTEGER_LIMIT)]
 _TokenCount = Annotated[int, Field(ge=1, le=INTEGER_LIMIT)]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -237,6 +269,14 @@ class Body(StrictModel):
     labels: ClassVar[frozenset[str]] = frozenset()
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = _permitting(handler, core_schema, [_NULL])
+        properties = handler.resolve_ref_schema(schema).setdefault("properties", {})
+        properties |= {name: {"description": "Read by nobody."} for name in sorted(cls.labels)}
+        properties |= {name: {"enum": [None, *values]} for name, values in sorted(cls.unsupported.items())}
+        return schema
+
 
 class _Sampled(Body):
     """What both kinds of completion may ask. The sampling fields beyond OpenAI's are those of ``SamplingOptions``."""
@@ -244,11 +284,11 @@ class _Sampled(Body):
     labels: ClassVar[frozenset[str]] = _LABELS
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = _UNSUPPORTED
 
-    model: str | None = Field(default=None, max_length=256)
+    model: ModelName | None = None
     n: int = Field(default=1, ge=1, le=CHOICE_COUNT_LIMIT)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    stop: Annotated[list[StopText], BeforeValidator(listed), Field(max_length=STOP_COUNT_LIMIT)] = []
+    stop: StopTexts = []
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0, le=INTEGER_LIMIT)
@@ -278,9 +318,7 @@ class _Sampled(Body):
 class ChatRequest(_Sampled):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: Annotated[
-        list[Annotated[Message, BeforeValidator(without_nothing)]], Field(min_length=1, max_length=MESSAGE_COUNT_LIMIT)
-    ]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGE_COUNT_LIMIT)]
     max_tokens: _TokenCount | None = None
     max_completion_tokens: _TokenCount | None = None
     logprobs: bool = False
@@ -373,6 +411,19 @@ def parse_request(kind: type[_Request], document: Any) -> _Request:
         return kind.model_validate(fields)
     except ValidationError as error:
         raise _as_api_error(error) from error
+
+
+def _permitting(handler: GetJsonSchemaHandler, core_schema: Any, nothing: list[dict[str, Any]]) -> dict[str, Any]:
+    """The JSON schema of a model that takes ``nothing`` for every field that may be absent, known or not."""
+    schema = handler(core_schema)
+    document = handler.resolve_ref_schema(schema)
+    for name, field in document.get("properties", {}).items():
+        if name not in document.get("required", ()):
+            outer = {key: field.pop(key) for key in ("title", "default", "description") if key in field}
+            kinds = [kind for kind in field.pop("anyOf", [field]) if kind and kind not in nothing]
+            document["properties"][name] = {"anyOf": [*kinds, *nothing], **outer}
+    document["additionalProperties"] = nothing[0] if len(nothing) == 1 else {"anyOf": nothing}
+    return schema
 
 
 def _asks_nothing(value: Any, neutrals: tuple[Any, ...]) -> bool:

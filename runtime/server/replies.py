@@ -21,13 +21,16 @@ _LEAST_LOGPROB = -9999.0  # OpenAI's word for "practically impossible"; JSON has
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """How a request went. All times count from when its tokens were queued; rates are tokens per second."""
+    """How a request went. All times count from when its tokens were queued; rates are tokens per second.
+    ``drafted_tokens`` are the guesses of speculative decoding, ``accepted_tokens`` those of them that were right."""
 
     queue_s: float
     ttft_s: float | None
     prefill_tps: float | None
     decode_tps: float | None
     total_s: float
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

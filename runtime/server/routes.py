@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -26,7 +26,7 @@ from runtime.server.ollama import (
     loaded_document,
     timestamp,
 )
-from runtime.server.openai import Body, Message, TokenId, ToolEntry, parse_request, without_nothing
+from runtime.server.openai import Body, Message, ModelName, TokenId, ToolEntry, parse_request
 from runtime.server.prepare import Prepared, Preparer, Wish
 from runtime.server.replies import Writer
 from runtime.tools import Tool
@@ -42,11 +42,9 @@ class TokenizeBody(Body):
     recognises special tokens written in the text, ``with_pieces`` tells the text of every token.
     """
 
-    model: str | None = None
+    model: ModelName | None = None
     content: str | None = None
-    messages: list[Annotated[Message, BeforeValidator(without_nothing)]] = Field(
-        default=[], max_length=MESSAGE_COUNT_LIMIT
-    )
+    messages: list[Message] = Field(default=[], max_length=MESSAGE_COUNT_LIMIT)
     tools: list[ToolEntry] = Field(default=[], max_length=TOOL_COUNT_LIMIT)
     add_special: bool = False
     parse_special: bool = True
@@ -56,7 +54,7 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """Body of ``POST /detokenize``."""
 
-    model: str | None = None
+    model: ModelName | None = None
     tokens: Annotated[list[TokenId], Field(max_length=BODY_LIMIT_BYTES)]
 
 
@@ -140,7 +138,8 @@ class OllamaRoutes:
 
     async def show(self, request: Request) -> Response:
         wanted = parse_request(ShowBody, parse_json(await request.body()))
-        self._check_model(wanted.model if wanted.model is not None else wanted.name or "")
+        for name in [name for name in (wanted.model, wanted.name) if name is not None] or [""]:
+            self._check_model(name)
         template = self._model.chat_template
         tools = ["tools"] if template is not None and template.uses_tools else []
         architecture = self._info.architecture

@@ -14,9 +14,10 @@ from typing import Literal
 
 from edgelm.errors import EdgelmError, EngineError, UsageError
 from runtime.constraint import ConstraintError
-from runtime.engine import Chunk, Engine, Logits, PrefixCopier
-from runtime.generate import Continuation, GenerationRequest, Session, Step, TokenEvent
+from runtime.engine import Chunk, Engine, Logits, PrefixCopier, common_prefix
+from runtime.generate import Continuation, GenerationRequest, Session, Step, TokenEvent, next_chunk, take_rows
 from runtime.server.metrics import Metrics
+from runtime.speculative import DRAFTED_STREAMS, Drafts, Speculation
 from runtime.tokenizer import TextTokenizer
 
 BATCH_TOKENS = 512
@@ -63,13 +64,15 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class _Run:
-    """A job on its sequence. ``pending`` are the tokens to compute next: what is left of the prompt, or one token."""
+    """A job on its sequence. ``pending`` are the tokens to compute next: what is left of the prompt, or one token,
+    behind which ``drafts`` may have guesses."""
 
     job: Job
     session: Session
     continuation: Continuation
     pending: Sequence[int]
     cached_tokens: int
+    drafts: Drafts | None
     index: int = 0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
@@ -80,12 +83,19 @@ class Scheduler:
     """Runs up to ``engine.info.sequences`` jobs together. Sequences keep their tokens afterwards, as a prefix cache."""
 
     def __init__(
-        self, engine: Engine, tokenizer: TextTokenizer, metrics: Metrics, *, batch_tokens: int = BATCH_TOKENS
+        self,
+        engine: Engine,
+        tokenizer: TextTokenizer,
+        metrics: Metrics,
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        speculation: Speculation | None = None,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._batch_tokens = batch_tokens
+        self._speculation = speculation
         self._free = [Session(engine, sequence) for sequence in range(engine.info.sequences)]
         self._runs: list[_Run] = []
         self.mean_job_s = 1.0
@@ -126,15 +136,16 @@ class Scheduler:
         job.admitted_s = time.monotonic()
         self._metrics.queue_wait_s.observe(job.queue_s)
         self._metrics.cached_tokens.inc(cached)
-        self._runs.append(_Run(job, session, continuation, prompt[cached:], cached))
+        drafts = None if self._speculation is None else self._speculation.drafts(job.request.stop_tokens)
+        self._runs.append(_Run(job, session, continuation, prompt[cached:], cached, drafts))
 
     def _take_prefix(self, session: Session, prompt: Sequence[int]) -> int:
         """Leave in a free sequence what the prompt begins with, from wherever it can be had; tells how much that is."""
         # The last token of the prompt is always computed, because its logits choose the first answer token.
-        cached = min(_common_prefix(session.tokens, prompt), len(prompt) - 1)
+        cached = min(common_prefix(session.tokens, prompt), len(prompt) - 1)
         others = [run.session for run in self._runs] + [free for free in self._free if free is not session]
-        best = max(others, key=lambda other: _common_prefix(other.tokens, prompt), default=session)
-        copied = min(_common_prefix(best.tokens, prompt), len(prompt) - 1)
+        best = max(others, key=lambda other: common_prefix(other.tokens, prompt), default=session)
+        copied = min(common_prefix(best.tokens, prompt), len(prompt) - 1)
         engine = self._engine
         try:
             if isinstance(engine, PrefixCopier) and copied - cached >= COPY_GAIN_TOKENS:
@@ -149,8 +160,8 @@ class Scheduler:
         del session.tokens[cached:]
         return cached
 
-    def step(self) -> None:
-        """End what was cancelled, compute one batch, deliver its tokens.
+    def step(self) -> int:
+        """End what was cancelled, compute one batch, deliver its tokens; how many tokens it had.
 
         Raises ``EngineError``; after an ``EngineInterruptedError`` the step can simply be repeated.
         """
@@ -158,18 +169,23 @@ class Scheduler:
             self._end(run, Step(None, run.continuation.finish(), "cancelled"))
         batch = self._batch()
         if not batch:
-            return
+            return 0
+        tokens = sum(len(chunk.tokens) for _, chunk in batch)
         logits = self._engine.forward([chunk for _, chunk in batch])
         self._metrics.batch_requests.observe(len(batch))
-        self._metrics.batch_tokens.observe(sum(len(chunk.tokens) for _, chunk in batch))
-        rows = iter(logits)
+        self._metrics.batch_tokens.observe(tokens)
+        row = 0
         for run, chunk in batch:
-            run.session.tokens.extend(chunk.tokens)
-            run.pending = run.pending[len(chunk.tokens) :]
             if run.index == 0:
+                run.pending = run.pending[len(chunk.tokens) :]
                 self._metrics.prefill_tokens.inc(len(chunk.tokens))
-            if chunk.logits == "last":
-                self._take(run, next(rows))
+            if chunk.logits == "none":
+                run.session.tokens.extend(chunk.tokens)
+                continue
+            count = len(chunk.tokens) if chunk.logits == "all" else 1
+            self._take(run, chunk, logits[row : row + count])
+            row += count
+        return tokens
 
     def fail(self, failure: Failure) -> None:
         """End every running job with ``failure``. What the sequences hold is unknown then, so they start afresh."""
@@ -180,12 +196,17 @@ class Scheduler:
             session.tokens.clear()
 
     def _batch(self) -> list[tuple[_Run, Chunk]]:
-        """Every run that decodes gets its token, then prompts in order of admission get what is left."""
-        decoding = [run for run in self._runs if run.index > 0]
-        room = self._batch_tokens - len(decoding)
-        if decoding:
+        """Every run that decodes gets its token, with guesses where few are running, then prompts in order of admission
+        get what is left."""
+        few = len(self._runs) <= DRAFTED_STREAMS
+        batch = [
+            (run, next_chunk(run.session, run.continuation, run.pending[0], run.drafts if few else None))
+            for run in self._runs
+            if run.index > 0
+        ]
+        room = self._batch_tokens - sum(len(chunk.tokens) for _, chunk in batch)
+        if batch:
             room = min(room, SHARED_PREFILL_TOKENS)
-        batch = [(run, Chunk(run.session.sequence, run.pending, "last")) for run in decoding]
         for run in self._runs:
             if run.index == 0 and room > 0:
                 piece = run.pending[:room]
@@ -194,19 +215,25 @@ class Scheduler:
                 batch.append((run, Chunk(run.session.sequence, piece, wanted)))
         return batch
 
-    def _take(self, run: _Run, row: Logits) -> None:
-        """Choose a token from one row of logits and deliver what comes of it, by the rules of ``generate``."""
-        self._observe_token(run)
+    def _take(self, run: _Run, chunk: Chunk, rows: Logits) -> None:
+        """Choose tokens from a chunk's rows of logits and deliver what comes of them, by the rules of ``generate``."""
+        drafts = run.drafts if len(rows) > 1 else None
         try:
-            step = run.continuation.take(row, run.session.tokens)
+            steps = take_rows(run.session, run.continuation, chunk, rows, drafts)
         except EngineError as error:
+            self._observe_token(run)
             self._fail_one(run, failure_of(error))
             return
-        if step.finish_reason is not None or step.token is None:
-            self._end(run, step)
-            return
-        self._deliver(run, step)
-        run.pending = (step.token,)
+        if drafts is not None:
+            self._metrics.drafted_tokens.inc(len(rows) - 1)
+            self._metrics.accepted_tokens.inc(len(steps) - 1)
+        for step in steps:
+            self._observe_token(run)
+            if step.finish_reason is not None or step.token is None:
+                self._end(run, step)
+                return
+            self._deliver(run, step)
+            run.pending = (step.token,)
 
     def _observe_token(self, run: _Run) -> None:
         now = time.monotonic()
@@ -257,6 +284,8 @@ class Scheduler:
                 cached_tokens=run.cached_tokens,
                 finish_reason=step.finish_reason,
                 logprobs=step.logprobs,
+                drafted_tokens=run.drafts.drafted if run.drafts else 0,
+                accepted_tokens=run.drafts.accepted if run.drafts else 0,
             )
         )
         run.index += 1
@@ -267,12 +296,4 @@ def _loss(free: Session, prompt: Sequence[int]) -> int:
 
     Among equals the lowest number is taken: llama.cpp computes sequences together up to the highest one in use.
     """
-    return len(free.tokens) - 2 * _common_prefix(free.tokens, prompt)
-
-
-def _common_prefix(held: Sequence[int], prompt: Sequence[int]) -> int:
-    """Number of leading tokens that both share."""
-    for index, (left, right) in enumerate(zip(held, prompt, strict=False)):
-        if left != right:
-            return index
-    return min(len(held), len(prompt))
+    return len(free.tokens) - 2 * common_prefix(free.tokens, prompt)

@@ -199,6 +199,8 @@ def make_backend(
 
     Raises what ``runtime.model.open_model`` raises, without a child for what is wrong with the path.
     """
+    if (options.lookup or options.draft) and (holds_task(path) is not None or holds_encoder(path)):
+        raise UsageError(f"--lookup and --draft are for models that generate, which {path} does not")
     if holds_task(path) is not None:
         if options.sequences > 1:
             raise UsageError("--parallel is for models that generate", hint="this one answers text after text")
@@ -211,7 +213,8 @@ def make_backend(
         )
     if in_process:
         return Worker(open_model(path, options), metrics)
-    artifact_of(path, check_hashes=False)
+    for model in (path, *([Path(options.draft)] if options.draft else [])):
+        artifact_of(model, check_hashes=False)
     return SupervisedWorker(path, options, metrics)
 
 
@@ -250,10 +253,9 @@ def _title(path: Path, settle: Settle, metrics: Metrics) -> Title:
 
     def open_servant() -> Worker | SupervisedWorker | EmbeddingWorker | TaskWorker:
         options, in_process = settle(path)
-        one_by_one = encoder or task is not None
-        return make_backend(
-            path, replace(options, sequences=1) if one_by_one else options, metrics, in_process=in_process
-        )
+        if encoder or task is not None:
+            options = replace(options, sequences=1, lookup=False)
+        return make_backend(path, options, metrics, in_process=in_process)
 
     if foreign:
         raise UsageError(

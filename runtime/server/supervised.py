@@ -27,6 +27,7 @@ from runtime.model import PromptingModel
 from runtime.server import wire
 from runtime.server.logs import log_event
 from runtime.server.metrics import Metrics
+from runtime.server.pace import SILENCE_FLOOR_S, Pace
 from runtime.server.scheduler import Failure, Job, JobEvent
 from runtime.server.worker import (
     QUEUED_PER_SEQUENCE,
@@ -41,6 +42,9 @@ from runtime.server.worker import (
 from runtime.supervisor import Death, FrameError, Supervisor
 
 CALL_TIMEOUT_S = 60.0
+LOAD_TIMEOUT_S = 1800.0
+"""Longer than a model that fills a board's memory takes to be hashed and read from a slow card."""
+WATCH_S = 1.0
 STOP_GRACE_S = 10.0
 _RESERVED_FACTS = frozenset({"time", "level", "event", "exception"})
 
@@ -87,14 +91,21 @@ def engine_command() -> list[str]:
 
 
 class SupervisedWorker:
-    """``Backend`` with its engine in a child process. ``command`` is for tests that bring an engine of their own.
+    """``Backend`` with its engine in a child process. ``command`` is for tests that bring an engine of their own, and
+    ``silence_floor_s`` for those whose engine stands still: see ``Pace.silence_limit_s``.
 
     ``on_refusal`` is called once when the engine process says before it ever worked why it never will: a damaged
     bundle, too little memory. ``failure`` then tells what it said.
     """
 
     def __init__(
-        self, path: Path, options: EngineOptions, metrics: Metrics, *, command: Sequence[str] | None = None
+        self,
+        path: Path,
+        options: EngineOptions,
+        metrics: Metrics,
+        *,
+        command: Sequence[str] | None = None,
+        silence_floor_s: float = SILENCE_FLOOR_S,
     ) -> None:
         self._load = wire.Load(str(path), options)
         self._metrics = metrics
@@ -112,6 +123,11 @@ class SupervisedWorker:
         self._supervisor = Supervisor(list(command or engine_command()), self)
         self._failure: EdgelmError | None = None
         self.on_refusal: Callable[[], None] = lambda: None
+        self._silence_floor_s = silence_floor_s
+        self._pace = Pace()
+        self._silent_s = 0.0
+        self._stopped = threading.Event()
+        self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     @property
     def model(self) -> RemoteModel:
@@ -155,6 +171,7 @@ class SupervisedWorker:
 
     def start(self) -> None:
         self._supervisor.start()
+        self._watchdog.start()
 
     def submit(self, request: GenerationRequest, deliver: Callable[[JobEvent], None]) -> Job:
         job = Job(request, deliver)
@@ -185,10 +202,14 @@ class SupervisedWorker:
         self._stopping = True
         self._send(wire.Stop())
         self._supervisor.stop(STOP_GRACE_S if self._state == "ready" else 0.0)
+        self._stopped.set()
+        if self._watchdog.ident is not None:
+            self._watchdog.join()
         self._state = "failed" if self._failure is not None else "stopped"
 
     def child_started(self) -> None:
         """See ``runtime.supervisor.Watcher``."""
+        self._pace, self._silent_s = Pace(), 0.0
         self._metrics.engine_starts.inc()
         log_event("engine started", {"pid": self.pid})
         self._send(self._load)
@@ -208,7 +229,8 @@ class SupervisedWorker:
         elif isinstance(said, wire.Refused):
             self._refused(said)
         elif self._model is not None:
-            self._state, self._started = "ready", True
+            with self._lock:
+                self._state, self._started, self._silent_s = "ready", True, 0.0
             log_ready(self._model.info)
 
     def child_wrote(self, line: str) -> None:
@@ -230,6 +252,20 @@ class SupervisedWorker:
 
     def child_died(self, death: Death) -> None:
         """See ``runtime.supervisor.Watcher``. Whoever waits for it is told so."""
+        lost = self._lose("the engine ended while computing this request; it is being started again")
+        if self._failure is not None:
+            self.on_refusal()
+        elif not self._stopping:
+            self._metrics.engine_deaths.inc()
+            facts = {"reason": death.reason, "lived_s": round(death.lived_s, 3), "requests_lost": lost}
+            facts |= {"last_line": death.last_line or None, "restart_in_s": death.pause_s}
+            log_event("engine died", facts, level=logging.ERROR)
+
+    def _lose(self, told: str) -> int:
+        """Fail everybody who waits for the engine process, which is gone or good for nothing; how many jobs there were.
+
+        From here on until another one works, readiness is denied.
+        """
         with self._lock:
             jobs, calls = list(self._jobs.values()), list(self._calls.values())
             self._jobs.clear()
@@ -243,14 +279,35 @@ class SupervisedWorker:
             waiting.set_exception(NotReadyError("the engine ended while it was asked"))
         for job in jobs:
             self._metrics.generations.labels("failed").inc()
-            job.deliver(Failure("the engine ended while computing this request; it is being started again"))
-        if self._failure is not None:
-            self.on_refusal()
-        elif not self._stopping:
-            self._metrics.engine_deaths.inc()
-            facts = {"reason": death.reason, "lived_s": round(death.lived_s, 3), "requests_lost": len(jobs)}
-            facts |= {"last_line": death.last_line or None, "restart_in_s": death.pause_s}
-            log_event("engine died", facts, level=logging.ERROR)
+            job.deliver(Failure(told))
+        return len(jobs)
+
+    def _watch(self) -> None:
+        """End an engine process that stands still: it is stopped, or its computation never returns.
+
+        Seconds are counted while this thread runs, so that a server which was itself stopped for long blames nobody.
+        """
+        nap_s = min(WATCH_S, self._silence_floor_s / 8)
+        before = time.monotonic()
+        while not self._stopped.wait(nap_s):
+            now = time.monotonic()
+            with self._lock:
+                ready = self._state == "ready"
+                idle = not self._jobs if ready else self.pid is None
+                self._silent_s = 0.0 if idle else self._silent_s + min(now - before, 2 * nap_s)
+                limit_s = self._pace.silence_limit_s(self._silence_floor_s) if ready else LOAD_TIMEOUT_S
+                hung = self._silent_s > limit_s
+            before = now
+            if hung:
+                self._end_hung(limit_s)
+
+    def _end_hung(self, limit_s: float) -> None:
+        """Kill the engine process and tell those who wait, at once: one that is stuck in the kernel dies later."""
+        self._silent_s = 0.0
+        self._metrics.engine_hangs.inc()
+        self._supervisor.kill()
+        lost = self._lose("the engine stood still while computing this request; it is being started again")
+        log_event("engine hung", {"silent_s": round(limit_s, 1), "requests_lost": lost}, level=logging.ERROR)
 
     def _send(self, message: wire.ToEngine) -> None:
         self._supervisor.send(wire.pack_to_engine(message))
@@ -268,11 +325,17 @@ class SupervisedWorker:
             return waiting.result(CALL_TIMEOUT_S)
         except NoAnswerError:
             with self._lock:
-                self._calls.pop(number, None)
+                unanswered = self._calls.pop(number, None) is not None
+            if unanswered:
+                self._end_hung(CALL_TIMEOUT_S)
             raise NotReadyError("the engine process does not answer") from None
 
     def _progress(self, progress: wire.Progress) -> None:
         self._running, self._kv_tokens = progress.running, progress.kv_tokens
+        with self._lock:
+            if progress.deliveries or progress.pace.steps != self._pace.steps:
+                self._silent_s = 0.0
+            self._pace = progress.pace
         try:
             for observation in progress.observations:
                 self._metrics.apply(observation)

@@ -220,4 +220,4 @@ def create_switch_app(shelf: Shelf, metrics: Metrics, access: Access) -> ASGIApp
         Route("/api/version", switch.version, methods=["GET"]),
         *(Route(path, switch, methods=["POST"]) for path in BY_MODEL),
     ]
-    return guarded(routes, metrics, access)
+    return guarded(routes, metrics, access, lambda: list(shelf.books))

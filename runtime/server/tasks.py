@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -25,48 +26,67 @@ from runtime.server.exposition import CONTENT_TYPE
 from runtime.server.figures import Figures
 from runtime.server.limits import Access, parse_json, prompt_characters_limit
 from runtime.server.metrics import Metrics
+from runtime.server.openai import Body, ModelName, parse_request
 from runtime.server.replies import model_document
 from runtime.server.task_worker import TaskJob, TaskWorker
 from runtime.server.worker import NotReadyError, QueueFullError
-from runtime.tasks import TOP_LIMIT, Asked
+from runtime.tasks import TOP, TOP_LIMIT, Asked
 
 INPUT_COUNT_LIMIT = 256
 MAX_TOKENS_LIMIT = 65536
-_FIELDS: Mapping[TaskKind, tuple[str, int]] = {
-    "translate": ("max_tokens", MAX_TOKENS_LIMIT),
-    "fill-mask": ("top_k", TOP_LIMIT),
-}
 _GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/api/chat", "/api/generate")
 
 
-def parse_task_request(document: Any, kind: TaskKind, context: int) -> tuple[list[Asked], str | None]:
-    """The texts that a JSON document asks for, and the model that it names. Raises ``ApiError`` 400."""
-    if not isinstance(document, dict):
-        raise ApiError(400, "the body must be a JSON object", code="invalid_type")
-    number, most = _FIELDS.get(kind, ("", 0))
-    known = {"input", "model", number} - {""}
-    unknown = next((name for name in document if name not in known), None)
-    if unknown is not None:
-        raise ApiError(400, f"unknown field {unknown[:64]!r}", param=unknown[:64], code="unknown_parameter")
-    model = document.get("model")
-    if model is not None and not (isinstance(model, str) and len(model) <= 256):
-        raise _invalid("model", "it must be a string of at most 256 characters")
-    value = document.get(number)
-    if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most):
-        raise _invalid(number, f"it must be a whole number from 1 to {most}")
-    given = document.get("input")
-    texts = [given] if isinstance(given, str) else given
-    if not isinstance(texts, list) or not 0 < len(texts) <= INPUT_COUNT_LIMIT:
-        raise _invalid("input", f"it must be a text or a list of 1 to {INPUT_COUNT_LIMIT} texts")
-    for index, text in enumerate(texts):
-        param = "input" if isinstance(given, str) else f"input.{index}"
-        if not isinstance(text, str):
-            raise _invalid(param, "it must be a text")
-        if len(text) > prompt_characters_limit(context):
-            told = f"{param}: {len(text)} characters are more than fit; the model takes {context} tokens of one text"
-            raise ApiError(400, told, param=param, code="context_length_exceeded")
-    options = {} if value is None else {"max_tokens" if kind == "translate" else "top": value}
-    return [Asked(text, max_tokens=options.get("max_tokens", 0), top=options.get("top", 5)) for text in texts], model
+class _TaskRequest(Body):
+    """What the bodies of all tasks hold: a text or a list of texts."""
+
+    input: str | Annotated[list[str], Field(min_length=1, max_length=INPUT_COUNT_LIMIT)]
+    model: ModelName | None = None
+
+    @property
+    def asked(self) -> list[Asked]:
+        """Every text with what it is asked for."""
+        return [self._asked(text) for text in ([self.input] if isinstance(self.input, str) else self.input)]
+
+    def check_lengths(self, context: int) -> None:
+        """Raises ``ApiError`` 400 for a text that no tokenizer could bring into ``context`` tokens."""
+        for index, asked in enumerate(self.asked):
+            param = "input" if isinstance(self.input, str) else f"input.{index}"
+            if len(asked.text) > prompt_characters_limit(context):
+                told = f"{len(asked.text)} characters are more than fit; the model takes {context} tokens of one text"
+                raise ApiError(400, f"{param}: {told}", param=param, code="context_length_exceeded")
+
+    def _asked(self, text: str) -> Asked:
+        return Asked(text)
+
+
+class TranslateRequest(_TaskRequest):
+    """Body of ``POST /v1/translate``. Without ``max_tokens`` as many are written as the model usually writes."""
+
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS_LIMIT)
+
+    def _asked(self, text: str) -> Asked:
+        return Asked(text, max_tokens=self.max_tokens or 0)
+
+
+class FillMaskRequest(_TaskRequest):
+    """Body of ``POST /v1/fill-mask``: ``top_k`` words for each mask."""
+
+    top_k: int = Field(default=TOP, ge=1, le=TOP_LIMIT)
+
+    def _asked(self, text: str) -> Asked:
+        return Asked(text, top=self.top_k)
+
+
+class ClassifyRequest(_TaskRequest):
+    """Body of ``POST /v1/classify``."""
+
+
+BODIES: Mapping[TaskKind, type[_TaskRequest]] = {
+    "translate": TranslateRequest,
+    "fill-mask": FillMaskRequest,
+    "classify": ClassifyRequest,
+}
 
 
 def _invalid(param: str, told: str) -> ApiError:
@@ -113,8 +133,10 @@ class TaskService:
         raise ApiError(400, told, param="model", code="model_not_supported")
 
     async def task(self, request: Request) -> Response:
-        asked, name = parse_task_request(parse_json(await request.body()), self._model.kind, self._model.context)
-        self._check_model(name)
+        wanted = parse_request(BODIES[self._model.kind], parse_json(await request.body()))
+        wanted.check_lengths(self._model.context)
+        self._check_model(wanted.model)
+        asked = wanted.asked
         try:
             job = self._worker.submit(asked)
         except QueueFullError as error:
@@ -170,7 +192,7 @@ async def _cancel_when_gone(request: Request, worker: TaskWorker, job: TaskJob) 
 def create_task_app(worker: TaskWorker, metrics: Metrics, access: Access) -> ASGIApp:
     """The ASGI application for one model with a task. The caller starts and stops the worker."""
     routes = task_routes(TaskService(worker, metrics, Figures(worker, metrics)), worker.model.kind)
-    return guarded(routes, metrics, access)
+    return guarded(routes, metrics, access, lambda: [worker.model.name])
 
 
 def task_routes(service: TaskService, kind: TaskKind) -> list[Route]:
@@ -183,5 +205,5 @@ def task_routes(service: TaskService, kind: TaskKind) -> list[Route]:
         Route("/v1/models", service.models, methods=["GET"]),
         Route("/v1/models/{name:path}", service.model, methods=["GET"]),
         Route(f"/v1/{kind}", service.task, methods=["POST"]),
-        *(Route(path, service.other, methods=["POST"]) for path in _GENERATING),
+        *(Route(path, service.other, methods=["POST"], include_in_schema=False) for path in _GENERATING),
     ]

@@ -7,7 +7,7 @@ sockets nor processes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -16,6 +16,7 @@ from edgelm.bundle import Manifest
 from runtime.engine import EngineInfo, EngineOptions
 from runtime.generate import GenerationRequest, TokenEvent
 from runtime.server.metrics import Observation
+from runtime.server.pace import Pace
 from runtime.server.scheduler import Failure
 from runtime.supervisor import FrameError
 
@@ -144,13 +145,14 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What came of one step: events in order, and what was counted on the way; how many jobs are running now,
-    and how many tokens the sequences hold."""
+    """What came of one step: events in order, and what was counted on the way; how many jobs are running now, how many
+    tokens the sequences hold, and how the steps went so far."""
 
     running: int
     deliveries: list[Delivery]
     observations: list[Observation]
     kv_tokens: int = 0
+    pace: Pace = field(default_factory=Pace)
     kind: Literal["progress"] = "progress"
 
 

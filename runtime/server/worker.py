@@ -24,6 +24,7 @@ from runtime.generate import GenerationRequest, TokenEvent
 from runtime.model import LoadedModel, PromptingModel
 from runtime.server.logs import log_event
 from runtime.server.metrics import Metrics
+from runtime.server.pace import Pace
 from runtime.server.scheduler import Failure, Job, JobEvent, Scheduler
 
 State = Literal["starting", "ready", "restarting", "failed", "stopped"]
@@ -142,7 +143,7 @@ class Worker:
         self._tokenizer = model.tokenizer
         self._metrics = metrics
         self._after_step = after_step
-        self._scheduler = Scheduler(self._engine, self._tokenizer, metrics)
+        self._scheduler = Scheduler(self._engine, self._tokenizer, metrics, speculation=model.speculation)
         self._queue: deque[Job] = deque()
         self._queue_limit = QUEUED_PER_SEQUENCE * self._engine.info.sequences
         self._changed = threading.Condition()
@@ -151,6 +152,7 @@ class Worker:
         self._abort_message: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._failure: EngineError | None = None
+        self._pace = Pace()
 
     @property
     def model(self) -> LoadedModel:
@@ -175,6 +177,11 @@ class Worker:
     @property
     def queued(self) -> int:
         return len(self._queue)
+
+    @property
+    def pace(self) -> Pace:
+        """How its steps went so far, that of the first token among them."""
+        return self._pace
 
     @property
     def kv_tokens(self) -> int:
@@ -236,12 +243,16 @@ class Worker:
 
     def _run(self) -> None:
         try:
+            started = time.monotonic()
             self._compute_one_token()
+            self._pace = self._pace.after(time.monotonic() - started, 1)
             self._state = "ready"
             log_ready(self._engine.info)
             self._after_step()
             while self._wait_for_work():
-                self._step()
+                started = time.monotonic()
+                tokens = self._step()
+                self._pace = self._pace.after(time.monotonic() - started, tokens)
                 self._after_step()
         except EngineError as error:
             self._failure = error
@@ -251,7 +262,7 @@ class Worker:
             with self._changed:
                 self._state = "stopped" if self._stopping and self._state == "ready" else "failed"
             self._fail_all("the engine failed")
-            self._engine.close()
+            self._model.close()
             self._after_step()
 
     def _wait_for_work(self) -> bool:
@@ -267,26 +278,29 @@ class Worker:
             self._after_step()
         return self._scheduler.running > 0 or not self._stopping
 
-    def _step(self) -> None:
+    def _step(self) -> int:
         try:
-            self._scheduler.step()
+            return self._scheduler.step()
         except EngineInterruptedError:
-            return  # nothing was computed and nothing lost: the next step leaves out what was cancelled
+            return 0  # nothing was computed and nothing lost: the next step leaves out what was cancelled
         except EngineError as error:
             facts = {"reason": error.message, "running": self._scheduler.running}
             log_event("engine error", facts, level=logging.ERROR)
             self._scheduler.fail(Failure("the engine failed while computing this request"))
             # One failed call may have been the requests' fault. An engine that cannot compute one token is dead.
             self._compute_one_token()
+            return 0
 
     def _compute_one_token(self) -> None:
-        """Raises ``EngineError`` when the engine cannot compute finite logits for one token."""
+        """Raises ``EngineError`` when the engine cannot compute finite logits for one token, or a drafting one none."""
         tokens = self._tokenizer.encode("Hello")[:1] or [0]
         logits = self._engine.forward([Chunk(0, tokens, "last")])
         finite = bool(np.isfinite(logits).all())
         self._engine.truncate(0, 0)
         if not finite:
             raise EngineError("the engine computes values that are not finite", hint="try: edgelm doctor")
+        if self._model.speculation is not None:
+            self._model.speculation.check()
 
     def _fail_all(self, message: str) -> None:
         self._scheduler.fail(Failure(message))

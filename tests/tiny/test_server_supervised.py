@@ -19,6 +19,7 @@ from fake_engine import FakeEngine, FakeTokenizer, wait_until
 from live_server import LiveServer, fake_model, live_server, running_server
 from prometheus_client.parser import text_string_to_metric_families
 
+import runtime.server.supervised
 from runtime.engine import EngineOptions
 from runtime.generate import GenerationRequest
 from runtime.server.metrics import Metrics
@@ -28,7 +29,7 @@ from runtime.server.worker import QueueFullError
 
 START_TIMEOUT_S = 60
 # The engine behind the socket is the scripted one. "~" in a prompt makes it die as by a fault of C code, "!" compute
-# what is no number, and the path decides how it loads.
+# what is no number, "^" never return, and the path decides how it loads.
 ENGINE = """
 import sys
 sys.path[:] = {path!r}
@@ -44,6 +45,8 @@ class Fragile(FakeEngine):
     def forward(self, chunks):
         if any(ord("~") in chunk.tokens for chunk in chunks):
             os.kill(os.getpid(), 11)
+        while any(ord("^") in chunk.tokens for chunk in chunks):
+            time.sleep(60)
         logits = super().forward(chunks)
         if any(ord("!") in chunk.tokens for chunk in chunks):
             logits = np.full_like(logits, np.nan)
@@ -65,11 +68,12 @@ main(load)
 """
 
 
-def fake_backend(name: str = "fake") -> tuple[SupervisedWorker, Metrics]:
+def fake_backend(name: str = "fake", silence_floor_s: float = 60) -> tuple[SupervisedWorker, Metrics]:
     path = [str(Path(__file__).resolve().parents[1]), *sys.path]
     metrics = Metrics()
     command = [sys.executable, "-c", ENGINE.format(path=path)]
-    return SupervisedWorker(Path(name), EngineOptions(), metrics, command=command), metrics
+    options = EngineOptions()
+    return SupervisedWorker(Path(name), options, metrics, command=command, silence_floor_s=silence_floor_s), metrics
 
 
 def worker_of(server: LiveServer) -> SupervisedWorker:
@@ -213,6 +217,39 @@ def test_a_crash_inside_the_engine_is_a_503_to_who_caused_it(server: LiveServer)
     assert status == 200 or (status == 503 and headers["retry-after"])
     assert wait_until(lambda: is_ready(server), START_TIMEOUT_S)
     assert figure(server, "edgelm_engine_deaths_total") == deaths + 1
+
+
+def test_an_engine_that_stands_still_is_ended_and_comes_back() -> None:
+    """Once stopped as a whole, once in a computation that never returns."""
+    with running_server(*fake_backend(silence_floor_s=2)) as server:
+        assert wait_until(lambda: is_ready(server), START_TIMEOUT_S)
+        pid = worker_of(server).pid
+        assert pid is not None
+        with stream(server, "long", 3000) as answer:
+            os.kill(pid, signal.SIGSTOP)
+            last = answer.read().decode().strip().split("\n\n")[-1]
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert (error["code"], "stood still" in error["message"]) == ("engine_failed", True)
+        assert server.request("GET", "/health/ready")[0] == 503
+        assert wait_until(lambda: is_ready(server), START_TIMEOUT_S)
+        assert not Path(f"/proc/{pid}").exists()
+        status, answered = server.post("/v1/completions", wanted("^"))
+        assert (status, answered["error"]["code"]) == (503, "engine_failed")
+        assert wait_until(lambda: is_ready(server), START_TIMEOUT_S)
+        assert server.post("/v1/completions", wanted("x"))[0] == 200
+        assert figure(server, "edgelm_engine_hangs_total") == figure(server, "edgelm_engine_deaths_total") == 2
+
+
+def test_a_model_that_never_loads_is_loaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading = tmp_path / "loading"
+    loading.mkdir()
+    monkeypatch.setattr(runtime.server.supervised, "LOAD_TIMEOUT_S", 0.5)
+    with supervised(str(loading / "slow")) as server:
+        assert wait_until(lambda: figure(server, "edgelm_engine_hangs_total") >= 1, START_TIMEOUT_S)
+        assert server.worker.state == "starting"
+        monkeypatch.undo()
+        loading.rmdir()
+        assert wait_until(lambda: is_ready(server), START_TIMEOUT_S)
 
 
 def test_values_that_are_no_numbers_are_an_error_without_a_crash(server: LiveServer) -> None:

@@ -19,10 +19,11 @@ from live_server import LiveServer, fake_model, live_server
 
 from edgelm.errors import EngineError
 from runtime.server.embedding_worker import EmbeddingWorker
-from runtime.server.embeddings import parse_embedding_request
+from runtime.server.embeddings import EmbeddingRequest
 from runtime.server.errors import ApiError
 from runtime.server.limits import Access
 from runtime.server.metrics import Metrics
+from runtime.server.openai import parse_request
 from runtime.server.worker import NotReadyError, QueueFullError
 
 
@@ -86,7 +87,7 @@ def test_dimensions_of_the_model_itself_pass(server: LiveServer) -> None:
 @pytest.mark.parametrize(
     ("body", "param", "told"),
     [
-        ({}, "input", "missing"),
+        ({}, "input", "required"),
         ({"input": []}, "input", "not empty"),
         ({"input": {}}, "input", "must be a text"),
         ({"input": 3}, "input", "must be a text"),
@@ -99,8 +100,8 @@ def test_dimensions_of_the_model_itself_pass(server: LiveServer) -> None:
         ({"input": [[1.5]]}, "input.0", "same kind"),
         ({"input": ["a"] * 2049}, "input", "at most 2048"),
         ({"input": "a", "dimensions": 4}, "dimensions", "not trained to be cut"),
-        ({"input": "a", "dimensions": 0}, "dimensions", "above 0"),
-        ({"input": "a", "dimensions": True}, "dimensions", "whole number"),
+        ({"input": "a", "dimensions": 0}, "dimensions", "greater than or equal to 1"),
+        ({"input": "a", "dimensions": True}, "dimensions", "valid integer"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format", "'float' or 'base64'"),
         ({"input": "a", "model": 3}, "model", "string"),
         ({"input": "a", "temperature": 1}, "temperature", "unknown field"),
@@ -260,7 +261,8 @@ def test_a_drain_that_takes_too_long_fails_what_is_left() -> None:
 
 
 def test_parsing_keeps_what_was_asked_for() -> None:
-    wanted = parse_embedding_request({"input": ["a"], "model": "m", "encoding_format": "base64", "dimensions": None})
-    assert (wanted.inputs, wanted.model, wanted.encoding, wanted.dimensions) == (("a",), "m", "base64", None)
+    body = {"input": ["a"], "model": "m", "encoding_format": "base64", "dimensions": None}
+    wanted = parse_request(EmbeddingRequest, body)
+    assert (wanted.input, wanted.model, wanted.encoding_format, wanted.dimensions) == (("a",), "m", "base64", None)
     with pytest.raises(ApiError, match="must be a JSON object"):
-        parse_embedding_request(["a"])
+        parse_request(EmbeddingRequest, ["a"])

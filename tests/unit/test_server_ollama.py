@@ -145,6 +145,7 @@ def test_lists_and_cards(client: ollama.Client, server: LiveServer) -> None:
         ("generate", "{}", 400, "model"),
         ("show", {"model": "other"}, 404, "model"),
         ("show", {}, 404, "model"),
+        ("show", {"model": "fake", "name": "other"}, 404, "model"),
         ("show", {"model": "fake", "verbose": True}, 400, "verbose"),
         ("pull", {"model": "fake"}, 404, "not found"),
     ],

@@ -91,6 +91,8 @@ def refusal(fields: dict[str, Any]) -> ApiError:
         ("stream", "yes"),
         ("stream", 1),
         ("stream_options", []),
+        ("stream_options", {"include_obfuscation": 0}),
+        ("stream_options", {"include_obfuscation": True}),
         ("stop", ""),
         ("stop", 5),
         ("stop", ["a"] * 17),

@@ -51,6 +51,17 @@ def test_with_room_nothing_is_given_up(model: Path, memory: Memory) -> None:
     assert list(settings.reasons)[:2] == ["memory", "context"]
 
 
+def test_a_drafting_model_takes_memory_too(model: Path, memory: Memory) -> None:
+    memory.is_free(4096 * MIB)
+    alone = choose_settings(model, "auto", Asked(sequences=SEQUENCES, lookup=True))
+    both = choose_settings(model, "auto", Asked(sequences=SEQUENCES, draft=str(model)))
+    assert (alone.options.lookup, alone.options.draft) == (True, "")
+    assert (both.options.lookup, both.options.draft) == (False, str(model))
+    needs = [parse_size(str(found.reasons["memory"].value).replace(" ", "")) for found in (alone, both)]
+    # The draft keeps two sequences of 4 MiB each, its weights and a process's own.
+    assert needs[0] + 8 * MIB < needs[1] < needs[0] + 200 * MIB
+
+
 def test_what_gives_way_costs_least_first(model: Path, memory: Memory) -> None:
     seen = []
     for free_mib in range(500, 60, -4):
