@@ -213,7 +213,9 @@ class Scheduler:
                 room -= len(piece)
                 wanted: Literal["none", "last"] = "last" if len(piece) == len(run.pending) else "none"
                 batch.append((run, Chunk(run.session.sequence, piece, wanted)))
-        return batch
+        # llama.cpp computes neighbours together and splits the batch elsewhere: eight streams out of order took 3 times
+        # as long as the same in order.
+        return sorted(batch, key=lambda item: item[1].sequence)
 
     def _take(self, run: _Run, chunk: Chunk, rows: Logits) -> None:
         """Choose tokens from a chunk's rows of logits and deliver what comes of them, by the rules of ``generate``."""

@@ -150,6 +150,15 @@ def test_the_lowest_free_sequence_is_taken_whatever_the_order_of_release() -> No
     assert engine.calls[-1][0][0] == 0
 
 
+def test_sequences_are_named_in_order_whoever_came_first() -> None:
+    engine = FakeEngine(context=256, sequences=3)
+    made = scheduler(engine)
+    run(made, [request("a" * 3, 1), request("b" * 20, 8), request("c" * 40, 8), request("d" * 3, 8)])
+    together = [[sequence for sequence, _, _ in call] for call in engine.calls if len(call) == 3]
+    assert len(together) > 5
+    assert all(sequences == [0, 1, 2] for sequences in together)
+
+
 class _Copying(FakeEngine):
     copies: list[tuple[int, int, int]]
 
