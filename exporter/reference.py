@@ -286,6 +286,7 @@ def _llama_from_gguf(checkpoint: Checkpoint, description: ModelDescription) -> A
     if dimensions.tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()  # assigned one by one, a tied table would be two parameters, and twice in a GPU's memory
     # Not part of the weights, so still without values: the frequencies, which follow from the configuration.
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     return model

@@ -12,8 +12,9 @@ from edgelm.cli.console import SIZE
 
 if TYPE_CHECKING:
     from exporter.compress.importance import DepthMeasure, Measure
-    from exporter.compress.pipeline import DeviceChoice, Student
+    from exporter.compress.pipeline import Student
     from exporter.compress.proposal import Proposal
+    from exporter.device import DeviceChoice
 
 
 @click.command(short_help="Prune and distil a model until it fits its device.")
