@@ -47,6 +47,13 @@ class SizeType(click.ParamType[int]):
 
 
 SIZE = SizeType()
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where torch computes the unquantised model; auto: on a GPU that torch sees and that holds it.",
+)
 
 
 class _RichStage:

@@ -30,7 +30,7 @@ from exporter.compress.shape import Shape, row_remarks, shape_of, told, wanted_s
 from exporter.compress.surgery import Kept
 from exporter.compress.training import Trainer, TrainingOptions, write_atomically
 from exporter.compress.writing import own_words
-from exporter.device import DeviceChoice, exact_float32, memory_errors, resolve_device
+from exporter.device import DeviceChoice, memory_errors, resolve_device
 from exporter.given_types import read_types
 from exporter.options import ExportOptions
 from exporter.plan import resolve
@@ -276,7 +276,7 @@ def _config(checkpoint: Checkpoint, progress: Progress) -> Any:
             return AutoConfig.from_pretrained(checkpoint.source.path, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{checkpoint.source.location}: {str(error).splitlines()[0]}") from error
-    with open_torch_model(checkpoint, progress) as model:
+    with open_torch_model(checkpoint, progress, device="cpu") as model:
         return model.config
 
 
@@ -332,23 +332,22 @@ def _teacher(options: CompressOptions, checkpoint: Checkpoint, words: SourceToke
 @contextmanager
 def _models(run: _Run, teacher_checkpoint: Checkpoint) -> Iterator[tuple[Any, Any]]:
     """The model to prune and the teacher, which may be the same, on the device."""
-    device = str(resolve_device(run.options.device).value)
-    with exact_float32(), open_torch_model(run.checkpoint, run.progress) as base:
-        _ready(base, device)
+    # Both on one device: what holds the first model alone could lack room for the second.
+    device: DeviceChoice = "cuda" if resolve_device(run.options.device).value == "cuda" else "cpu"
+    with open_torch_model(run.checkpoint, run.progress, device=device) as base:
+        _ready(base)
         if teacher_checkpoint is run.checkpoint:
             yield base, base
             return
-        with open_torch_model(teacher_checkpoint, run.progress) as teacher:
-            _ready(teacher, device)
+        with open_torch_model(teacher_checkpoint, run.progress, device=device) as teacher:
+            _ready(teacher)
             yield base, teacher
 
 
-def _ready(model: Any, device: str) -> None:
+def _ready(model: Any) -> None:
     model.set_attn_implementation("sdpa")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    with memory_errors("the model on the GPU", "use --device cpu, or end what else uses the GPU"):
-        model.to(device)
 
 
 def _claim_state(run: _Run, teacher: Checkpoint, wanted: Shape) -> None:

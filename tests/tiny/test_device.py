@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgelm.cli.app import run_cli
 from edgelm.errors import DoesNotFitError, MissingDependencyError
 from edgelm.progress import SILENT
+from exporter import onnx_moments, sensitivity
 from exporter.compress import importance, surgery, writing
 from exporter.compress.data import Corpus
 from exporter.compress.divergence import divergence
 from exporter.compress.shape import shape_of, wanted_shape
 from exporter.compress.training import Trainer, TrainingOptions
 from exporter.device import memory_errors, resolve_device
+from exporter.reference import TransformersModel
 
 pytestmark = [pytest.mark.tiny, pytest.mark.reference]
 VOCABULARY = 300
@@ -78,6 +81,41 @@ def test_only_lack_of_memory_becomes_an_error_of_ours() -> None:
         raise RuntimeError("something else")
 
 
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["verify", "nowhere", "--device", "cpu"], "--device needs --reference"),
+        (["plan", "nowhere", "--device", "cpu"], "--device need --measure"),
+        (["export", "nowhere", "--dry-run", "--no-verify", "--quant", "Q8_0", "--device", "cpu"], "no use here"),
+    ],
+)
+def test_a_device_that_nothing_would_use_is_refused(
+    typed: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli(typed) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["verify", "nowhere", "--reference", "nowhere"],
+        ["plan", "nowhere", "--measure"],
+        ["export", "nowhere", "-o", "bundle"],
+    ],
+)
+def test_a_gpu_that_is_not_there_is_said_before_anything_is_read(
+    typed: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run_cli([*typed, "--device", "cuda"]) == 1
+    told = capsys.readouterr().err
+    assert "--device cuda: " in told
+    assert "use --device cpu" in " ".join(told.split())
+
+
 # --- what is asked of a device stays there: the meta device refuses to meet tensors of another, as a GPU does
 
 
@@ -108,6 +146,44 @@ def test_a_student_is_cut_and_trained_where_its_teacher_is(model: Any, meta_mode
     with pytest.raises(RuntimeError, match="item"):  # the loss is read last, which has no value there
         trainer._gradients(np.arange(4))
     assert all(item.grad is not None and item.grad.device.type == "meta" for item in student.parameters())
+
+
+def test_sensitivity_is_measured_where_the_model_is(meta_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch, "bincount", lambda ids, minlength: torch.zeros(minlength, device=ids.device))
+    names = {
+        "blk.1.ffn_up.weight": "model.layers.1.mlp.up_proj",
+        "blk.0.attn_q.weight": "model.layers.0.self_attn.q_proj",
+    }
+    run = sensitivity._Pass(meta_model, sensitivity._Collector(names), "token_embd.weight")
+    with SILENT.stage("measuring", 1) as stage:
+        run.over([range(3, 35), range(60, 92)], stage)
+    sums = [*run.collector.sums.values(), run.head_sums]
+    tensors = [item for one in sums for item in (one.squares, one.moment, one.weight, one.rows)]
+    assert {item.device.type for item in (*tensors, run.lookup_counts, run.lookup_squares)} == {"meta"}
+    assert [one.tokens for one in sums] == [64, 64, 64]
+
+
+def test_hidden_states_go_through_the_layers_where_they_are(meta_model: Any) -> None:
+    text = onnx_moments.CalibrationWindows((tuple(range(3, 35)),), "a text")
+    passed: list[None] = []
+    reader = onnx_moments._Reader(meta_model, None, text, lambda: passed.append(None))  # type: ignore[arg-type]
+    reader._look_at_calls()
+    reader._states = [reader._embedded(ids) for ids in reader._ids]
+    for index in range(3):
+        assert reader._pass(index, ()) == {}
+    assert {state.device.type for state in reader._states} == {"meta"}
+
+
+def test_logits_are_copied_to_the_host_and_nothing_else_is(meta_model: Any) -> None:
+    scoring = TransformersModel(meta_model, "5")
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta"):
+        scoring.append([3, 4, 5])
+    assert scoring._cache.get_seq_length() == 3
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta"):
+        scoring.append([6])
+    assert scoring._cache.get_seq_length() == 4
 
 
 def _scores(full: Any) -> tuple[Any, Any, Any]:
