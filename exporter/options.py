@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from edgelm.errors import UsageError
 from exporter import ggml
 from exporter.device import DeviceChoice, resolve_device
-from exporter.onnx_plan import recipe_named
+from exporter.onnx_plan import RECIPES, recipe_named
 from exporter.onnx_types import parse_type
 
 FormatChoice = Literal["auto", "gguf", "onnx"]
@@ -81,8 +81,13 @@ def _reads_calibration(options: ExportOptions) -> bool:
 
 
 def _uses_torch(options: ExportOptions) -> bool:
-    reads_itself = options.calibration is not None and str(options.calibration) == "self"
-    return options.verify or options.chooses_types or reads_itself or _reads_calibration(options)
+    recipe = RECIPES.get(options.quant.lower())
+    return (
+        options.verify
+        or (options.chooses_types and options.format != "onnx")
+        or str(options.calibration) == "self"
+        or (recipe is not None and recipe.calibrated)
+    )
 
 
 def check_options(options: ExportOptions) -> None:
