@@ -18,7 +18,6 @@ from edgelm.errors import DoesNotFitError, MissingDependencyError
 from edgelm.units import format_bytes
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
-DEVICES: tuple[DeviceChoice, ...] = ("auto", "cpu", "cuda")
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
