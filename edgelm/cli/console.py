@@ -52,7 +52,7 @@ device_option = click.option(
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="Where torch computes the unquantised model; auto: on a GPU that torch sees and that holds it.",
+    help="Where torch computes; auto: on a GPU when torch sees one that holds the model.",
 )
 
 

@@ -22,7 +22,7 @@ def divergence(teacher: Any, student: Any, temperature: float = 1.0) -> Any:
 def _function() -> Any:
     import torch
 
-    class Divergence(torch.autograd.Function):
+    class Divergence(torch.autograd.Function):  # type: ignore[misc]
         """Computes the gradient with the value, in the type of the student's logits."""
 
         @staticmethod
