@@ -17,6 +17,7 @@ import argparse
 import os
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,7 +42,7 @@ from exporter.quality import compare_logits, cut_windows
 from exporter.reference import BATCH, open_reference
 from exporter.texts import evaluation_text
 from exporter.token_identity import open_tokenizer
-from exporter.tokenizer import read_tokenizer
+from exporter.tokenizer import prove_identity, read_tokenizer
 from targets.host import default_threads
 from targets.profile import load_profile
 
@@ -133,7 +134,11 @@ class Bench:
         path = self.work / "q4_0"
         export(ExportOptions(self.source, quant="Q4_0", format="gguf", verify=False), path, force=True)
         artifact = path / "model.gguf"
-        found = self.on_each("proof", lambda device, watch: self._quality(artifact, device, watch))
+        identity = prove_identity(self.words, artifact)
+        found = self.on_each(
+            "proof",
+            lambda device, watch: quality.measure(artifact, self.checkpoint, identity, None, watch, device=device),
+        )
         for device, measured in found.items():
             figures = measured.model_dump(
                 include={"reference", "kl_mean", "kl_mean_interval", "kl_p99", "ppl_reference"}
@@ -153,12 +158,6 @@ class Bench:
                     pieces = (window.tokens[start : start + BATCH] for start in range(0, len(window.tokens), BATCH))
                     parts += [np.array(model.append(piece)) for piece in pieces]
         return np.concatenate(parts)
-
-    def _quality(self, artifact: Path, device: DeviceChoice, watch: Stopwatch) -> Any:
-        from edgelm.bundle import open_bundle
-
-        identity = open_bundle(artifact.parent, check_hashes=False).manifest.token_identity
-        return quality.measure(artifact, self.checkpoint, identity, None, watch, device=device)
 
     def moments(self) -> None:
         """Second moments of all matrices' inputs."""
@@ -266,11 +265,20 @@ def main() -> None:
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     note(machine=machine(), devices=reasons, threads=default_threads()[1].value, source=arguments.source, **versions)
     bench, started = Bench(arguments.source, arguments.work, devices), time.perf_counter()
+    parts = {"proof": bench.proof, "moments": bench.moments, "types": bench.types, "writing": bench.writing}
+    failed = []
     for part in arguments.parts.split(","):
         if time.perf_counter() - started > arguments.seconds:
             note(part=part, left_out=f"after {arguments.seconds:g} s")
             continue
-        {"proof": bench.proof, "moments": bench.moments, "types": bench.types, "writing": bench.writing}[part]()
+        try:
+            parts[part]()
+        except (EdgelmError, RuntimeError) as error:  # the other parts may do
+            traceback.print_exception(error)
+            note(part=part, failed=str(error))
+            failed.append(part)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

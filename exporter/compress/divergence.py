@@ -9,8 +9,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-_BLOCK = 2**25
-"""Numbers of a block: 128 MiB in float32, of which three or four live at once."""
+_BLOCK = 2**23
+"""Numbers of a block: 32 MiB in float32, of which three or four live at once."""
 
 
 def divergence(teacher: Any, student: Any, temperature: float = 1.0) -> Any:
