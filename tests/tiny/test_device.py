@@ -211,7 +211,7 @@ def test_the_gradient_that_is_written_down_is_that_of_autograd(
     terms = (log_softmax(item / temperature, dim=-1) for item in (expected, teacher))
     wanted = kl_div(*terms, log_target=True, reduction="sum") / 10
     got = divergence(teacher, found, temperature)
-    assert float(got.detach()) == pytest.approx(float(wanted), rel=1e-6)
+    assert float(got.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
     (wanted * 3).backward()
     (got * 3).backward()
     assert expected.grad is not None
