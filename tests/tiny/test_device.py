@@ -13,13 +13,16 @@ from edgelm.cli.app import run_cli
 from edgelm.errors import DoesNotFitError, MissingDependencyError
 from edgelm.progress import SILENT
 from exporter import onnx_moments, sensitivity
+from exporter.checkpoint import open_checkpoint, open_source
 from exporter.compress import importance, surgery, writing
 from exporter.compress.data import Corpus
 from exporter.compress.divergence import divergence
+from exporter.compress.pipeline import CompressOptions, compress
 from exporter.compress.shape import shape_of, wanted_shape
 from exporter.compress.training import Trainer, TrainingOptions
-from exporter.device import memory_errors, resolve_device
-from exporter.reference import TransformersModel
+from exporter.device import DeviceChoice, memory_errors, resolve_device
+from exporter.reference import TransformersModel, open_reference
+from tests.tiny_models import make_tiny_llama
 
 pytestmark = [pytest.mark.tiny, pytest.mark.reference]
 VOCABULARY = 300
@@ -260,3 +263,46 @@ def test_a_batch_that_does_not_fit_is_halved(model: Any, tmp_path: Path, monkeyp
     model.register_forward_pre_hook(refuse_more_than_three)
     assert len(writing.own_words(model, 6, 8, 7, tmp_path, SILENT)) == 6
     assert tried == [6, *[3] * 14]
+
+
+# --- on a GPU
+
+
+@pytest.fixture
+def tiny_directory(tmp_path: Path) -> Path:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU here")
+    directory = tmp_path / "model"
+    directory.mkdir()
+    make_tiny_llama(directory, layers=4, hidden=64, heads=4, kv_heads=2, ffn=96)
+    return directory
+
+
+def test_a_gpu_tells_what_a_cpu_tells(tiny_directory: Path) -> None:
+    checkpoint = open_checkpoint(open_source(str(tiny_directory)))
+    windows = [list(range(3, 67)), list(range(90, 154))]
+    devices: tuple[DeviceChoice, ...] = ("cpu", "cuda")
+    one, other = (sensitivity.collect(checkpoint, windows, SILENT, device=device) for device in devices)
+    for name, item in one.items():
+        for field in ("input_squares", "moment", "row_weights", "lookup_weights"):
+            expected, found = getattr(item, field), getattr(other[name], field)
+            if expected is not None:
+                assert np.linalg.norm(found - expected) <= 0.02 * np.linalg.norm(expected), (name, field)
+    logits = []
+    for device in devices:
+        with open_reference(checkpoint, 64, "transformers", SILENT, device=device) as reference:
+            logits.append(np.array(reference.append(windows[0])))
+            assert reference.name.endswith("float32") == (device == "cpu")
+    assert np.abs(logits[0] - logits[1]).max() < 1e-3
+
+
+def test_a_student_is_distilled_and_finished_on_a_gpu(tiny_directory: Path, tmp_path: Path) -> None:
+    options = CompressOptions(
+        str(tiny_directory), layers=3, neurons=64, length=64, batch=8, tokens=8192, own_share=0.5, learning_rate=1e-3,
+        finish="Q8_0", finish_tokens=1024, device="cuda",
+    )  # fmt: skip
+    found = {item.stage: item.kl_mean for item in compress(options, tmp_path / "student").record.comparisons}
+    assert found["distilled"] < found["pruned"]
+    assert found["finished for Q8_0"] < found["pruned"]
