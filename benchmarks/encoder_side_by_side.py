@@ -101,7 +101,7 @@ def main() -> None:
     opened = (
         open_optimum(checkpoint.source.path, arguments.threads)
         if arguments.peer == "optimum"
-        else open_transformers_encoder(checkpoint, SILENT)
+        else open_transformers_encoder(checkpoint, SILENT, device="cpu")
     )
     with opened as (name, peer):
         import torch

@@ -75,6 +75,13 @@ def save(name: str, rows: Iterable[dict[str, Any]]) -> Path:
     return path
 
 
+def append(name: str, row: dict[str, Any]) -> None:
+    """Add one raw row to ``results/``, on disk when this returns: a run that is killed later leaves it."""
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
 def row(side: str, case: str, finished: Run) -> dict[str, Any]:
     """A raw row of one finished process."""
     fields = asdict(finished)

@@ -29,6 +29,7 @@ from exporter.architectures.base import ModelDescription
 from exporter.calibration import Calibration
 from exporter.checkpoint import Checkpoint
 from exporter.damage import Quantizer
+from exporter.device import DeviceChoice
 from exporter.gguf import write_gguf
 from exporter.quality import MIN_CONTEXT, Window, compare_models
 from exporter.reference import BATCH, EngineModel, TransformersModel, open_torch_model
@@ -85,20 +86,24 @@ def analyse(
     calibration: Calibration,
     source_hashes: tuple[str, ...],
     progress: Progress,
+    *,
+    device: DeviceChoice = "auto",
 ) -> Analysis:
     """The analysis of a checkpoint under a calibration, from the cache or measured and cached.
 
-    ``source_hashes`` are the SHA-256 of the checkpoint's files. Raises ``CheckpointError``, ``EngineError``.
+    ``source_hashes`` are the SHA-256 of the checkpoint's files. What was measured on one device serves all: figures of
+    a CPU and a GPU differ by less than those of two texts. Raises ``CheckpointError``, ``EngineError`` and
+    ``DoesNotFitError``.
     """
     record = calibration.record.model_dump()
     key = cache.key_of(_VERSION, source_hashes, record, calibration.probes, damage.CANDIDATE_TYPES)
     cached = _load(key, calibration.record)
     if cached is not None:
         return cached
-    statistics = sensitivity.collect(checkpoint, calibration.statistics, progress)
+    statistics = sensitivity.collect(checkpoint, calibration.statistics, progress, device=device)
     quantizers = damage.quantizers(statistics)
     damages = damage.table(checkpoint, description, statistics, quantizers, progress)
-    probe = _Probe(checkpoint, description, words, calibration, quantizers, damages)
+    probe = _Probe(checkpoint, description, words, calibration, quantizers, damages, device)
     found = Analysis(key, calibration.record, damages, probe.knots(progress), statistics)
     _store(found)
     return found
@@ -115,6 +120,7 @@ class _Probe:
     calibration: Calibration
     quantizers: Mapping[str, Quantizer]
     damages: Mapping[str, Mapping[str, float]]
+    device: DeviceChoice
 
     def knots(self, progress: Progress) -> tuple[tuple[float, float], ...]:
         """(sum of damages, KL) of three artefacts: all in the most bits, a good one of middle size, the smallest."""
@@ -125,7 +131,7 @@ class _Probe:
         assert least is not None  # the cheapest choice keeps its own limit
         middle = solve(options, Limits(size_bytes=round((least.size_bytes * most) ** 0.5)))
         assert middle is not None
-        with open_torch_model(self.checkpoint, progress) as model:
+        with open_torch_model(self.checkpoint, progress, device=self.device) as model:
             reference = TransformersModel(model, "")
             found = [
                 (damage.total(self.damages, types), self._measure(types, reference, progress))

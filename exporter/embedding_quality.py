@@ -24,6 +24,7 @@ from edgelm.progress import Progress
 from exporter.architectures import describe
 from exporter.architectures.base import EncoderDescription
 from exporter.checkpoint import Checkpoint
+from exporter.device import DeviceChoice
 from exporter.reference import ReferenceChoice, open_transformers_encoder, transformers_obstacle, unquantised_file
 from exporter.texts import Text, evaluation_text
 from exporter.token_identity import open_tokenizer
@@ -54,17 +55,19 @@ def measure(
     progress: Progress,
     *,
     reference: ReferenceChoice = "auto",
+    device: DeviceChoice = "auto",
 ) -> EmbeddingQuality:
     """Compare an artefact with its checkpoint over passages of evaluation text.
 
-    ``evaluation`` is a text file of the user, None the default text. Raises ``UsageError`` when the text is unusable or
-    too short, ``EngineError`` when a model cannot be run and ``ProofError`` when the artefact computes no numbers.
+    ``evaluation`` is a text file of the user, None the default text; ``device`` is the reference's. Raises
+    ``UsageError`` when the text is unusable or too short, ``EngineError`` when a model cannot be run and ``ProofError``
+    when the artefact computes no numbers.
     """
     encoder = describe(checkpoint).encoder
     assert encoder is not None
     text = evaluation_text(evaluation)
     passages = cut_passages(text, checkpoint, encoder.context)
-    with open_reference(checkpoint, encoder, reference, progress) as original:
+    with open_reference(checkpoint, encoder, reference, progress, device=device) as original:
         expected = _embed(original.embed, passages, "computing the reference", progress)
         name = original.name
     found = _artifact_vectors(artifact, encoder, passages, progress)
@@ -160,14 +163,20 @@ def _artifact_vectors(
 
 @contextmanager
 def open_reference(
-    checkpoint: Checkpoint, encoder: EncoderDescription, choice: ReferenceChoice, progress: Progress
+    checkpoint: Checkpoint,
+    encoder: EncoderDescription,
+    choice: ReferenceChoice,
+    progress: Progress,
+    *,
+    device: DeviceChoice = "auto",
 ) -> Iterator[Reference]:
-    """The unquantised encoder: transformers when it can be had, else the engine, as ``choice`` allows.
+    """The unquantised encoder: transformers when it can be had, on ``device``, else the engine, as ``choice`` allows.
 
     Raises ``CheckpointError`` and ``DoesNotFitError`` as ``exporter.reference`` does.
     """
-    if choice != "engine" and (choice == "transformers" or transformers_obstacle(checkpoint) is None):
-        with open_transformers_encoder(checkpoint, progress) as (name, model):
+    insisted = choice == "transformers" or device == "cuda"
+    if choice != "engine" and (insisted or transformers_obstacle(checkpoint) is None):
+        with open_transformers_encoder(checkpoint, progress, device=device) as (name, model):
             yield Reference(name, _with_transformers(model, encoder.record))
         return
     with unquantised_file(checkpoint, describe(checkpoint), progress) as (path, kind):
@@ -187,7 +196,9 @@ def _with_transformers(model: Any, record: EncoderRecord) -> Embed:
         rows = []
         with torch.inference_mode():
             for ids in sequences:
-                states = model(torch.tensor([list(ids)])).last_hidden_state[0].float().numpy()
+                states = (
+                    model(torch.tensor([list(ids)], device=model.device)).last_hidden_state[0].float().cpu().numpy()
+                )
                 rows.append(pool(states, record.pooling))
         return np.stack(rows)
 

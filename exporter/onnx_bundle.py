@@ -16,6 +16,7 @@ from edgelm.progress import Progress
 from exporter.architectures.base import ModelDescription
 from exporter.calibration import calibration_ids
 from exporter.checkpoint import Checkpoint
+from exporter.device import DeviceChoice
 from exporter.onnx_moments import WINDOW, MomentSource, spread_windows
 from exporter.onnx_plan import recipe_named
 from exporter.onnx_writer import WeightSource, write_onnx
@@ -38,10 +39,11 @@ def write_artifact(
     description: ModelDescription,
     plan: ExportPlan,
     words: SourceTokenizer,
-    calibration: Path | None,
+    calibration: tuple[Path | None, DeviceChoice],
     progress: Progress,
 ) -> Path:
-    """Write ``model.onnx`` and its data file; returns the former. ``calibration`` is as in ``open_calibration``.
+    """Write ``model.onnx`` and its data file; returns the former. ``calibration`` is what a calibrated recipe reads, as
+    in ``open_calibration``, and where.
 
     Raises ``CheckpointError``, ``BundleError`` and, for calibrated recipes, ``MissingDependencyError``.
     """
@@ -52,9 +54,10 @@ def write_artifact(
     moments = None
     if recipe_named(plan.quant).calibrated:
         length = min(WINDOW, description.dimensions.context_trained)
-        ids, name, _ = calibration_ids(checkpoint, words, calibration, length, progress)
+        chosen, device = calibration
+        ids, name, _ = calibration_ids(checkpoint, words, chosen, length, progress, device=device)
         text = spread_windows(ids, name, length)
-        moments = MomentSource(checkpoint, text, progress)
+        moments = MomentSource(checkpoint, text, progress, device)
         notes["edgelm.calibration"] = f"{text.text}, {text.tokens} tokens"
     path, _ = write_onnx(
         staging,

@@ -19,6 +19,7 @@ from edgelm.errors import CheckpointError
 from edgelm.progress import Progress
 from exporter.architectures.base import TensorDescription
 from exporter.checkpoint import Checkpoint
+from exporter.device import DeviceChoice
 from exporter.reference import open_transformers, transformers_name
 
 WINDOW = 512
@@ -48,11 +49,13 @@ class MomentSource:
     checkpoint: Checkpoint
     text: CalibrationWindows
     progress: Progress
+    device: DeviceChoice = "auto"
 
     def by_group(self, wanted: Sequence[TensorDescription]) -> Iterator[tuple[int, Mapping[str, Floats]]]:
         """(layer or ``TABLES``, moments (columns, columns) by tensor name) of all wanted matrices, in order of use.
 
-        Raises ``MissingDependencyError`` or ``CheckpointError`` when transformers cannot compute the checkpoint.
+        Raises ``MissingDependencyError`` or ``CheckpointError`` when transformers cannot compute the checkpoint, and
+        ``DoesNotFitError`` when it does not fit on the device.
         """
         groups: dict[int, list[TensorDescription]] = {}
         for tensor in wanted:
@@ -60,7 +63,7 @@ class MomentSource:
         order = sorted(groups, key=lambda group: (group == TABLES, group))
         stages = 1 + (order[-1] if order[-1] != TABLES else max([0, *groups]))
         with (
-            open_transformers(self.checkpoint, self.progress) as model,
+            open_transformers(self.checkpoint, self.progress, device=self.device) as model,
             self.progress.stage("calibrating", stages, unit="layers") as stage,
         ):
             yield from _Reader(model, self.checkpoint, self.text, stage.advance).read(groups, order)
@@ -107,7 +110,7 @@ class _Reader:
         self._calls = [_Call() for _ in self._layers]
         self._final_norm: Any = None
         self._states: list[Any] = []
-        self._ids = [torch.tensor([window]) for window in text.windows]
+        self._ids = [torch.tensor([window], device=model.device) for window in text.windows]
 
     def read(
         self, groups: Mapping[int, Sequence[TensorDescription]], order: Sequence[int]
@@ -145,7 +148,7 @@ class _Reader:
                 rows = self._final_norm(state)
                 rows = rows.reshape(-1, rows.shape[-1])
                 total = rows.T @ rows if total is None else total.addmm_(rows.T, rows)
-        moments: Floats = total.numpy() / self._text.tokens
+        moments: Floats = total.cpu().numpy() / self._text.tokens
         return {tensor.name: moments for tensor in wanted}
 
     def _module(self, tensor: TensorDescription) -> Any:
@@ -267,5 +270,5 @@ class _Sums:
 
     def moments(self, tokens: int) -> dict[str, Floats]:
         """By the names that the modules were given under."""
-        found = {key: total.numpy() / np.float32(tokens) for key, total in self._totals.items()}
+        found = {key: total.cpu().numpy() / np.float32(tokens) for key, total in self._totals.items()}
         return {name: found[self._owners[id(module)]] for name, module in self._modules.items()}

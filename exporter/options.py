@@ -9,7 +9,8 @@ from typing import Literal, get_args
 
 from edgelm.errors import UsageError
 from exporter import ggml
-from exporter.onnx_plan import recipe_named
+from exporter.device import DeviceChoice, resolve_device
+from exporter.onnx_plan import RECIPES, recipe_named
 from exporter.onnx_types import parse_type
 
 FormatChoice = Literal["auto", "gguf", "onnx"]
@@ -32,6 +33,7 @@ class ExportOptions:
     ``type_overrides`` are (regular expression on GGUF tensor names, type). ``evaluation`` is a text file that replaces
     the built-in evaluation text; ``calibration`` one for what types or importance are measured on, or ``self``.
     ``types`` are (GGUF name, type) of every tensor, as ``exporter.given_types`` reads them; none: types are chosen.
+    ``device`` is where torch computes the unquantised model.
     """
 
     source: str
@@ -49,6 +51,7 @@ class ExportOptions:
     evaluation: Path | None = None
     verify: bool = True
     types: tuple[tuple[str, str], ...] = ()
+    device: DeviceChoice = "auto"
 
     @property
     def chooses_types(self) -> bool:
@@ -77,8 +80,23 @@ def _reads_calibration(options: ExportOptions) -> bool:
     return options.quant.lower() != "auto" and recipe_named(options.quant).calibrated
 
 
+def _uses_torch(options: ExportOptions) -> bool:
+    recipe = RECIPES.get(options.quant.lower())
+    return (
+        options.verify
+        or (options.chooses_types and options.format != "onnx")
+        or str(options.calibration) == "self"
+        or (recipe is not None and recipe.calibrated)
+    )
+
+
 def check_options(options: ExportOptions) -> None:
-    """Refuse contradictions before any work is done. Raises ``UsageError``."""
+    """Refuse contradictions before any work is done. Raises ``UsageError``, and ``MissingDependencyError`` for a GPU
+    that is not there."""
+    if options.device != "auto" and not _uses_torch(options):
+        raise UsageError("--device has no use here: nothing is measured and nothing is proven", hint="leave it out")
+    if options.device == "cuda":
+        resolve_device(options.device)  # said now, not after minutes
     if options.max_kl is not None and not options.verify:
         raise UsageError("--max-kl needs the proof that --no-verify leaves out")
     if options.evaluation is not None and not options.verify:

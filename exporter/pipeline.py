@@ -5,7 +5,6 @@ Each stage is a function of another module. Nothing is visible under the destina
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -45,6 +44,7 @@ from exporter.automatic import Point
 from exporter.calibration import Calibration, open_calibration
 from exporter.chat_proof import prove_chat
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
+from exporter.device import DeviceChoice
 from exporter.format_choice import other_format, settle_format
 from exporter.gguf import RowQuantizer, check_room, write_errors, write_head, write_tensors
 from exporter.importance import importance
@@ -52,7 +52,7 @@ from exporter.options import ExportOptions, check_options
 from exporter.plan import COPY, Candidate, candidates, choose, file_type, form_of, resolve, unchanged
 from exporter.preflight import check_checkpoint
 from exporter.reference import torch_obstacle
-from exporter.resume import Writer, key_of_artifact, write_in_parts
+from exporter.resume import Writer, hash_of_metadata, key_of_artifact, write_in_parts
 from exporter.sensitivity import TensorStatistics
 from exporter.texts import evaluation_text
 from exporter.token_identity import compare_files
@@ -144,7 +144,8 @@ def measure_types(options: ExportOptions, checkpoint: Checkpoint, progress: Prog
     words = tokenizer.load_tokenizer(checkpoint, progress)
     text, hashes = _calibration(options, checkpoint, progress)
     key = tuple(record.sha256 for record in hashes)
-    return Measured(checkpoint, analyse(checkpoint, describe(checkpoint), words, text, key, progress), hashes)
+    found = analyse(checkpoint, describe(checkpoint), words, text, key, progress, device=options.device)
+    return Measured(checkpoint, found, hashes)
 
 
 def _calibration(
@@ -153,7 +154,9 @@ def _calibration(
     """The calibration text in tokens, and records of the checkpoint's files."""
     description, words = describe(checkpoint), tokenizer.read_tokenizer(checkpoint)
     _check_vocabulary(checkpoint, description, words)
-    text = open_calibration(checkpoint, words, options.calibration, progress, evaluation=options.evaluation)
+    text = open_calibration(
+        checkpoint, words, options.calibration, progress, evaluation=options.evaluation, device=options.device
+    )
     return text, _hashed(checkpoint.files, progress)
 
 
@@ -164,7 +167,7 @@ class Prepared:
     checkpoint: Checkpoint
     plan: ExportPlan
     measured: Measured | None = None
-    calibration: Path | None = None
+    calibration: tuple[Path | None, DeviceChoice] = (None, "auto")
     importance: Mapping[str, TensorStatistics] | None = None
     task: TaskKind | None = None
 
@@ -208,7 +211,7 @@ def _prepared(options: ExportOptions, checkpoint: Checkpoint, profile: TargetPro
     if not options.chooses_types:
         plan = resolve(options, checkpoint, profile)
         if options.calibration is None or plan.format == "onnx":
-            return Prepared(checkpoint, plan, calibration=options.calibration)
+            return Prepared(checkpoint, plan, calibration=(options.calibration, options.device))
         return _weighed(options, checkpoint, plan, progress)
     kept = unchanged(options, checkpoint, profile) if options.calibration is None else None
     if kept is not None:
@@ -303,7 +306,9 @@ def _export_task(
         identity = optimum_tasks.prove_words(checkpoint, staging)
         measured = None
         if options.verify:
-            measured = task_quality.measure(artifact, checkpoint, record, identity, options.evaluation, progress)
+            measured = task_quality.measure(
+                artifact, checkpoint, record, identity, options.evaluation, progress, device=options.device
+            )
         proven = Proven(plan, None, measured, record)
         _write_manifest(staging, checkpoint, aside.source_hashes(progress), proven, progress)
     return bundles.open_bundle(destination, check_hashes=False)
@@ -335,14 +340,6 @@ def _check_vocabulary(checkpoint: Checkpoint, description: ModelDescription, wor
 def _metadata(plan: ExportPlan, description: ModelDescription, words: SourceTokenizer) -> dict[str, Any]:
     kind = {"general.quantization_version": QUANTIZATION_VERSION, "general.file_type": file_type(plan)}
     return {**description.metadata, **kind, **words.gguf_metadata}
-
-
-def hash_of_metadata(metadata: Mapping[str, Any]) -> str:
-    """SHA-256 of metadata; arrays count as lists."""
-    text = json.dumps(
-        metadata, sort_keys=True, default=lambda value: value.hex() if isinstance(value, bytes) else value.tolist()
-    )
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_size(options: ExportOptions, artifact: Path) -> None:
@@ -483,7 +480,9 @@ def _measure(
     if not options.verify:
         return None
     if describe(prepared.checkpoint).encoder is not None:
-        return embedding_quality.measure(artifact, prepared.checkpoint, identity, options.evaluation, progress)
+        return embedding_quality.measure(
+            artifact, prepared.checkpoint, identity, options.evaluation, progress, device=options.device
+        )
     if prepared.measured is None:
         return _measured_now(options, prepared.checkpoint, artifact, identity, progress)
     with progress.stage("hashing", 1) as stage:
@@ -509,7 +508,7 @@ def _measure(
 def _measured_now(
     options: ExportOptions, checkpoint: Checkpoint, artifact: Path, identity: TokenIdentity, progress: Progress
 ) -> Quality:
-    found = quality.measure(artifact, checkpoint, identity, options.evaluation, progress)
+    found = quality.measure(artifact, checkpoint, identity, options.evaluation, progress, device=options.device)
     words = tokenizer.read_tokenizer(checkpoint)
     chat = prove_chat(artifact.parent, artifact, checkpoint, words, progress)
     return found.model_copy(update={"chat": chat})

@@ -20,6 +20,7 @@ from edgelm.errors import ProofError, UsageError
 from edgelm.progress import Progress
 from exporter.architectures import describe
 from exporter.checkpoint import Checkpoint
+from exporter.device import DeviceChoice
 from exporter.reference import BATCH, EngineModel, ReferenceChoice, ScoringModel, open_reference
 from exporter.texts import Text, evaluation_text
 from exporter.token_identity import open_tokenizer
@@ -70,16 +71,18 @@ def measure(
     *,
     reference: ReferenceChoice = "auto",
     tokens: int = MIN_TOKENS,
+    device: DeviceChoice = "auto",
 ) -> Quality:
     """Compare an artefact with its checkpoint over at least ``tokens`` predictions of evaluation text.
 
-    ``evaluation`` is a text file of the user, None the default text. Raises ``UsageError`` when the text is unusable or
-    too short, ``EngineError`` when a model cannot be run and ``ProofError`` when the artefact computes no numbers.
+    ``evaluation`` is a text file of the user, None the default text; ``device`` is the reference's. Raises
+    ``UsageError`` when the text is unusable or too short, ``EngineError`` when a model cannot be run and ``ProofError``
+    when the artefact computes no numbers.
     """
     text = evaluation_text(evaluation)
     windows = _windows(text, checkpoint, artifact_context(artifact_path, checkpoint), tokens)
     length = max(len(window.tokens) for window in windows)
-    with open_reference(checkpoint, length, reference, progress) as original:
+    with open_reference(checkpoint, length, reference, progress, device=device) as original:
         engine = load_engine(artifact_path, EngineOptions(context=length, batch=BATCH, all_logits=True))
         try:
             comparison = compare_models(original, EngineModel(engine), windows, progress)

@@ -1,8 +1,8 @@
 """The unquantised model that an artefact is measured against.
 
-With torch and transformers installed it is transformers in float32, an implementation that shares nothing with the
-engine; otherwise the same checkpoint, unquantised, in the engine itself. The manifest says which. No code from a
-checkpoint is ever run, and nothing is downloaded.
+With torch and transformers installed it is transformers in float32, on a GPU when torch sees one that holds it, an
+implementation that shares nothing with the engine; otherwise the same checkpoint, unquantised, in the engine itself.
+The manifest says which. No code from a checkpoint is ever run, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from exporter import ggml
 from exporter.architectures import describe
 from exporter.architectures.base import ModelDescription, TensorDescription
 from exporter.checkpoint import Checkpoint, weight_type
+from exporter.device import DeviceChoice, exact_float32, memory_errors, resolve_device
 from exporter.ggml import Floats
 from exporter.gguf import write_gguf
 from exporter.tokenizer import read_tokenizer
@@ -86,7 +87,7 @@ class TransformersModel:
     def __init__(self, model: Any, version: str) -> None:
         self.model = model
         self._cache: Any = None
-        self.name = f"transformers {version} float32"
+        self.name = reference_name(model, version)
         self.vocabulary = int(model.config.get_text_config().vocab_size)
 
     def reset(self) -> None:
@@ -103,23 +104,38 @@ class TransformersModel:
         return logits
 
 
+def reference_name(model: Any, version: str) -> str:
+    """What the manifest calls a transformers model, the GPU that it is on included."""
+    if model.device.type != "cuda":
+        return f"transformers {version} float32"
+    import torch
+
+    return f"transformers {version} float32 on {torch.cuda.get_device_name(model.device)}"
+
+
 @contextmanager
 def open_reference(
-    checkpoint: Checkpoint, context: int, choice: ReferenceChoice, progress: Progress
+    checkpoint: Checkpoint,
+    context: int,
+    choice: ReferenceChoice,
+    progress: Progress,
+    *,
+    device: DeviceChoice = "auto",
 ) -> Iterator[ScoringModel]:
     """The reference for a checkpoint with room for ``context`` tokens.
 
-    ``auto`` takes transformers when it is installed, knows the model and its float32 weights fit into memory. Raises
-    ``CheckpointError`` when an explicit choice is impossible, ``DoesNotFitError`` when memory or disk is too small.
+    ``auto`` takes transformers when it is installed, knows the model and its float32 weights fit into memory.
+    ``device`` is where transformers computes. Raises ``CheckpointError`` when an explicit choice is impossible,
+    ``DoesNotFitError`` when memory or disk is too small, and what ``resolve_device`` raises.
     """
     description = describe(checkpoint, "onnx")  # what the model is, not what llama.cpp can hold
     if choice != "engine":
         obstacle = _transformers_obstacle(checkpoint, description)
         if obstacle is None:
-            with quiet_transformers():
-                yield _open_transformers(checkpoint, description, progress)
+            with _computing(description, device) as place:
+                yield _open_transformers(checkpoint, description, place, progress)
             return
-        if choice == "transformers":
+        if choice == "transformers" or device == "cuda":
             raise CheckpointError(f"transformers cannot be the reference: {obstacle}")
     with _open_engine(checkpoint, describe(checkpoint), context, progress) as model:
         yield model
@@ -129,10 +145,24 @@ def open_reference(
 
 
 @contextmanager
-def open_transformers(checkpoint: Checkpoint, progress: Progress) -> Iterator[Any]:
+def _computing(description: ModelDescription, device: DeviceChoice) -> Iterator[str]:
+    """Where torch computes a model inside: quietly, in float32 that no GPU shortens, its lack of memory an error of
+    ours. Raises what ``resolve_device`` raises."""
+    with quiet_transformers(), exact_float32():
+        place = str(resolve_device(device, _float32_bytes(description) * _OVERHEAD).value)
+        if place == "cpu":
+            yield place
+            return
+        with memory_errors("this model on the GPU", "use --device cpu"):
+            yield place
+
+
+@contextmanager
+def open_transformers(checkpoint: Checkpoint, progress: Progress, *, device: DeviceChoice = "auto") -> Iterator[Any]:
     """The checkpoint as a transformers model in float32, for whoever needs to look inside while it computes.
 
-    Raises ``MissingDependencyError`` or ``CheckpointError`` when transformers cannot compute it here.
+    Raises ``MissingDependencyError`` or ``CheckpointError`` when transformers cannot compute it here, and what
+    ``resolve_device`` raises.
     """
     description = describe(checkpoint, "onnx")
     if any(importlib.util.find_spec(package) is None for package in ("torch", "transformers")):
@@ -140,25 +170,28 @@ def open_transformers(checkpoint: Checkpoint, progress: Progress) -> Iterator[An
     obstacle = _transformers_obstacle(checkpoint, description)
     if obstacle is not None:
         raise CheckpointError(f"transformers cannot compute {checkpoint.source.location}: {obstacle}")
-    with quiet_transformers():
-        yield _load_transformers(checkpoint, description, progress)
+    with _computing(description, device) as place:
+        yield _load_transformers(checkpoint, description, place, progress)
 
 
 @contextmanager
-def open_transformers_encoder(checkpoint: Checkpoint, progress: Progress) -> Iterator[tuple[str, Any]]:
+def open_transformers_encoder(
+    checkpoint: Checkpoint, progress: Progress, *, device: DeviceChoice = "auto"
+) -> Iterator[tuple[str, Any]]:
     """What the manifest calls it, and a checkpoint of an encoder as a transformers model in float32 without head.
 
-    Raises ``CheckpointError`` when transformers cannot compute it here.
+    Raises ``CheckpointError`` when transformers cannot compute it here, and what ``resolve_device`` raises.
     """
     obstacle = transformers_obstacle(checkpoint)
     if obstacle is not None:
         raise CheckpointError(f"transformers cannot be the reference: {obstacle}")
-    with quiet_transformers(), progress.stage("loading the reference", 1) as stage:
+    with _computing(describe(checkpoint, "onnx"), device) as place:
         import transformers
 
-        model = load_directory(checkpoint.source.path, transformers.AutoModel).eval()
-        stage.advance()
-        yield f"transformers {transformers.__version__} float32", model
+        with progress.stage("loading the reference", 1) as stage:
+            model = load_directory(checkpoint.source.path, transformers.AutoModel).eval().to(place)
+            stage.advance()
+        yield reference_name(model, transformers.__version__), model
 
 
 def transformers_obstacle(checkpoint: Checkpoint) -> str | None:
@@ -204,13 +237,15 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _open_transformers(checkpoint: Checkpoint, description: ModelDescription, progress: Progress) -> TransformersModel:
+def _open_transformers(
+    checkpoint: Checkpoint, description: ModelDescription, place: str, progress: Progress
+) -> TransformersModel:
     import transformers
 
-    return TransformersModel(_load_transformers(checkpoint, description, progress), transformers.__version__)
+    return TransformersModel(_load_transformers(checkpoint, description, place, progress), transformers.__version__)
 
 
-def _load_transformers(checkpoint: Checkpoint, description: ModelDescription, progress: Progress) -> Any:
+def _load_transformers(checkpoint: Checkpoint, description: ModelDescription, place: str, progress: Progress) -> Any:
     with progress.stage("loading the reference", 1) as stage:
         if checkpoint.source.kind == "gguf":
             model = _llama_from_gguf(checkpoint, description)
@@ -218,8 +253,9 @@ def _load_transformers(checkpoint: Checkpoint, description: ModelDescription, pr
             from transformers import AutoModelForCausalLM
 
             model = load_directory(checkpoint.source.path, AutoModelForCausalLM)
+        model.eval().to(place)
         stage.advance()
-    return model.eval()
+    return model
 
 
 def load_directory(directory: Path, kind: Any) -> Any:
@@ -286,6 +322,7 @@ def _llama_from_gguf(checkpoint: Checkpoint, description: ModelDescription) -> A
     if dimensions.tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()  # assigned one by one, a tied table would be two parameters, and twice in a GPU's memory
     # Not part of the weights, so still without values: the frequencies, which follow from the configuration.
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     return model
@@ -427,10 +464,14 @@ def torch_obstacle(checkpoint: Checkpoint) -> str | None:
 
 
 @contextmanager
-def open_torch_model(checkpoint: Checkpoint, progress: Progress) -> Iterator[Any]:
-    """The unquantised model as transformers has it, in float32. Raises ``CheckpointError`` when it cannot be had."""
+def open_torch_model(checkpoint: Checkpoint, progress: Progress, *, device: DeviceChoice = "auto") -> Iterator[Any]:
+    """The unquantised model as transformers has it, in float32.
+
+    Raises ``CheckpointError`` when it cannot be had, and what ``resolve_device`` raises.
+    """
     obstacle = torch_obstacle(checkpoint)
     if obstacle is not None:
         raise CheckpointError(f"transformers cannot compute this model: {obstacle}")
-    with quiet_transformers():
-        yield _open_transformers(checkpoint, describe(checkpoint, "onnx"), progress).model
+    description = describe(checkpoint, "onnx")
+    with _computing(description, device) as place:
+        yield _load_transformers(checkpoint, description, place, progress)

@@ -6,13 +6,15 @@ source that was touched included, starts anew. Knows no format: the caller write
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from edgelm.bundle import TensorPlan
 from edgelm.progress import Progress, Stage
@@ -38,6 +40,14 @@ def key_of_artifact(checkpoint: Checkpoint, plans: Sequence[TensorPlan], metadat
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files]
     tools = [version("edgelm"), version("llama-cpp-python")]
     return key_of(states, [(plan.name, plan.type, plan.shape) for plan in plans], metadata_hash, further, tools)
+
+
+def hash_of_metadata(metadata: Mapping[str, Any]) -> str:
+    """SHA-256 of metadata; arrays count as lists."""
+    text = json.dumps(
+        metadata, sort_keys=True, default=lambda value: value.hex() if isinstance(value, bytes) else value.tolist()
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_in_parts(

@@ -22,6 +22,7 @@ from edgelm.progress import Progress, Stage
 from exporter.architectures import describe
 from exporter.architectures.base import ModelDescription, interleave_rows
 from exporter.checkpoint import Checkpoint
+from exporter.device import DeviceChoice
 from exporter.mixes import WeightShape, is_quantizable
 from exporter.reference import open_torch_model, transformers_name
 
@@ -57,7 +58,7 @@ class _Sums:
     tokens: int = 0
     squares: Any = 0.0
     moment: Any = 0.0
-    weight: float = 0.0
+    weight: Any = 0.0
     rows: Any = 0.0
 
 
@@ -96,7 +97,7 @@ class _Collector:
         sums = self.sums[name]
         weighted = inputs * token_weights.sqrt()[:, None]
         sums.moment = sums.moment + weighted.T @ weighted
-        sums.weight += float(token_weights.sum())
+        sums.weight = sums.weight + token_weights.sum().double()
         sums.rows = sums.rows + row_weights
 
 
@@ -106,19 +107,20 @@ def collect(
     progress: Progress,
     *,
     moments_limit_bytes: int = MOMENTS_LIMIT_BYTES,
+    device: DeviceChoice = "auto",
 ) -> dict[str, TensorStatistics]:
     """Statistics of every matrix that can be quantised, by artefact name, from windows of token ids.
 
     Memory: the model once, activations of one window, and moments up to ``moments_limit_bytes`` at a time beyond those
-    returned; more passes are made when the model needs them. Raises ``CheckpointError`` and
-    ``MissingDependencyError``.
+    returned; more passes are made when the model needs them. On a GPU the same labels are drawn, except where rounding
+    decides between two neighbours. Raises ``CheckpointError``, ``MissingDependencyError`` and ``DoesNotFitError``.
     """
     description = describe(checkpoint)
     matrices = {item.name: item for item in description.tensors if is_quantizable(WeightShape(item.name, item.shape))}
     body = [name for name in matrices if name not in (_EMBEDDING, _HEAD)]
     head = _EMBEDDING if description.dimensions.tied else _HEAD
     found: dict[str, TensorStatistics] = {}
-    with open_torch_model(checkpoint, progress) as model:
+    with open_torch_model(checkpoint, progress, device=device) as model:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         groups = _groups(body, {name: matrices[name].shape[-1] for name in body}, moments_limit_bytes)
@@ -172,7 +174,7 @@ class _Pass:
         handles = self.collector.attach(self.model)
         try:
             for window in windows:
-                self._window(torch.tensor([list(window)]), generator)
+                self._window(torch.tensor([list(window)], device=self.model.device), generator)
                 stage.advance(len(window))
         finally:
             for handle in handles:
@@ -217,16 +219,17 @@ def _sampled(probabilities: Any, generator: Any) -> Any:
     import torch
 
     reached = probabilities.cumsum(dim=1)
-    drawn = torch.rand(len(reached), 1, generator=generator) * reached[:, -1:]
+    # Drawn by the host: one stream of numbers, wherever the model computes.
+    drawn = torch.rand(len(reached), 1, generator=generator).to(reached.device) * reached[:, -1:]
     return torch.searchsorted(reached, drawn).clamp_(max=reached.shape[1] - 1)
 
 
 def _statistics(sums: _Sums, interleave: int) -> TensorStatistics:
-    rows: Floats = (sums.rows / max(sums.tokens, 1)).numpy().astype(np.float32)
+    rows: Floats = (sums.rows / max(sums.tokens, 1)).cpu().numpy().astype(np.float32)
     return TensorStatistics(
         tokens=sums.tokens,
-        input_squares=sums.squares.numpy(),
-        moment=(sums.moment / max(sums.weight, 1e-30)).numpy(),
+        input_squares=sums.squares.cpu().numpy(),
+        moment=(sums.moment / max(float(sums.weight), 1e-30)).cpu().numpy(),
         row_weights=interleave_rows(rows, interleave) if interleave else rows,
     )
 
@@ -248,8 +251,8 @@ def _finished(
 def _outer(run: _Pass, head: str, description: ModelDescription) -> dict[str, TensorStatistics]:
     """Statistics of the head and of the embedding; one tensor when they are tied."""
     output = _statistics(run.head_sums, 0)
-    counts = run.lookup_counts.numpy()
-    squares = (run.lookup_squares / run.head_sums.tokens).numpy()
+    counts = run.lookup_counts.cpu().numpy()
+    squares = (run.lookup_squares / run.head_sums.tokens).cpu().numpy()
     if description.dimensions.tied:
         return {
             head: TensorStatistics(

@@ -17,8 +17,10 @@ from edgelm.bundle import TaskQuality, TaskRecord, TokenIdentity
 from edgelm.errors import ProofError, UsageError
 from edgelm.progress import Progress
 from exporter.checkpoint import Checkpoint
+from exporter.device import DeviceChoice, exact_float32, memory_errors, resolve_device
 from exporter.optimum_graphs import open_task_model
 from exporter.optimum_tasks import DECODER, TASKS, TOKENIZER
+from exporter.reference import reference_name
 from exporter.texts import evaluation_text
 from runtime.engines.onnx_seq2seq import Seq2SeqEngine
 from runtime.tasks import HeadModel, TaskOptions, greedy, task_ids
@@ -54,23 +56,33 @@ def measure(
     identity: TokenIdentity,
     evaluation: Path | None,
     progress: Progress,
+    *,
+    device: DeviceChoice = "auto",
 ) -> TaskQuality:
-    """Compare an artefact with its checkpoint. ``evaluation`` is a text file of the user, None the default text.
+    """Compare an artefact with its checkpoint. ``evaluation`` is a text file of the user, None the default text;
+    ``device`` is where transformers computes.
 
-    Raises ``UsageError`` for an unusable text, ``EngineError``, ``CheckpointError`` and ``ProofError``.
+    Raises ``UsageError`` for an unusable text, ``EngineError``, ``CheckpointError``, ``ProofError`` and what
+    ``resolve_device`` raises.
     """
     text = evaluation_text(evaluation)
     words = JsonTokenizer(artifact.parent / TOKENIZER)
     compared = _translations if record.kind == "translate" else _heads
     found = _Found()
-    with open_task_model(checkpoint, TASKS[record.kind], progress) as model:
+    place = str(resolve_device(device).value)
+    with (
+        open_task_model(checkpoint, TASKS[record.kind], progress) as model,
+        exact_float32(),
+        memory_errors("this model", "use --device cpu"),
+    ):
         import transformers
 
+        model.to(place)
         passages = list(_passages(text.content, lambda passage: task_ids(words, record, passage)))
         with progress.stage("measuring quality", len(passages), unit="texts") as stage:
             for _ in compared(artifact, record, model, passages, found):
                 stage.advance()
-        name = f"transformers {transformers.__version__} float32"
+        name = reference_name(model, transformers.__version__)
     return TaskQuality(
         reference=name,
         text=text.name,
@@ -111,10 +123,11 @@ def _translations(
             with torch.inference_mode():
                 expected = _reference_answer(model, cut, rules.max_tokens, record)
                 inputs = [rules.start_token, *expected[:-1]]
-                scores = model(input_ids=torch.tensor([cut]), decoder_input_ids=torch.tensor([inputs])).logits[0]
+                read, wrote = (torch.tensor([row], device=model.device) for row in (cut, inputs))
+                scores = model(input_ids=read, decoder_input_ids=wrote).logits[0]
             engine.read(cut)
             ours = np.stack([engine.write(token) for token in inputs])
-            found.add(scores.double().numpy(), ours.astype(np.float64))
+            found.add(scores.double().cpu().numpy(), ours.astype(np.float64))
             engine.read(cut)
             found.agreed.append(greedy(engine.write, rules, min(rules.max_tokens, WRITTEN)) == expected)
             yield
@@ -129,8 +142,8 @@ def _reference_answer(model: Any, ids: Sequence[int], most: int, record: TaskRec
     rules = record.seq2seq
     assert rules is not None
     written = model.generate(
-        torch.tensor([list(ids)]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        torch.tensor([list(ids)], device=model.device),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
         do_sample=False,
         num_beams=1,
         max_new_tokens=min(most, WRITTEN),
@@ -156,7 +169,7 @@ def _heads(
             if record.mask_token is not None:
                 ids[place] = record.mask_token
             with torch.inference_mode():
-                scores = model(input_ids=torch.tensor([ids])).logits[0].double().numpy()
+                scores = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].double().cpu().numpy()
             mine = ours.logits(ids).astype(np.float64)
             if record.mask_token is not None:
                 scores, mine = scores[place : place + 1], mine[place : place + 1]

@@ -14,6 +14,7 @@ from edgelm.progress import SILENT, Progress
 from exporter import embedding_quality, quality, task_quality
 from exporter.chat_proof import prove_chat
 from exporter.checkpoint import open_checkpoint, open_source
+from exporter.device import DeviceChoice, resolve_device
 from exporter.optimum_tasks import prove_words
 from exporter.token_identity import compare_files, compare_tokenizers
 from exporter.tokenizer import read_tokenizer
@@ -36,17 +37,27 @@ class Verification:
 
 
 def verify(
-    directory: Path, reference: str | None, progress: Progress = SILENT, *, evaluation: Path | None = None
+    directory: Path,
+    reference: str | None,
+    progress: Progress = SILENT,
+    *,
+    evaluation: Path | None = None,
+    device: DeviceChoice = "auto",
 ) -> Verification:
     """Check hashes, sizes, the artefact's header and the tokenizer; with a ``reference`` source prove all again.
 
     ``evaluation`` is a text file that takes the place of the built-in text; its figures are told, and compared with the
-    manifest's only when these are of the same text. Raises ``UsageError`` for one without a reference, ``BundleError``
-    when the bundle is not what its manifest says, ``ProofError`` when a tokenizer or a chat prompt differs or the
-    quality is worse than recorded, and what reading the reference raises.
+    manifest's only when these are of the same text. ``device`` is where transformers computes the reference. Raises
+    ``UsageError`` for one of both without a reference, ``MissingDependencyError`` for a GPU that is not there,
+    ``BundleError`` when the bundle is not what its manifest says, ``ProofError`` when a tokenizer or a chat prompt
+    differs or the quality is worse than recorded, and what reading the reference raises.
     """
     if evaluation is not None and reference is None:
         raise UsageError("--eval needs --reference: quality is measured against the source")
+    if device != "auto" and reference is None:
+        raise UsageError("--device needs --reference: only the source is computed there")
+    if device == "cuda":
+        resolve_device(device)  # said now, not after the files were read
     with progress.stage("checking hashes", 1) as stage:
         bundle = open_bundle(directory)
         stage.advance()
@@ -61,7 +72,7 @@ def verify(
     if bundle.manifest.task is not None:
         identity = prove_words(checkpoint, bundle.path)
         task = task_quality.measure(
-            bundle.artifact_path, checkpoint, bundle.manifest.task, identity, evaluation, progress
+            bundle.artifact_path, checkpoint, bundle.manifest.task, identity, evaluation, progress, device=device
         )
         _check_task(bundle.manifest.task_quality, task)
         return Verification(bundle, identity, task)
@@ -69,10 +80,11 @@ def verify(
     identity = _compare(bundle, source.tokenizer_json, source.vocabulary)
     _require_identity(identity, f"{reference} and the artefact")
     if bundle.manifest.encoder is not None:
-        vectors = embedding_quality.measure(bundle.artifact_path, checkpoint, identity, evaluation, progress)
+        artifact = bundle.artifact_path
+        vectors = embedding_quality.measure(artifact, checkpoint, identity, evaluation, progress, device=device)
         _check_cosines(bundle.manifest.embedding_quality, vectors)
         return Verification(bundle, identity, vectors)
-    measured = quality.measure(bundle.artifact_path, checkpoint, identity, evaluation, progress)
+    measured = quality.measure(bundle.artifact_path, checkpoint, identity, evaluation, progress, device=device)
     chat = prove_chat(bundle.path, bundle.artifact_path, checkpoint, source, progress)
     measured = measured.model_copy(update={"chat": chat})
     _check_quality(bundle.manifest.quality, measured)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.console import SIZE
+from edgelm.cli.console import SIZE, device_option
 
 if TYPE_CHECKING:
     from exporter.compress.importance import DepthMeasure, Measure
-    from exporter.compress.pipeline import DeviceChoice, Student
+    from exporter.compress.pipeline import Student
     from exporter.compress.proposal import Proposal
+    from exporter.device import DeviceChoice
 
 
 @click.command(short_help="Prune and distil a model until it fits its device.")
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 @click.option("--finish", metavar="QUANT|BUNDLE", help="Train on through this mix, or through a bundle's own types.")
 @click.option("--finish-tokens", type=click.IntRange(min=1), default=200_000, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@device_option
 @click.option("--dry-run", is_flag=True, help="Show the shape and write nothing.")
 @click.option("--force", is_flag=True, help="Replace an earlier student.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")

@@ -47,6 +47,13 @@ class SizeType(click.ParamType[int]):
 
 
 SIZE = SizeType()
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where torch computes; auto: on a GPU when torch sees one that holds the model.",
+)
 
 
 class _RichStage:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgelm.cli.console import SIZE
+from edgelm.cli.console import SIZE, device_option
 
 if TYPE_CHECKING:
     from edgelm.bundle import EmbeddingQuality, ExportPlan, Quality, TaskQuality
+    from exporter.device import DeviceChoice
 
 
 @click.command(short_help="Turn a checkpoint into a proven bundle for one target.")
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Text to measure quality on, instead of the built-in one.",
 )
+@device_option
 @click.option("--no-verify", is_flag=True, help="Leave out the quality measurement; token identity is always proven.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
 @click.option("--resume", is_flag=True, help="Keep finished tensors when interrupted; go on from them the next time.")
@@ -76,6 +78,7 @@ def command(
     max_kl: float | None,
     calibration: Path | None,
     evaluation: Path | None,
+    device: DeviceChoice,
     no_verify: bool,
     dry_run: bool,
     resume: bool,
@@ -115,6 +118,7 @@ def command(
         calibration=calibration,
         evaluation=evaluation,
         verify=not no_verify,
+        device=device,
         types=read_types(types_from) if types_from is not None else (),
     )
     started = time.monotonic()

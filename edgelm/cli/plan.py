@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgelm.cli.console import SIZE
+from edgelm.cli.console import SIZE, device_option
 
 if TYPE_CHECKING:
     from edgelm.bundle import ExportPlan
+    from exporter.device import DeviceChoice
     from exporter.plan import Candidate
     from targets.profile import TargetProfile
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 @click.option("--max-kl", type=float, metavar="X", help="Highest mean KL expected, in nats per token.")
 @click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE|self", help="As for edgelm export.")
 @click.option("--measure", is_flag=True, help="Measure what every tensor loses in every type; show that front instead.")
+@device_option
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write one HTML page with a picture.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(
@@ -45,6 +47,7 @@ def command(
     max_kl: float | None,
     calibration: Path | None,
     measure: bool,
+    device: DeviceChoice,
     html: Path | None,
     as_json: bool,
 ) -> None:
@@ -64,8 +67,8 @@ def command(
     from exporter.options import ExportOptions, as_format, parse_type_override
     from exporter.pipeline import choices
 
-    if not measure and (max_kl is not None or calibration is not None):
-        raise click.UsageError("--max-kl and --calibration need --measure: headers do not tell what is lost")
+    if not measure and (max_kl is not None or calibration is not None or device != "auto"):
+        raise click.UsageError("--max-kl, --calibration and --device need --measure: headers do not tell what is lost")
     options = ExportOptions(
         source=source,
         target=target,
@@ -79,6 +82,7 @@ def command(
         min_prefill_tps=min_prefill_tps,
         max_kl=max_kl,
         calibration=calibration,
+        device=device,
     )
     profile, found, chosen, failure = choices(options, stderr_progress(), measure=measure)
     if html is not None:

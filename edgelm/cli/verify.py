@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgelm.cli.console import print_json, print_table, stderr_progress
+from edgelm.cli.console import device_option, print_json, print_table, stderr_progress
 from edgelm.units import format_bytes
 
 if TYPE_CHECKING:
     from edgelm.bundle import Quality
+    from exporter.device import DeviceChoice
     from exporter.verification import Verification
 
 
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Text to measure quality on, instead of the built-in one; needs --reference.",
 )
+@device_option
 @click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on stdout.")
-def command(bundle: Path, reference: str | None, evaluation: Path | None, as_json: bool) -> None:
+def command(bundle: Path, reference: str | None, evaluation: Path | None, device: DeviceChoice, as_json: bool) -> None:
     """Check that BUNDLE holds what its manifest promises: hashes, header, tensors and token ids.
 
     With --reference the whole proof is made again. Exit 1 when the bundle is damaged, 3 when a proof fails.
@@ -41,7 +43,7 @@ def command(bundle: Path, reference: str | None, evaluation: Path | None, as_jso
     """
     from exporter.verification import verify
 
-    result = verify(bundle, reference, stderr_progress(), evaluation=evaluation)
+    result = verify(bundle, reference, stderr_progress(), evaluation=evaluation, device=device)
     if as_json:
         print_json(_document(bundle, result))
     else:

@@ -1,7 +1,7 @@
 """What a student learns from: windows of token ids from texts, from conversations, or from the teacher's own words.
 
-Texts are cut into consecutive windows and never overlap with what evaluates. The teacher's own words are sampled in
-large batches at temperature 1, each sequence from one random token on. Knows tokens; does not know how they are used.
+Texts are cut into consecutive windows and never overlap with what evaluates; ``writing`` samples the teacher's own
+words. Knows tokens; does not know how they are used.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgelm.errors import UsageError
-from edgelm.progress import Progress
 from exporter.calibration import read_conversations
 from exporter.token_identity import open_tokenizer
 from exporter.tokenizer import SourceTokenizer
@@ -61,33 +59,8 @@ def from_texts(paths: Sequence[Path | None], words: SourceTokenizer, length: int
     return Corpus(windows, tuple(sources))
 
 
-def own_words(model: Any, count: int, length: int, batch: int, seed: int, progress: Progress) -> Corpus:
-    """``count`` windows sampled from ``model``, ``batch`` sequences at a time; the same on every run of one device."""
-    import torch
-
-    generator = torch.Generator(device=model.device).manual_seed(seed)
-    parts = []
-    with progress.stage("the teacher writes", count * length, unit="tokens") as stage, torch.inference_mode():
-        for start in range(0, count, batch):
-            rows = min(batch, count - start)
-            latest = torch.randint(model.config.vocab_size, (rows, 1), generator=generator, device=model.device)
-            taken, cache = [latest], None
-            for _ in range(length - 1):
-                output = model(latest, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                cache = output.past_key_values
-                # The largest of p / Exp(1) is a sample of p, without the host waiting for the device.
-                weights = torch.softmax(output.logits[:, -1].float(), dim=-1)
-                noise = torch.empty_like(weights).exponential_(generator=generator)
-                latest = (weights / noise).argmax(dim=-1, keepdim=True)
-                taken.append(latest)
-                stage.advance(rows)
-            stage.advance(rows)
-            parts.append(torch.cat(taken, dim=1).to(torch.int32).cpu().numpy())
-    return written_by_teacher(np.concatenate(parts), seed)
-
-
 def written_by_teacher(windows: Ids, seed: int) -> Corpus:
-    """What ``own_words`` made, with what the model card says of it."""
+    """What the teacher wrote, with what the model card says of it."""
     return Corpus(windows, (f"the teacher's own words: {windows.size} tokens, temperature 1, seed {seed}",))
 
 

@@ -7,7 +7,7 @@ Quantising is libggml's own, so what is trained for is exactly what an export wr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from exporter import ggml
+from exporter.ggml import Floats
 from exporter.gguf import usable_cpus
 
-_ROWS_BYTES = 4 * 2**20
+_ROWS_BYTES = 2**20
 
 
 class FakeQuantizer:
@@ -30,29 +31,43 @@ class FakeQuantizer:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, parameters hold their quantised values; afterwards their own again."""
-        kept = {name: weight.data for name, (weight, _) in self._weights.items()}
-        for name, (weight, kind) in self._weights.items():
-            weight.data = quantized(kept[name], kind)
+        kept = [weight.data for weight, _ in self._weights.values()]
+        changed = _all_quantized([(weight.data, kind) for weight, kind in self._weights.values()])
+        for (weight, _), values in zip(self._weights.values(), changed, strict=True):
+            weight.data = values
         try:
             yield
         finally:
-            for name, (weight, _) in self._weights.items():
-                weight.data = kept[name]
+            for (weight, _), values in zip(self._weights.values(), kept, strict=True):
+                weight.data = values
 
 
 def quantized(values: Any, kind: str) -> Any:
     """A tensor (rows, columns) after quantising to ``kind`` and back, on its own device and in its own type."""
+    return _all_quantized([(values, kind)])[0]
+
+
+def _all_quantized(tensors: Sequence[tuple[Any, str]]) -> list[Any]:
+    """Each (tensor, kind) as above, blocks of rows of all tensors shared among the processors."""
     import torch
 
-    rows = np.ascontiguousarray(values.detach().float().cpu().numpy())
-    out = np.empty_like(rows)
-    step = max(1, _ROWS_BYTES // rows[0].nbytes)
-
-    def work(start: int) -> None:
-        part = rows[start : start + step]
-        raw = ggml.quantize(part, kind)
-        out[start : start + step] = ggml.dequantize(raw, kind, part.size).reshape(part.shape)
-
+    found = []
     with ThreadPoolExecutor(usable_cpus()) as pool:
-        list(pool.map(work, range(0, len(rows), step)))
-    return torch.from_numpy(out).to(values.device, values.dtype)
+        waiting = []
+        for values, kind in tensors:
+            rows = np.ascontiguousarray(values.detach().float().cpu().numpy())
+            out = np.empty_like(rows)
+            found.append(out)
+            step = max(1, _ROWS_BYTES // rows[0].nbytes)
+            for start in range(0, len(rows), step):
+                block = slice(start, start + step)
+                waiting.append(pool.submit(_round, rows[block], kind, out[block]))
+        for item in waiting:
+            item.result()  # an error of a block is raised here
+    return [
+        torch.from_numpy(out).to(values.device, values.dtype) for out, (values, _) in zip(found, tensors, strict=True)
+    ]
+
+
+def _round(rows: Floats, kind: str, out: Floats) -> None:
+    out[:] = ggml.dequantize(ggml.quantize(rows, kind), kind, rows.size).reshape(rows.shape)

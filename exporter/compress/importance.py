@@ -164,7 +164,8 @@ def _by_influence(model: Any, windows: Sequence[Sequence[int]], progress: Progre
             ids = torch.tensor([list(window)], device=model.device)
             states = model(ids, use_cache=False, output_hidden_states=True).hidden_states
             for index in range(len(layers) - 1):
-                changed[index] += 1 - torch.cosine_similarity(states[index][0], states[index + 1][0]).double().mean()
+                alike = torch.cosine_similarity(states[index][0], states[index + 1][0]).double().mean()
+                changed[index] += 1 - float(alike)  # the sums stay in the host's memory
             # The last state comes after the final norm, so the last layer's own output is not among them.
             changed[-1] = float("inf")
             stage.advance()

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from edgelm.bundle import file_record
-from edgelm.errors import CheckpointError, MissingDependencyError, UsageError
+from edgelm.errors import CheckpointError, UsageError
 from edgelm.progress import SILENT, Progress
 from exporter import tokenizer
 from exporter.architectures import describe
@@ -29,6 +29,8 @@ from exporter.compress.result import Comparison, CompressRecord
 from exporter.compress.shape import Shape, row_remarks, shape_of, told, wanted_shape
 from exporter.compress.surgery import Kept
 from exporter.compress.training import Trainer, TrainingOptions, write_atomically
+from exporter.compress.writing import own_words
+from exporter.device import DeviceChoice, memory_errors, resolve_device
 from exporter.given_types import read_types
 from exporter.options import ExportOptions
 from exporter.plan import resolve
@@ -39,12 +41,11 @@ from exporter.token_identity import open_tokenizer
 from exporter.tokenizer import SourceTokenizer
 from targets.profile import load_profile
 
-DeviceChoice = Literal["auto", "cpu", "cuda"]
 IMPORTANCE_WINDOWS = 16
 EVALUATION_TOKENS = 2000
 _HELD_OUT = 8  # windows of the teacher's own words that nobody learns from
-_WRITING_BATCH = {"cpu": 16, "cuda": 512}
 _OWN_WORDS, _KEPT, _COMPARISONS = "own_words.npy", "kept.json", "comparisons.json"
+_WRITTEN = "own_words"  # batches of words while the teacher still writes
 # A killed run may go on with these changed: they say how it is computed, or what to do about a loss that is no number.
 _CHANGEABLE = ("device", "micro_batch", "learning_rate")
 _SETTINGS = (
@@ -200,7 +201,8 @@ def _state_kept_if_worth_it(state: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not (state / _OWN_WORDS).is_file() and not list(state.glob("*/state.json")):
+        kept = (_OWN_WORDS, f"{_WRITTEN}/*.npy", "*/state.json")
+        if not any(list(state.glob(pattern)) for pattern in kept):
             shutil.rmtree(state, ignore_errors=True)
         raise
 
@@ -266,17 +268,6 @@ def _finish_export(options: CompressOptions, source: str) -> ExportOptions:
     return ExportOptions(source=source, format="gguf", quant=finish)
 
 
-def _device(choice: DeviceChoice) -> str:
-    import torch
-
-    available = torch.cuda.is_available()
-    if choice == "cuda" and not available:
-        raise MissingDependencyError(
-            "torch sees no CUDA device here", hint="use --device cpu, or install torch for CUDA"
-        )
-    return "cuda" if available and choice != "cpu" else "cpu"
-
-
 def _config(checkpoint: Checkpoint, progress: Progress) -> Any:
     if checkpoint.source.kind == "huggingface":
         from transformers import AutoConfig
@@ -285,7 +276,7 @@ def _config(checkpoint: Checkpoint, progress: Progress) -> Any:
             return AutoConfig.from_pretrained(checkpoint.source.path, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{checkpoint.source.location}: {str(error).splitlines()[0]}") from error
-    with open_torch_model(checkpoint, progress) as model:
+    with open_torch_model(checkpoint, progress, device="cpu") as model:
         return model.config
 
 
@@ -341,22 +332,22 @@ def _teacher(options: CompressOptions, checkpoint: Checkpoint, words: SourceToke
 @contextmanager
 def _models(run: _Run, teacher_checkpoint: Checkpoint) -> Iterator[tuple[Any, Any]]:
     """The model to prune and the teacher, which may be the same, on the device."""
-    device = _device(run.options.device)
-    with open_torch_model(run.checkpoint, run.progress) as base:
-        _ready(base, device)
+    # Both on one device: what holds the first model alone could lack room for the second.
+    device: DeviceChoice = "cuda" if resolve_device(run.options.device).value == "cuda" else "cpu"
+    with open_torch_model(run.checkpoint, run.progress, device=device) as base:
+        _ready(base)
         if teacher_checkpoint is run.checkpoint:
             yield base, base
             return
-        with open_torch_model(teacher_checkpoint, run.progress) as teacher:
-            _ready(teacher, device)
+        with open_torch_model(teacher_checkpoint, run.progress, device=device) as teacher:
+            _ready(teacher)
             yield base, teacher
 
 
-def _ready(model: Any, device: str) -> None:
+def _ready(model: Any) -> None:
     model.set_attn_implementation("sdpa")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    model.to(device)
 
 
 def _claim_state(run: _Run, teacher: Checkpoint, wanted: Shape) -> None:
@@ -413,11 +404,13 @@ def _corpus(run: _Run, teacher: Any) -> tuple[Corpus, Corpus | None]:
     if path.is_file():
         written = data.written_by_teacher(np.load(path, allow_pickle=False), options.seed)
     else:
-        batch = _WRITING_BATCH[teacher.device.type]
-        written = data.own_words(teacher, own + _HELD_OUT, length, batch, options.seed, run.progress)
+        with memory_errors("one sequence that the teacher writes", "try a shorter --length, or --device cpu"):
+            words = own_words(teacher, own + _HELD_OUT, length, options.seed, run.state / _WRITTEN, run.progress)
+        written = data.written_by_teacher(words, options.seed)
         partial = path.with_name(f".partial.{path.name}")
         np.save(partial, written.windows)
         partial.replace(path)
+        shutil.rmtree(run.state / _WRITTEN, ignore_errors=True)
     held_out = Corpus(written.windows[:_HELD_OUT], ())
     learned = Corpus(written.windows[_HELD_OUT:], written.sources)
     if options.own_share == 1:

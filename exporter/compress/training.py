@@ -22,7 +22,9 @@ from edgelm.errors import CheckpointError, DoesNotFitError, EngineError
 from edgelm.progress import Progress, Stage
 from edgelm.units import format_bytes
 from exporter.compress.data import Corpus, Indices, batches
+from exporter.compress.divergence import divergence
 from exporter.compress.fake_quant import FakeQuantizer
+from exporter.device import computing_in_bfloat16, is_out_of_memory
 from targets.host import available_memory
 
 _BETAS = (0.9, 0.95)
@@ -33,8 +35,8 @@ _STATE, _TENSORS = "state.json", "state-{step}.safetensors"
 _SAVE_EVERY_S = 60.0
 _FLOAT32_BYTES = 4
 # Arrays that are in memory at once, counted in PyTorch's code: gradient and both moments of AdamW of each weight; of
-# each position both logits, both log-softmaxes, the terms of KL and two gradients; and what backward needs of a layer.
-_PER_WEIGHT, _PER_LOGIT, _PER_CHANNEL, _PER_NEURON = 3, 7, 14, 5
+# each position both logits, their gradient and a block of each of its terms; and what backward needs of a layer.
+_PER_WEIGHT, _PER_LOGIT, _PER_CHANNEL, _PER_NEURON = 3, 4, 14, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,22 +138,24 @@ class Trainer:
         stage.advance(tokens)
 
     def _one_step(self, rows: Indices) -> None:
+        import torch
+
         state, options = self._state, self._options
         rate = _rate(state.step, options)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         applied: AbstractContextManager[None] = self._quantizer.applied() if self._quantizer else nullcontext()
-        with applied:
-            loss, kl = self._gradients(rows)
-        if not math.isfinite(loss):
-            raise self._no_number()
-        import torch
-
-        # A finite loss can have gradients that are not: they would spoil the weights that are saved next.
-        if not math.isfinite(float(torch.nn.utils.clip_grad_norm_(state.student.parameters(), _CLIP))):
-            raise self._no_number()
-        state.whole = False
-        state.optimizer.step()
+        try:
+            with applied:
+                loss, kl = self._gradients(rows)
+            # A finite loss can have gradients that are not: they would spoil the weights that are saved next.
+            norm = float(torch.nn.utils.clip_grad_norm_(state.student.parameters(), _CLIP))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise self._no_number()
+            state.whole = False
+            state.optimizer.step()
+        except RuntimeError as error:
+            raise self._too_large(error) from error
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.curve.append(Step(state.step, loss, kl, rate))
@@ -170,26 +174,24 @@ class Trainer:
         import torch
 
         options = self._options
-        loss_sum = kl_sum = 0.0
+        # Sums stay on the device: to read one there waits for all that was asked of it before.
+        loss_sum, kl_sum = torch.zeros(2, dtype=torch.float64, device=self._device)
         for start in range(0, len(rows), options.micro_batch):
             part = rows[start : start + options.micro_batch]
             ids = torch.from_numpy(self._corpus.windows[part]).long().to(self._device)
             share = len(part) / len(rows)
-            try:
-                loss, kl = self._loss(ids)
-                (loss * share).backward()
-            except RuntimeError as error:
-                raise self._too_large(error) from error
-            loss_sum += float(loss.detach()) * share
-            kl_sum += float(kl) * share
-        return loss_sum, kl_sum
+            loss, kl = self._loss(ids)
+            (loss * share).backward()
+            loss_sum += loss.detach() * share
+            kl_sum += kl * share
+        return float(loss_sum), float(kl_sum)
 
     def _loss(self, ids: Any) -> tuple[Any, Any]:
         import torch
 
         options = self._options
         deep = options.hidden_weight > 0
-        with self._precision():
+        with computing_in_bfloat16(self._device):
             with torch.no_grad(), _Attention(self._teacher, options.matched, options.attention_weight) as expected:
                 teacher = self._teacher(ids, use_cache=False, output_hidden_states=deep)
             everyone = tuple(range(len(options.matched)))
@@ -204,11 +206,6 @@ class Trainer:
         if options.attention_weight > 0:
             loss = loss + options.attention_weight * _distance(expected.outputs, found.outputs)
         return loss, kl.detach()
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        import torch
-
-        return torch.autocast("cuda", dtype=torch.bfloat16) if self._device.type == "cuda" else nullcontext()
 
     def _check_memory(self) -> None:
         """Refuse before the first step what would be killed during it. Raises ``DoesNotFitError``."""
@@ -228,9 +225,8 @@ class Trainer:
         )
 
     def _too_large(self, error: RuntimeError) -> Exception:
-        text = str(error)
-        if "out of memory" not in text and "can't allocate memory" not in text and "not enough memory" not in text:
-            return EngineError(f"training failed: {text.splitlines()[0]}")
+        if not is_out_of_memory(error):
+            return EngineError(f"training failed: {(str(error).splitlines() or [type(error).__name__])[0]}")
         size = self._options.micro_batch
         smaller = f"--micro-batch {size // 2}" if size > 1 else "a shorter --length"
         return DoesNotFitError(
@@ -287,6 +283,8 @@ class Trainer:
             for index in range(len(weights)):
                 names = ("step", "exp_avg", "exp_avg_sq")
                 saved["state"][index] = {name: tensors[f"optimizer.{index}.{name}"] for name in names}
+                # Counted by the host: AdamW would wait for the device to read each one there.
+                saved["state"][index]["step"] = saved["state"][index]["step"].cpu()
             curve = [Step(**item) for item in document["curve"]]
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(
@@ -315,15 +313,6 @@ def training_bytes(student: Any, length: int, *, quantised: bool = False) -> tup
     layer = _PER_CHANNEL * config.hidden_size + _PER_NEURON * config.intermediate_size
     position = _PER_LOGIT * config.vocab_size + config.num_hidden_layers * layer
     return _FLOAT32_BYTES * (_PER_WEIGHT + quantised) * weights, _FLOAT32_BYTES * length * position
-
-
-def divergence(teacher: Any, student: Any, temperature: float = 1.0) -> Any:
-    """Mean KL(teacher || student) in nats over positions; logits (..., vocabulary), computed in float32."""
-    import torch
-
-    expected = torch.log_softmax(teacher.float() / temperature, dim=-1)
-    found = torch.log_softmax(student.float() / temperature, dim=-1)
-    return torch.nn.functional.kl_div(found, expected, log_target=True, reduction="sum") / expected[..., 0].numel()
 
 
 def _distance(expected: Sequence[Any], found: Sequence[Any]) -> Any:

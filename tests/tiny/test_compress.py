@@ -45,7 +45,7 @@ def teacher_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def teacher(teacher_directory: Path) -> Any:
-    with open_torch_model(open_checkpoint(open_source(str(teacher_directory))), SILENT) as model:
+    with open_torch_model(open_checkpoint(open_source(str(teacher_directory))), SILENT, device="cpu") as model:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         return model

@@ -80,7 +80,10 @@ def measured(monkeypatch: pytest.MonkeyPatch, kl_mean: float) -> list[Any]:
     """Let the quality room answer at once; what it was asked is in the list."""
     asked: list[Any] = []
 
-    def measure(artifact: Path, checkpoint: Any, identity: TokenIdentity, evaluation: Path | None, _: Any) -> Quality:
+    def measure(
+        artifact: Path, checkpoint: Any, identity: TokenIdentity, evaluation: Path | None, _: Any, device: str
+    ) -> Quality:
+        assert device == "auto"
         asked.append((artifact.name, evaluation))
         return Quality(
             reference="transformers",

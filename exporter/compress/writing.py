@@ -1,0 +1,130 @@
+"""The teacher's own words: sequences sampled at temperature 1 in large batches, each from one random token on.
+
+Every batch has a random stream of its own and is on disk before the next one starts, so that a killed run goes on with
+the same words. Keys and values lie where they will stay: a cache that grows by copying moves all of them for every
+token. Knows models that transformers computes; does not know what the words are for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgelm.progress import Progress, Stage
+from exporter.compress.data import Ids
+from exporter.compress.shape import head_size
+from exporter.device import computing_in_bfloat16, is_out_of_memory
+
+_CPU_BATCH, _GPU_BATCH = 16, 4096
+_GPU_SHARE = 0.65  # of the GPU's memory, for keys, values and logits
+_BFLOAT16_BYTES = 2
+_LOGIT_BYTES = 4 * 5  # logits, probabilities, noise, their quotient and one more that lives for a moment
+
+
+def own_words(model: Any, count: int, length: int, seed: int, directory: Path, progress: Progress) -> Ids:
+    """``count`` windows (count, length) sampled from ``model`` on its device; the same on every run of one device.
+
+    Finished batches are kept in ``directory`` and read from there by the next run. When a batch does not fit into the
+    GPU's memory, smaller ones are written. Raises ``RuntimeError`` of torch when a single sequence does not fit.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with progress.stage("the teacher writes", count * length, unit="tokens") as stage:
+        parts = _kept(directory)
+        written, batch = sum(map(len, parts)), writing_batch(model, length)
+        stage.advance(written * length)
+        while written < count:
+            rows = min(batch, count - written)
+            try:
+                part = _written(model, rows, length, [seed, written], stage)
+            except RuntimeError as error:
+                batch = rows // 2
+                if not batch or not is_out_of_memory(error):
+                    raise
+                continue
+            _keep(directory / f"{written}.npy", part)
+            parts.append(part)
+            written += rows
+    return np.concatenate(parts)
+
+
+def _kept(directory: Path) -> list[Ids]:
+    """The batches of an earlier run, each named by the sequences before it."""
+    parts: list[Ids] = []
+    while (path := directory / f"{sum(map(len, parts))}.npy").is_file():
+        parts.append(np.load(path, allow_pickle=False))
+    return parts
+
+
+def writing_batch(model: Any, length: int) -> int:
+    """How many sequences are written at once: few on a CPU, on a GPU what its memory holds."""
+    if model.device.type != "cuda":
+        return _CPU_BATCH
+    import torch
+
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * heads * head_size(config) * length * _BFLOAT16_BYTES
+    total_bytes = torch.cuda.get_device_properties(model.device).total_memory
+    fitting = int(total_bytes * _GPU_SHARE / (cached + _LOGIT_BYTES * config.vocab_size))
+    return max(1, min(_GPU_BATCH, fitting // 512 * 512 or fitting))
+
+
+def _written(model: Any, rows: int, length: int, seed: list[int], stage: Stage) -> Ids:
+    import torch
+
+    device = model.device
+    stream = int(np.random.default_rng(seed).integers(2**62))
+    generator = torch.Generator(device=device).manual_seed(stream)
+    with torch.inference_mode(), computing_in_bfloat16(device):
+        latest = torch.randint(model.config.vocab_size, (rows, 1), generator=generator, device=device)
+        taken, cache = [latest], reserved_cache(model, length)
+        for _ in range(length - 1):
+            output = model(latest, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            # The largest of p / Exp(1) is a sample of p, without the host waiting for the device.
+            weights = torch.softmax(output.logits[:, -1], dim=-1, dtype=torch.float32)
+            noise = torch.empty_like(weights).exponential_(generator=generator)
+            latest = weights.div_(noise).argmax(dim=-1, keepdim=True)
+            taken.append(latest)
+            stage.advance(rows)
+        stage.advance(rows)
+        words: Ids = torch.cat(taken, dim=1).to(torch.int32).cpu().numpy()
+    return words
+
+
+def reserved_cache(model: Any, length: int) -> Any:
+    """An empty cache of transformers whose layers reserve room for ``length`` tokens at the first of them.
+
+    Of one type on a GPU, bfloat16, whatever the computing of keys and values ends in.
+    """
+    import torch
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    on_gpu = model.device.type == "cuda"
+
+    class Reserved(DynamicLayer):  # type: ignore[misc]
+        """Keys and values (rows, heads, tokens so far, head size), both views of what was reserved."""
+
+        _room: tuple[Any, Any]
+
+        def update(self, key_states: Any, value_states: Any, *_: Any) -> tuple[Any, Any]:
+            start = self.get_seq_length()
+            if start == 0:
+                kind = torch.bfloat16 if on_gpu else key_states.dtype
+                shapes = ((*item.shape[:2], length, item.shape[3]) for item in (key_states, value_states))
+                first, second = (key_states.new_empty(shape, dtype=kind) for shape in shapes)
+                self._room, self.is_initialized = (first, second), True
+            end = start + key_states.shape[2]
+            for room, states in zip(self._room, (key_states, value_states), strict=True):
+                room[:, :, start:end] = states
+            self.keys, self.values = (room[:, :, :end] for room in self._room)
+            return self.keys, self.values
+
+    return Cache(layers=[Reserved() for _ in range(model.config.get_text_config().num_hidden_layers)])
+
+
+def _keep(path: Path, part: Ids) -> None:
+    partial = path.with_name(f".partial.{path.name}")
+    np.save(partial, part)
+    partial.replace(path)
