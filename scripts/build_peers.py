@@ -7,6 +7,7 @@ that a difference between the two is a difference of ours. Not needed to use or 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,9 @@ def main() -> None:
     defines += [f"-DCMAKE_C_FLAGS={flags}", f"-DCMAKE_CXX_FLAGS={flags}"]
     build = output / "build"
     subprocess.run(["cmake", "-S", str(sources), "-B", str(build), *defines], check=True)
-    subprocess.run(["cmake", "--build", str(build), "--parallel", "--target", *TOOLS], check=True)
+    # A bare --parallel starts every compiler at once, some gigabytes of them.
+    jobs = ["--parallel", str(os.cpu_count() or 1)]
+    subprocess.run(["cmake", "--build", str(build), *jobs, "--target", *TOOLS], check=True)
     print(build / "bin")
 
 
