@@ -79,8 +79,12 @@ REPACKED = {
     "x86-avx-vnni": ("Q4_0", "Q4_K", "IQ4_NL", "MXFP4"),
     "x86-gracemont": ("Q4_0", "Q4_K", "IQ4_NL", "MXFP4"),
     "x86-avx512-vnni": ("Q4_0", "Q4_K", "IQ4_NL", "MXFP4", "Q2_K"),
+    # amx/mmq.cpp of llama.cpp, and what repack.cpp rearranges of the rest.
+    "x86-amx": ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "F16", "IQ4_NL", "MXFP4", "Q2_K"),
     "generic": (),
 }
+# AMX tiles carry sums beside the blocks: 4 bytes with every block of 34, 144 and 176 bytes, 2 with one of 136.
+REPACKED_GROWTH = {"x86-amx": {"Q8_0": 38 / 34, "Q4_K": 148 / 144, "Q5_K": 180 / 176, "IQ4_XS": 138 / 136}}
 # family -> (factor on prefill cycles, on decode cycles, bandwidth share, GB/s of one core, parallel loss)
 CPU_START = {
     "arm-neon": (6.5, 4.0, 0.29, 2.7, 0.02),
@@ -91,6 +95,7 @@ CPU_START = {
     "x86-avx-vnni": (1.0, 1.0, 0.58, 14.0, 0.06),
     "x86-gracemont": (2.5, 3.5, 0.65, 8.0, 0.03),
     "x86-avx512-vnni": (0.9, 1.0, 0.58, 22.0, 0.05),
+    "x86-amx": (0.5, 0.9, 0.58, 22.0, 0.05),  # no published row tells: SmolLM2 on 2 cores of a Sapphire Rapids
     "generic": (60.0, 60.0, 0.4, 3.0, 0.03),
 }
 # family -> (factor on prefill shares, bandwidth share, us per layer, the same before 2025, hidden size at half speed)
@@ -130,6 +135,7 @@ def starting_families() -> dict[str, Family]:
             old_layer_us=CPU_LAYER_US,
             old_prefill=0.7,
             repacked=REPACKED[name],
+            repacked_growth=REPACKED_GROWTH.get(name, {}),
             prefill={
                 kind: value * prefill * (1.0 if kind in (*REPACKED[name], "F16") else slow[name])
                 for kind, value in CPU_PREFILL.items()
@@ -350,7 +356,7 @@ def document(fit: Fit, values: np.ndarray, measured: tuple[Spread, dict[str, Uns
                 lines += ["gpu = true"] if value else []
             elif isinstance(value, float):
                 lines += [f"{field} = {value:.4g}"] if value else []
-            elif isinstance(value, dict):
+            elif isinstance(value, dict) and value:
                 lines.append(f"{field} = {{ {', '.join(f'{kind} = {number:.4g}' for kind, number in value.items())} }}")
             elif value:
                 lines.append(f"{field} = [{', '.join(f'{chr(34)}{kind}{chr(34)}' for kind in value)}]")

@@ -31,8 +31,9 @@ class Family(Record):
     ``parallel_loss`` a in n / (1 + a (n - 1)), the speed-up of n threads in prefill. GPU: ``prefill`` is the share of
     the rated f16 arithmetic, ``decode`` the share of the rated bandwidth; ``layer_us`` the fixed cost of a layer per
     token. ``bandwidth_share`` is sustained over theoretical bandwidth. The ``old_*`` values hold for llama.cpp builds
-    before 2025. ``repacked`` lists the types of which llama.cpp makes a second, rearranged copy. ``default`` in the
-    maps stands for types that nobody measured.
+    before 2025. ``repacked`` lists the types of which llama.cpp makes a second, rearranged copy, ``repacked_growth``
+    how much larger that is than the original, where it is. ``default`` in the maps stands for types that nobody
+    measured.
     """
 
     gpu: bool = False
@@ -44,6 +45,7 @@ class Family(Record):
     old_prefill: float = Field(default=1, gt=0)
     hidden_half: float = Field(default=0, ge=0)
     repacked: tuple[str, ...] = ()
+    repacked_growth: dict[str, float] = Field(default_factory=dict)
     prefill: dict[str, float]
     decode: dict[str, float]
 

@@ -327,6 +327,7 @@ def kernel_family(isa: tuple[str, ...]) -> str:
         ("i8mm", "arm-i8mm"),
         ("dotprod", "arm-dotprod"),
         ("neon", "arm-neon"),
+        ("amx_int8", "x86-amx"),
         ("avx512_vnni", "x86-avx512-vnni"),
         ("avx_vnni", "x86-avx-vnni"),
         ("avx2", "x86-avx2"),

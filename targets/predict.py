@@ -298,15 +298,17 @@ def bandwidth_at(profile: TargetProfile, family: Family, best: float, threads: i
     return 1 / _norm((1 / best, 1 / (per_core * min(threads, _fast(profile) + _slow(profile)))), 4)
 
 
-def without_head(workload: Workload) -> Iterable[TypedWeights]:
-    """The weights that prefill multiplies for every position: all but one vocabulary x hidden matrix, the head.
-
-    The head is taken from the type with the most bits that holds as many weights, which is where quantisation mixes
-    put it.
-    """
+def head_of(workload: Workload) -> TypedWeights | None:
+    """The weights among which the head, a vocabulary x hidden matrix, is: those of the type with the most bits that
+    hold as many, which is where quantisation mixes put it."""
     head = workload.vocabulary * workload.hidden
     by_bits = sorted(workload.weights, key=lambda item: -item.size_bytes / max(item.parameters, 1))
-    holder = next((item for item in by_bits if item.parameters >= head and item.type != "F32"), None)
+    return next((item for item in by_bits if item.parameters >= head and item.type != "F32"), None)
+
+
+def without_head(workload: Workload) -> Iterable[TypedWeights]:
+    """The weights that prefill multiplies for every position: all but the head."""
+    holder, head = head_of(workload), workload.vocabulary * workload.hidden
     for item in workload.weights:
         if item is not holder:
             yield item
@@ -321,22 +323,34 @@ def ram_parts(workload: Workload, profile: TargetProfile, settings: RunSettings,
     kv_bytes = workload.kv_elements_per_token * kv_element_bytes(workload, settings) * cells
     batch = min(settings.batch, settings.context)
     compute_bytes = COMPUTE_BASE_BYTES + batch * workload.hidden * LIVE_ACTIVATIONS * 4 + workload.vocabulary * 4
-    repack_bytes = 0
-    if settings.mmap and not family.gpu and workload.format == "gguf":
-        repack_bytes = sum(item.size_bytes for item in _repackable(workload) if item.type in family.repacked)
+    on_cpu = not family.gpu and workload.format == "gguf"
+    repack_bytes = _repack_bytes(workload, settings, family) if on_cpu else 0.0
     entry_bytes = VOCABULARY_ENTRY_BYTES + (TOKENIZER_ENTRY_BYTES if settings.source_tokenizer else 0)
     return RamParts(
         weights_bytes=workload.file_bytes,
-        repack_bytes=repack_bytes,
+        repack_bytes=round(repack_bytes),
         kv_bytes=round(kv_bytes),
         compute_bytes=round(compute_bytes),
         process_bytes=GPU_CONTEXT_BYTES if family.gpu else PROCESS_BYTES + workload.vocabulary * entry_bytes,
     )
 
 
-def _repackable(workload: Workload) -> Iterable[TypedWeights]:
-    """Weights that are only multiplied: a tied table is looked up as well and therefore stays as it is."""
-    return without_head(workload) if workload.lookup is None else workload.weights
+def _repack_bytes(workload: Workload, settings: RunSettings, family: Family) -> float:
+    """What rearranged weights add to the file's own bytes.
+
+    Mapped, the file stays and the copies come on top. Read without a map, weights are rearranged in place of the
+    original, which takes more only where the arrangement does; a tied table is both looked up and multiplied, so
+    llama.cpp loads it a second time as the head.
+    """
+    extra = 0.0
+    for item in workload.weights:
+        if item.type in family.repacked:
+            growth = family.repacked_growth.get(item.type, 1.0)
+            extra += item.size_bytes * (growth if settings.mmap else growth - 1)
+    head = head_of(workload)
+    if not settings.mmap and workload.lookup is None and head is not None and head.type in family.repacked:
+        extra += head.size_bytes * workload.vocabulary * workload.hidden / head.parameters
+    return extra
 
 
 def judge_fit(

@@ -153,6 +153,7 @@ def test_a_known_board_brings_its_own_advice(machine: Machine) -> None:
     ("flags", "family"),
     [
         ("flags\t: avx2 fma avx512f avx512_vnni", "x86-avx512-vnni"),
+        ("flags\t: avx2 fma avx512f avx512_vnni amx_int8", "x86-amx"),
         ("flags\t: avx2 fma avx_vnni", "x86-avx-vnni"),
         ("flags\t: avx2 fma", "x86-avx2"),
         ("flags\t: sse4_1", "generic"),

@@ -98,15 +98,37 @@ def test_a_deep_cache_slows_decode_and_a_smaller_cache_type_less() -> None:
     assert deep < small < shallow
 
 
+def test_a_table_that_is_looked_up_and_multiplied_is_held_twice() -> None:
+    """As llama.cpp does: a tied table of a type with repacked kernels is loaded once for each purpose."""
+    unmapped = replace(RUN, mmap=False)
+    tied = predict(Q4, PI5, unmapped).ram_parts
+    assert tied.repack_bytes == TABLE * 17 // 16
+    untied = replace(Q4, lookup=TypedWeights("Q8_0", TABLE, TABLE * 17 // 16), file_bytes=123_000_000)
+    assert predict(untied, PI5, unmapped).ram_parts.repack_bytes == 0
+    # Q8_0 has no repacked kernel on x86 with AVX-512
+    avx512 = load_profile("laptop-x86-avx512")
+    assert predict(Q4, avx512, unmapped).ram_parts.repack_bytes == 0
+    assert predict(Q4, avx512, RUN).ram_parts.repack_bytes == BODY * 9 // 16
+
+
+def test_tiles_of_amx_carry_sums() -> None:
+    """SmolLM2-135M as Q4_0: llama.cpp announces 56.95 MiB of AMX buffer for the layers and 32.06 MiB for the head."""
+    amx = load_profile("laptop-x86-avx512").model_copy(update={"kernels": "x86-amx"})
+    parts = predict(Q4, amx, RUN).ram_parts
+    assert parts.repack_bytes == pytest.approx((56.95 + 32.06) * 2**20, rel=1e-3)
+    # Without a map only the head's second copy and the sums are more than the file.
+    unmapped = predict(Q4, amx, replace(RUN, mmap=False)).ram_parts.repack_bytes
+    assert unmapped == pytest.approx(TABLE * (34 + 4) / 32, rel=1e-3)
+
+
 def test_memory_is_the_sum_of_parts_that_follow_their_causes() -> None:
     base = predict(Q4, PI5, RUN)
     parts = base.ram_parts
     assert base.ram_bytes == sum(parts.model_dump().values())
     assert parts.weights_bytes == Q4.file_bytes
     assert parts.kv_bytes == 2048 * 2 * 30 * 192 * 2
-    # Q4_0 has repacked kernels on the Pi 5; the tied table is looked up and stays as it is
-    assert parts.repack_bytes == BODY * 9 // 16
-    assert predict(Q4, PI5, replace(RUN, mmap=False)).ram_parts.repack_bytes == 0
+    # Q4_0 and Q8_0 have repacked kernels on the Pi 5; as the head, the tied table is multiplied, too
+    assert parts.repack_bytes == BODY * 9 // 16 + TABLE * 17 // 16
     assert predict(Q4, load_profile("pi4"), RUN).ram_parts.repack_bytes == 0
     half = predict(Q4, PI5, replace(RUN, kv_type="q8_0")).ram_parts.kv_bytes
     assert half == round(parts.kv_bytes * 34 / 64)
