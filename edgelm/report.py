@@ -247,7 +247,8 @@ class EngineRecord(Record):
     """What computed. ``system`` is the engine's own word on its build.
 
     ``features_used`` are CPU extensions that the build uses, ``features_idle`` those that the CPU has besides;
-    ``waiting`` tells how threads wait for one another and ``waiting_reason`` why.
+    ``waiting`` tells how threads wait for one another and ``waiting_reason`` why; ``huge_page_bytes`` how much of the
+    model was moved to huge pages, None in reports of engines that did not know.
     """
 
     name: str
@@ -258,6 +259,7 @@ class EngineRecord(Record):
     blas: bool | None = None
     waiting: str | None = None
     waiting_reason: str = ""
+    huge_page_bytes: int | None = None
 
 
 class Settings(Record):

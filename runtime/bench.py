@@ -359,6 +359,7 @@ def _engine_record(info: EngineInfo) -> EngineRecord:
         blas=has_blas(info.system) if names_features else None,
         waiting=info.waiting,
         waiting_reason=info.waiting_reason,
+        huge_page_bytes=info.huge_page_bytes,
     )
 
 

@@ -50,7 +50,8 @@ class EngineInfo:
 
     ``buffers`` are sizes that it announced while loading, as far as it does: ``weights_copied`` (weights repacked or
     read instead of mapped) and ``compute`` (reserved, used as far as touched). ``waiting`` tells how its threads wait
-    for one another, ``waiting_reason`` why. ``truncates`` tells whether a sequence can forget its last tokens alone.
+    for one another, ``waiting_reason`` why. ``huge_page_bytes`` of its memory were moved to huge pages. ``truncates``
+    tells whether a sequence can forget its last tokens alone.
     """
 
     engine: str
@@ -71,6 +72,7 @@ class EngineInfo:
     buffers: dict[str, int] = field(default_factory=dict)
     waiting: str | None = None
     waiting_reason: str = ""
+    huge_page_bytes: int = 0
     truncates: bool = True
 
 

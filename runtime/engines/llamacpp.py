@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from edgelm.errors import BundleError, EngineError, UsageError
 from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits, check_chunks
 from runtime.engines.llamacpp_inputs import InputSquares
 from runtime.gguf_header import read_gguf_header, workload_from_gguf
-from runtime.libllama import import_declarations
+from runtime.huge_pages import collapse_resident
+from runtime.libllama import import_declarations, kernel_set, load_kernels
 from runtime.tokenizer import ends_added
 from runtime.waiting import decided, prepare_openmp
 from targets.host import default_threads
@@ -103,39 +105,10 @@ def load_library() -> Any:
                 ) from error
             _log.callback = library.llama_log_callback(_log.receive)
             library.llama_log_set(_log.callback, ctypes.c_void_p(0))
-            _load_kernels(library)
+            load_kernels(library)
             library.llama_backend_init()
             _library = library
         return _library
-
-
-def _load_kernels(library: Any) -> None:
-    """Load the best CPU kernels that this processor can run, where they are libraries of their own (the ARM wheel).
-
-    llama.cpp by itself would look beside the Python interpreter and in the working directory. They lie beside libllama,
-    and whatever lies in a working directory is not loaded. Raises ``EngineError`` when no kernels fit.
-    """
-    llama = Path(library._lib._name)
-    ggml = ctypes.CDLL(str(llama.with_name(llama.name.replace("llama", "ggml"))))
-    ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
-    if ggml.ggml_backend_reg_count() > 0:  # built for one CPU: the kernels are part of the library
-        return
-    ggml.ggml_backend_load_all_from_path(ctypes.c_char_p(os.fsencode(llama.parent)))
-    if ggml.ggml_backend_reg_count() == 0:
-        raise EngineError(
-            f"no kernels for this processor lie in {llama.parent}",
-            hint="install llama-cpp-python again, from a wheel for this kind of processor",
-        )
-
-
-def kernel_set() -> str | None:
-    """Name of the CPU kernels that were loaded as a library of their own (``armv8.2_2``); None when built in."""
-    try:
-        mapped = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    found = re.search(r"/libggml-cpu-(\S+)\.so$", mapped, re.MULTILINE)
-    return found[1] if found else None
 
 
 def kv_bytes_per_token(elements: int, kv_type: str) -> float:
@@ -244,9 +217,10 @@ def load_engine(path: Path, options: EngineOptions, observer: InputSquares | Non
     except EngineError:
         library.llama_model_free(model)
         raise
+    huge_page_bytes = collapse_resident()
     loaded = Loaded(library, model, context)
     info = _describe(loaded, path, options, threads, kv_elements_per_token, time.perf_counter() - started)
-    return LlamaCppEngine(loaded, info, options)
+    return LlamaCppEngine(loaded, replace(info, huge_page_bytes=huge_page_bytes), options)
 
 
 def check_file(path: Path) -> None:

@@ -32,13 +32,14 @@ from runtime.engines.llamacpp import (
     LlamaVocabulary,
     Loaded,
     check_file,
-    kernel_set,
     load_error,
     load_library,
     load_weights,
     take_messages,
 )
 from runtime.gguf_header import read_gguf_header
+from runtime.huge_pages import collapse_resident
+from runtime.libllama import kernel_set
 from targets.host import default_threads
 
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
@@ -64,6 +65,7 @@ def load_encoder(path: Path, options: EncoderOptions) -> LlamaCppEncoder:
     try:
         length = options.context or int(library.llama_model_n_ctx_train(model))
         context = _create_context(library, model, path, options, (length, threads))
+        collapse_resident()
         loaded = Loaded(library, model, context)
         info = _describe(loaded, path, options, (length, threads), time.perf_counter() - started)
     except (EngineError, BundleError):

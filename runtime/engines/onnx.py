@@ -31,6 +31,7 @@ from runtime.engines.onnx_session import (
     open_session,
     runtime_errors,
 )
+from runtime.huge_pages import collapse_resident
 from runtime.memory import resident_range, snapshot
 from runtime.onnx_header import FLOAT, OnnxModel, read_onnx_model
 
@@ -119,6 +120,7 @@ def load_engine(path: Path, options: EngineOptions) -> OnnxEngine:
     runtime = load_library()
     before_bytes = snapshot().anonymous_bytes
     session = open_session(runtime, path, threads)
+    huge_page_bytes = collapse_resident()
     info = EngineInfo(
         engine="onnxruntime",
         versions={"onnxruntime": runtime.__version__},
@@ -136,6 +138,7 @@ def load_engine(path: Path, options: EngineOptions) -> OnnxEngine:
         load_s=time.perf_counter() - started,
         system=f"CPUExecutionProvider, {threads.count} threads, {threads.waiting.reason}",
         buffers={"weights_copied": max(snapshot().anonymous_bytes - before_bytes, 0)},
+        huge_page_bytes=huge_page_bytes,
         waiting=threads.waiting.kind,
         waiting_reason=threads.waiting.reason,
     )
