@@ -50,7 +50,7 @@ $(VENV)/.check: $(VENV)/.base
 # torch first and alone, at the version that has a CPU build: nothing after it may pull the CUDA one.
 $(VENV)/.test: $(VENV)/.demo $(VENV)/.check
 	$(PIP) install $(QUIET) $(PINS) torch==2.13.0
-	$(PIP) install $(QUIET) $(PINS) -e '.[export,optimum,report,test,dev]'
+	$(PIP) install $(QUIET) $(PINS) -e '.[export,optimum,report,scores,test,dev]'
 	@touch $@
 
 # -- what people run -----------------------------------------------------------------------------------------------

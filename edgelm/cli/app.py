@@ -23,6 +23,7 @@ COMMANDS = {
     "run": ("edgelm.cli.run", "Answer one prompt, or chat."),
     "serve": ("edgelm.cli.serve", "Serve a bundle over an OpenAI-compatible API."),
     "service": ("edgelm.cli.service", "Write the systemd unit that keeps a server alive."),
+    "score": ("edgelm.cli.score", "Let a bundle do tasks, and count what it gets right."),
     "bench": ("edgelm.cli.bench", "Measure speed and memory of a bundle on this machine."),
     "compare": ("edgelm.cli.compare", "Put bundles, reports and targets side by side."),
     "compress": ("edgelm.cli.compress", "Prune and distil a model until it fits its device."),
