@@ -132,7 +132,7 @@ def _score(bundle: Path, options: ScoreOptions, progress: Progress) -> ScoreRepo
 def _evaluate(model: Any, tasks: Sequence[Any], options: ScoreOptions) -> Mapping[str, Any]:
     from lm_eval.evaluator import simple_evaluate
 
-    results = simple_evaluate(
+    results: Mapping[str, Any] | None = simple_evaluate(
         model,
         tasks=list(tasks),
         num_fewshot=options.shots,
