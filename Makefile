@@ -8,12 +8,18 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 QUIET  := --quiet --no-warn-script-location
 PINS   := -c constraints.txt
+VENV5  ?= .venv-transformers5
+PINS5  := -c constraints-transformers5.txt
+# What asks transformers for a decoder: parity, proof, importance of weights, pruning.
+TESTS5 := $(addprefix tests/tiny/test_,architectures.py onnx_architectures.py onnx_export.py quality_engine.py verify.py \
+          automatic.py compress.py)
 DEMO_BUNDLE ?= bundles/demo
 
-.PHONY: help demo test check lint types unit docs peers clean arm64 arm64-image arm64-exporter arm64-wheels
+.PHONY: help demo test test-transformers5 check lint types unit docs peers clean arm64 arm64-image arm64-exporter arm64-wheels
 help:
 	@echo "make demo    export, prove, run, measure and compare SmolLM2-135M (about 6 minutes on a fresh 2-core machine)"
 	@echo "make test    the whole suite; make check: lint, types and unit tests"
+	@echo "make test-transformers5   the tests of decoders with transformers 5, in an environment of its own"
 	@echo "make docs    write the generated parts of docs/ again"
 	@echo "make arm64   build the images for ARM boards, and prove them (arm64-image, -exporter, -wheels: build only)"
 	@echo "make peers   build llama.cpp's own tools for the benchmarks; make clean: remove the virtual environment"
@@ -53,6 +59,15 @@ $(VENV)/.test: $(VENV)/.demo $(VENV)/.check
 	$(PIP) install $(QUIET) $(PINS) -e '.[export,optimum,report,scores,test,dev]'
 	@touch $@
 
+# optimum-onnx wants transformers below 4.58, the newest families want 5: two environments. This one has no optimum.
+$(VENV5)/.test: pyproject.toml scripts/build_llama_wheel.py constraints-transformers5.txt
+	$(PYTHON) -m venv $(VENV5)
+	wheel=$$($(VENV5)/bin/python scripts/build_llama_wheel.py --constraints constraints-transformers5.txt --cache "$(CACHE)") && \
+	  $(VENV5)/bin/python -m pip install $(QUIET) $(PINS5) "$$wheel"
+	$(VENV5)/bin/python -m pip install $(QUIET) $(PINS5) torch==2.13.0
+	$(VENV5)/bin/python -m pip install $(QUIET) $(PINS5) -e '.[export]' pytest pytest-timeout sentencepiece protobuf
+	@touch $@
+
 # -- what people run -----------------------------------------------------------------------------------------------
 
 demo: $(VENV)/.demo
@@ -60,6 +75,9 @@ demo: $(VENV)/.demo
 
 test: lint types $(VENV)/.test
 	$(BIN)/python -m pytest
+
+test-transformers5: $(VENV5)/.test
+	$(VENV5)/bin/python -m pytest $(TESTS5)
 
 check: lint types unit
 
@@ -103,4 +121,4 @@ arm64-wheels: $(VENV)/.created
 	$(PIP) wheel $(QUIET) --no-deps -w dist/arm64 .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV5)

@@ -2,10 +2,15 @@
 
 Writes a Llama of the asked shape as sharded bf16 safetensors (random weights, streamed), copies it with ``cp``, exports
 it with every quantisation, all with cold page cache, and removes it again. The quality measurement is off, as it needs
-the whole model in memory by its nature; token identity and hashes are in the figures.
+the whole model in memory by its nature; token identity and hashes are in the figures. The last column is what libggml
+alone takes for the same numbers on all cores, each type timed on a block in memory. Rows are added to the file of raw
+rows, so that steps can be run one by one over a checkpoint that is kept.
 
     python benchmarks/export_scale.py --shape 8b --directory /var/tmp     # 41 GB of disk at most
     python benchmarks/export_scale.py --shape 1b
+    python benchmarks/export_scale.py --shape 8b --keep /var/tmp/8b --step make
+    python benchmarks/export_scale.py --shape 8b --keep /var/tmp/8b --step cp --step Q8_0
+    python benchmarks/export_scale.py --shape 70b --step plan            # headers only: its weights are holes
 """
 
 from __future__ import annotations
@@ -17,26 +22,33 @@ import shutil
 import struct
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import edgelm, run, save
+from measure import append, edgelm, machine, run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from edgelm.bundle import open_bundle
+from exporter import ggml
 from tests.tiny_models import write_tokenizer
 
 GIB = 2**30
 RSS_LIMIT_BYTES = int(1.5 * GIB)
 TOKENS = 1024  # of the tokenizer; the other rows of the embedding count as unused
 SHARD_BYTES = 5_000_000_000
-# hidden, layers, heads, key heads, head size, feed-forward, vocabulary: Llama 3.1 8B, Llama 3.2 1B, and one to try out.
+# hidden, layers, heads, key heads, head size, feed-forward, vocabulary: Llama 3.1 70B and 8B, 3.2 1B, one to try out.
 SHAPES = {
+    "70b": (8192, 80, 64, 8, 128, 28672, 128256),
     "8b": (4096, 32, 32, 8, 128, 14336, 128256),
     "1b": (2048, 16, 32, 8, 64, 8192, 128256),
     "tiny": (512, 4, 8, 2, 64, 1536, 32000),
 }
+HOLLOW = ("70b",)  # nothing but headers on disk
 
 
 def tensors(shape: str) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -59,8 +71,8 @@ def tensors(shape: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "lm_head.weight", (vocabulary, hidden)
 
 
-def make_checkpoint(directory: Path, shape: str) -> int:
-    """Write the checkpoint, a piece of a tensor in memory at a time; bytes of its weights."""
+def make_checkpoint(directory: Path, shape: str) -> None:
+    """Write the checkpoint, a piece of a tensor in memory at a time; the index last, so that it tells a whole one."""
     hidden, layers, heads, kv_heads, head, feed_forward, vocabulary = SHAPES[shape]
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocabulary, "hidden_size": hidden,
@@ -79,16 +91,15 @@ def make_checkpoint(directory: Path, shape: str) -> int:
             filled = 0
         shards[-1].append((name, size))
         filled += size_bytes
-    weight_map, total = {}, 0
+    weight_map = {}
     for number, held in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        total += write_shard(directory / name, held)
+        write_shard(directory / name, held, hollow=shape in HOLLOW)
         weight_map |= {tensor: name for tensor, _ in held}
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return total
 
 
-def write_shard(path: Path, held: list[tuple[str, tuple[int, ...]]]) -> int:
+def write_shard(path: Path, held: list[tuple[str, tuple[int, ...]]], *, hollow: bool) -> None:
     generator = np.random.default_rng(len(held))
     header: dict[str, Any] = {}
     offset = 0
@@ -100,15 +111,15 @@ def write_shard(path: Path, held: list[tuple[str, tuple[int, ...]]]) -> int:
     document += b" " * (-len(document) % 8)
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(document)) + document)
-        for _, size in held:
+        for _, size in held if not hollow else ():
             left, scale = int(np.prod(size)), 1.0 if len(size) == 1 else size[-1] ** -0.5
             while left:
                 values = generator.standard_normal(min(left, 2**22), dtype=np.float32) * np.float32(scale)
                 stream.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
                 left -= len(values)
+        stream.truncate(8 + len(document) + offset)
         stream.flush()
         os.fsync(stream.fileno())
-    return offset
 
 
 def forget(directory: Path) -> None:
@@ -119,19 +130,62 @@ def forget(directory: Path) -> None:
         os.close(descriptor)
 
 
-def measured(name: str, command: list[str], source: Path, source_bytes: int) -> dict[str, Any]:
+@contextmanager
+def places(keep: Path | None, directory: Path) -> Iterator[tuple[Path, Path]]:
+    """The checkpoint's directory and one for what is made of it; only a ``keep`` outlives the run."""
+    with tempfile.TemporaryDirectory(prefix="export-scale-", dir=keep.parent if keep else directory) as scratch:
+        yield keep or Path(scratch) / "checkpoint", Path(scratch)
+
+
+def command(step: str, source: Path, scratch: Path) -> tuple[list[str], Path]:
+    """What a step runs, and what it leaves behind."""
+    if step == "cp":
+        copy = scratch / "copy"
+        return ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', str(source), str(copy)], copy
+    if step == "plan":
+        return edgelm("plan", str(source), "--target", "amd-epyc-9374f"), scratch / "nothing"
+    bundle = scratch / "bundle"
+    options = ("--quant", step, "--target", "amd-epyc-9374f", "--no-verify", "-o", str(bundle))
+    return edgelm("export", str(source), *options), bundle
+
+
+def quantiser_s(bundle: Path) -> float:
+    """Seconds of libggml's quantiser for the numbers of a bundle, on all cores."""
+    elements: dict[str, int] = {}
+    for tensor in open_bundle(bundle).manifest.plan.tensors:
+        elements[tensor.type] = elements.get(tensor.type, 0) + int(np.prod(tensor.shape))
+    return sum(count / quantised_per_s(kind) for kind, count in elements.items())
+
+
+def quantised_per_s(kind: str) -> float:
+    cores = os.cpu_count() or 1
+    block = np.random.default_rng(1).standard_normal((512, 4096), dtype=np.float32)
+    outputs = [np.empty(len(block) * ggml.TYPES[kind].row_bytes(block.shape[1]), np.uint8) for _ in range(cores)]
+    with ThreadPoolExecutor(cores) as pool:
+        started = time.perf_counter()
+        list(pool.map(lambda out: ggml.quantize(block, kind, out), outputs))
+        return cores * block.size / (time.perf_counter() - started)
+
+
+def measured(step: str, source: Path, scratch: Path) -> dict[str, Any]:
+    source_bytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    line, result = command(step, source, scratch)
     forget(source)
-    done = run(command)
+    done = run(line)
     row = {
-        "step": name,
+        "step": step,
+        "source_bytes": source_bytes,
         "wall_s": done.wall_s,
         "read_mb_per_s": source_bytes / 1e6 / done.wall_s,
         "cores": done.cpu_s / done.wall_s,
         "peak_rss_bytes": done.peak_rss_bytes,
+        "result_bytes": sum(path.stat().st_size for path in result.glob("*")),
+        "quantiser_s": quantiser_s(result) if step not in ("cp", "plan") else None,
     }
+    shutil.rmtree(result, ignore_errors=True)
     print(
-        f"| {name} | {done.wall_s:.1f} | {row['read_mb_per_s']:.0f} | {row['cores']:.2f} | "
-        f"{done.peak_rss_bytes / 2**20:.0f} |",
+        f"| {step} | {done.wall_s:.1f} | {row['read_mb_per_s']:.0f} | {row['cores']:.2f} | "
+        f"{done.peak_rss_bytes / 2**20:.0f} | {row['result_bytes'] / 1e6:.0f} | {row['quantiser_s'] or 0:.1f} |",
         flush=True,
     )
     return row
@@ -140,29 +194,29 @@ def measured(name: str, command: list[str], source: Path, source_bytes: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
-    parser.add_argument("--quant", action="append", default=[], help="repeatable; default Q4_K_M and Q8_0")
+    steps = "make (the checkpoint, and stop), plan, cp or a quantisation; repeatable; default: cp, Q4_K_M and Q8_0"
+    parser.add_argument("--step", action="append", default=[], help=steps)
     parser.add_argument("--directory", type=Path, default=Path("."), help="where there is room")
+    parser.add_argument("--keep", type=Path, help="the checkpoint's directory: made where it is missing, then left")
     arguments = parser.parse_args()
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="export-scale-", dir=arguments.directory) as scratch:
-        source, copy = Path(scratch) / "checkpoint", Path(scratch) / "copy"
-        source.mkdir()
-        source_bytes = make_checkpoint(source, arguments.shape)
-        shards = len(list(source.glob("*.safetensors")))
-        print(f"{arguments.shape}: {source_bytes / 1e9:.2f} GB of bf16 in {shards} files")
-        print("| step | time s | source MB/s | cores | peak RSS MiB |\n|---|---|---|---|---|", flush=True)
-        copy_files = ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', str(source), str(copy)]
-        rows.append(measured("cp and sync", copy_files, source, source_bytes))
-        shutil.rmtree(copy)
-        for quant in arguments.quant or ["Q4_K_M", "Q8_0"]:
-            bundle = Path(scratch) / "bundle"
-            options = ("--quant", quant, "--target", "amd-epyc-9374f", "--no-verify", "-o", str(bundle))
-            rows.append(measured(f"export {quant}", edgelm("export", str(source), *options), source, source_bytes))
-            shutil.rmtree(bundle)
-    for row in rows:
-        row |= {"shape": arguments.shape, "source_bytes": source_bytes}
-    print(f"raw rows: {save(f'export_scale_{arguments.shape}', rows)}")
-    worst = max(row["peak_rss_bytes"] for row in rows)
+    worst = 0
+    with places(arguments.keep, arguments.directory) as (source, scratch):
+        if not (source / "model.safetensors.index.json").exists():
+            source.mkdir(exist_ok=True)
+            make_checkpoint(source, arguments.shape)
+        shards = [path.stat().st_size for path in source.glob("*.safetensors")]
+        print(f"{arguments.shape}: {sum(shards) / 1e9:.2f} GB of bf16 in {len(shards)} files")
+        if arguments.step == ["make"]:
+            return
+        print(
+            "| step | time s | source MB/s | cores | peak RSS MiB | result MB | quantiser alone s |"
+            "\n|---|---|---|---|---|---|---|",
+            flush=True,
+        )
+        for step in arguments.step or ["cp", "Q4_K_M", "Q8_0"]:
+            row = measured(step, source, scratch)
+            append(f"export_scale_{arguments.shape}", {**row, "shape": arguments.shape, "machine": machine()})
+            worst = max(worst, row["peak_rss_bytes"])
     if worst > RSS_LIMIT_BYTES:
         sys.exit(f"error: peak RSS was {worst / 2**20:.0f} MiB, the limit is {RSS_LIMIT_BYTES / 2**20:.0f}")
 

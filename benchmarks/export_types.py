@@ -1,9 +1,11 @@
 """One checkpoint in every type that the tool offers: bytes, KL on a short text, seconds, or why not.
 
 Whole exports in this process, one after the other, proof of tokens and quality included. KL over two thousand tokens
-orders types; it is no figure to compare across pages.
+orders types; it is no figure to compare across pages. Rows are added to the file of raw rows one by one, so that types
+can be run in several sittings.
 
     python benchmarks/export_types.py CHECKPOINT
+    python benchmarks/export_types.py CHECKPOINT --quant Q4_0 --quant int4
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from measure import save
+from measure import append, machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from edgelm.errors import EdgelmError
@@ -74,19 +76,23 @@ def main() -> None:
     parser.add_argument("--quant", action="append", default=[], help="repeatable; default: all")
     parser.add_argument("--no-verify", action="store_true", help="leave out KL: does every type go through?")
     arguments = parser.parse_args()
-    cases: list[tuple[FormatChoice, str]] = [("gguf", quant) for quant in arguments.quant or MIXES]
-    cases += [] if arguments.quant else [("onnx", quant) for quant in ONNX]
-    rows = []
+    cases: list[tuple[FormatChoice, str]] = [("gguf", quant) for quant in MIXES]
+    cases += [("onnx", quant) for quant in ONNX]
+    unknown = set(arguments.quant) - {quant for _, quant in cases}
+    if unknown:
+        parser.error(f"no such type: {', '.join(sorted(unknown))}")
     print("| export | bits per weight | MB | KL | same top token | s | tensors, or why not |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as directory:
         text = Path(directory) / "text.txt"
         text.write_text("\n".join(topics.values())[-CHARACTERS:], encoding="utf-8")
         for format_name, quant in cases:
-            rows.append(exported(arguments.checkpoint, format_name, quant, text, verify=not arguments.no_verify))
-            print(shown(rows[-1]), flush=True)
-    if not arguments.no_verify:
-        print(f"raw rows: {save('export_types', rows)}")
+            if arguments.quant and quant not in arguments.quant:
+                continue
+            row = exported(arguments.checkpoint, format_name, quant, text, verify=not arguments.no_verify)
+            print(shown(row), flush=True)
+            if not arguments.no_verify:
+                append("export_types", {"checkpoint": arguments.checkpoint.name, **row, "machine": machine()})
 
 
 if __name__ == "__main__":

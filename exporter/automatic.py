@@ -242,7 +242,7 @@ def _unit_costs(kind: str, task: _Task) -> tuple[float, float]:
         layers=dimensions.layers,
         hidden=dimensions.hidden,
         vocabulary=0,  # prefill would leave out a head of this size; here every weight counts
-        kv_elements_per_token=2 * dimensions.layers * dimensions.kv_heads * dimensions.head_size,
+        kv_elements_per_token=2 * dimensions.kv_heads_total * dimensions.head_size,
     )
     speed = predict_speed(workload, task.profile, RunSettings(context=_REFERENCE_CONTEXT))
     return 1 / speed.decode_tps / parameters, 1 / speed.prefill_tps / parameters

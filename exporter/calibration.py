@@ -23,7 +23,7 @@ from exporter.architectures import describe
 from exporter.checkpoint import Checkpoint
 from exporter.device import DeviceChoice
 from exporter.quality import MIN_TOKENS, windows_between
-from exporter.reference import open_torch_model
+from exporter.reference import cache_name, open_torch_model
 from exporter.texts import Text, calibration_text, evaluation_text, read_text
 from exporter.token_identity import open_tokenizer
 from exporter.tokenizer import SourceTokenizer
@@ -201,7 +201,7 @@ def _own_words(
         ]
         asked = list(range(len(given)))
         sequences: list[list[int]] = [[] for _ in given]
-        cache = None
+        cache, name = None, cache_name(model)
         with progress.stage("generating calibration text", length, unit="tokens") as stage, torch.inference_mode():
             drawn = [[0]] * len(given)
             for _ in range(length):
@@ -211,8 +211,8 @@ def _own_words(
                         given[index] = list(questions[asked[index] % len(questions)])
                     sequence.append(given[index].pop(0) if given[index] else drawn[index][0])
                 latest = torch.tensor([sequence[-1:] for sequence in sequences], device=model.device)
-                output = model(latest, past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
+                output = model(latest, use_cache=True, **{name: cache})
+                cache = output[name]
                 probabilities = torch.softmax(output.logits[:, -1].float(), dim=-1)
                 drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator).tolist()
                 stage.advance()

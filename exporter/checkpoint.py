@@ -111,7 +111,7 @@ class TensorReader:
 
 def weight_type(header: TensorHeader) -> str:
     """The ggml type that a tensor is stored in. Raises ``CheckpointError`` for types that hold no weights."""
-    if header.type not in ggml.TYPES:
+    if header.type not in ggml.TYPES or not ggml.TYPES[header.type].quantizable:
         raise CheckpointError(
             f"tensor {header.name} is stored as {header.type}, which EdgeLM does not read",
             hint="save the checkpoint as float32, float16 or bfloat16",
@@ -187,6 +187,11 @@ def _open_gguf(source: ModelSource) -> Checkpoint:
 def _open_huggingface(source: ModelSource) -> Checkpoint:
     config_path = source.path / "config.json"
     if not config_path.is_file():
+        if (source.path / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{source.path} is an adapter, which changes another model",
+                hint="merge it first: AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload(), then save that",
+            )
         raise CheckpointError(
             f"{source.path} is not a checkpoint: it has no config.json",
             hint="name a Hugging Face model directory or a .gguf file",

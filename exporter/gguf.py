@@ -246,7 +246,13 @@ class _Worker:
         floats = _values(floats, slab.description, rows, columns)
         out = self._buffer("out", slab.size_bytes)
         quantize = self._quantizers.get(slab.plan.name, ggml.quantize)
-        return quantize(floats.reshape(rows, columns), slab.plan.type, out)
+        data = quantize(floats.reshape(rows, columns), slab.plan.type, out)
+        if not ggml.is_valid(data, slab.plan.type):  # scales of blocks are 16 bits wide
+            raise CheckpointError(
+                f"tensor {header.name} holds numbers too large for {slab.plan.type}",
+                hint=f"give it another type: --type '{slab.plan.name}=F32'",
+            )
+        return data
 
     def _buffer(self, name: str, size_bytes: int) -> ggml.Bytes:
         held: ggml.Bytes | None = getattr(self._buffers, name, None)

@@ -16,6 +16,7 @@ from edgelm.errors import UsageError
 from exporter import ggml
 
 _ADDED = ("position_embd", "token_types")
+_TAPS = "shortconv.conv.weight"
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
@@ -117,9 +118,9 @@ def in_quantizer_order(names: Sequence[str]) -> list[str]:
 
 
 def is_quantizable(tensor: WeightShape) -> bool:
-    """Whether a mix touches this tensor at all: matrices of weights, not norms and vectors, nor what is added to
-    embeddings (positions and types of tokens)."""
-    if tensor.name.startswith(_ADDED) or "_norm.weight" in tensor.name:
+    """Whether a mix touches this tensor at all: matrices of weights, not norms, vectors and the few taps of short
+    convolutions, nor what is added to embeddings (positions and types of tokens)."""
+    if tensor.name.startswith(_ADDED) or "_norm.weight" in tensor.name or tensor.name.endswith(_TAPS):
         return False
     return len(tensor.shape) >= 2 and tensor.name.endswith("weight")
 

@@ -83,6 +83,7 @@ class _Builder(Nodes):
         self._residual, self._pending = "", ""
         fits = decoder.head_size % _HEAD_STEP == 0 and (decoder.rotary_size // 2) % _PAIR_STEP == 0
         self._rotates_inside = fits and not decoder.structure.norm_after_rotation
+        self._temperature = decoder.structure.rotary.temperature if decoder.structure.rotary else None
 
     def decoder_graph(self) -> None:
         """All nodes from ``input_ids`` to ``logits``."""
@@ -91,8 +92,11 @@ class _Builder(Nodes):
             cosines, sines = rotation.tables(decoder.positions)
             self.external(self.storage.add_computed(f"{name}.cos", cosines).place)
             self.external(self.storage.add_computed(f"{name}.sin", sines).place)
-        if decoder.learned_positions is not None or (decoder.rotations and not self._rotates_inside):
+        temperature = self._temperature
+        if decoder.learned_positions is not None or temperature or (decoder.rotations and not self._rotates_inside):
             self._position_ids()
+        if temperature is not None:
+            self._sharpness(*temperature)
         self._residual = self._embedding()
         for index, layer in enumerate(decoder.layers):
             self._layer(f"blk.{index}", layer, last=index == len(decoder.layers) - 1)
@@ -204,13 +208,26 @@ class _Builder(Nodes):
         steps = self.node("Range", [nothing, length, one], "position.steps")
         self.node("Add", [starts, steps], "position_ids")
 
+    def _sharpness(self, growth: float, step: int) -> None:
+        """(batch, sequence, 1): what queries are multiplied by, 1 + growth * log(1 + position // step)."""
+        steps = self.node("Div", ["position_ids", self.scalar("sharpness.step", step)], "sharpness.steps")
+        count = self.node("Cast", [steps], "sharpness.count", {"to": int(TensorProto.FLOAT)})
+        one = self.scalar("sharpness.one", 1.0)
+        logarithm = self.node("Log", [self.node("Add", [count, one], "sharpness.counted")], "sharpness.log")
+        grown = self.node("Mul", [logarithm, self.scalar("sharpness.growth", float(growth))], "sharpness.grown")
+        scale = self.node("Add", [grown, one], "sharpness.scale")
+        self.node("Unsqueeze", [scale, self.whole_numbers("sharpness.axis", [2])], "sharpness")
+
     # --- attention
 
     def _attention(self, prefix: str, layer: Layer, hidden: str) -> str:
         index = prefix.rpartition(".")[2]
         rotates = layer.rotation is not None
         outside = rotates and not self._rotates_inside
-        inputs = self._attention_inputs(prefix, layer, hidden, apart=outside or layer.query_norm is not None)
+        apart = outside or layer.query_norm is not None or self._temperature is not None
+        inputs = self._attention_inputs(prefix, layer, hidden, apart=apart)
+        if self._temperature is not None:
+            inputs[0] = self.node("Mul", [inputs[0], "sharpness"], f"{prefix}.attn_q.sharp")
         if not self.structure.norm_after_rotation:
             inputs = self._query_norms(prefix, layer, inputs)
         if outside:
@@ -304,6 +321,9 @@ class _Builder(Nodes):
         if self.structure.activation == "silu":
             # x * sigmoid(x): QuickGelu with alpha 1 is SiLU in one pass.
             return self.node("QuickGelu", [hidden], name, {"alpha": 1.0})
+        if self.structure.activation == "relu2":
+            positive = self.node("Relu", [hidden], f"{name}.positive")
+            return self.node("Mul", [positive, positive], name)
         approximate = "tanh" if self.structure.activation == "gelu_tanh" else "none"
         return self.node("Gelu", [hidden], name, {"approximate": approximate})
 
@@ -317,10 +337,13 @@ class _Builder(Nodes):
         name = "token_embd" if self.decoder.head is None else "output"
         cap = self.structure.logit_softcap
         output = "logits.uncapped" if cap else "logits"
+        found = self.decoder.head_bias
+        bias = None if found is None else self.floats("output.bias", [found])
         if kind.is_quantized:
-            self.quantized_linear(self.quantized(name, [table], kind), hidden, None, output)
+            self.quantized_linear(self.quantized(name, [table], kind), hidden, bias, output)
         else:
-            self.node("Gemm", [hidden, self.floats(f"{name}.weight", [table])], output, {"transB": 1})
+            inputs = [hidden, self.floats(f"{name}.weight", [table]), *([bias] if bias else [])]
+            self.node("Gemm", inputs, output, {"transB": 1})
         if cap:
             shares = self.node("Mul", [output, self.scalar("logits.inverse_cap", 1 / cap)], "logits.shares")
             bounded = self.node("Tanh", [shares], "logits.bounded")

@@ -92,6 +92,7 @@ class Decoder:
     layers: tuple[Layer, ...]
     final_norm: Part
     head: TensorDescription | None
+    head_bias: TensorDescription | None
 
     @property
     def output_matrix(self) -> TensorDescription:
@@ -131,6 +132,7 @@ def decoder_layout(description: ModelDescription, checkpoint: Checkpoint, contex
         layers=layers,
         final_norm=_part(tensors, "output_norm").scaled(1 / structure.logit_divisor),
         head=tensors.get("output.weight"),
+        head_bias=tensors.get("output.bias"),
     )
 
 
@@ -139,8 +141,10 @@ def check_expressible(description: ModelDescription) -> None:
     structure, size = structure_of(description), description.dimensions
     if not structure.causal:
         raise CheckpointError("an encoder's graph cannot be drawn", hint="use --format gguf")
-    if structure.activation not in ("silu", "gelu", "gelu_tanh"):
-        raise CheckpointError(f"networks with {structure.activation} cannot be exported to ONNX")
+    if structure.convolutions:
+        raise CheckpointError(
+            "layers with a short convolution instead of attention cannot be exported to ONNX", hint="use --format gguf"
+        )
     if size.head_size % _HEAD_STEP:
         raise CheckpointError(
             f"ONNX Runtime's attention needs heads of a multiple of {_HEAD_STEP}, these have {size.head_size}",

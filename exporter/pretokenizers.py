@@ -24,6 +24,27 @@ _WORDS = (
 )
 
 
+_ACCENTED_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_MARKED_WORDS = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _cased(ending: str, digits: str) -> str:
+    """Words cut where small letters turn into capitals, with an ending that stays, and runs of digits."""
+    upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    front = r"[^\r\n\p{L}\p{N}]?"
+    return (
+        rf"{front}{upper}*{lower}+{ending}|{front}{upper}+{lower}*{ending}|\p{{N}}{digits}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Family:
     """How one family of tokenizers cuts text. ``ignore_merges``: a word that is a token is not merged up to it."""
@@ -43,25 +64,40 @@ def _split(regex: str) -> Mapping[str, Any]:
 
 
 _FAMILIES = (
-    _Family(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling"), _BYTE_LEVEL),
+    _Family(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4"), _BYTE_LEVEL),
     _Family(
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
         _sequence({"type": "Digits", "individual_digits": True}, _BYTE_LEVEL),
     ),
     _Family(
-        ("llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2"),
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2", "pixtral", "midm-2.0", "glm4", "glm5"),
         _sequence(_split(_WORDS % "{1,3}"), _BYTES_ONLY),
         ignore_merges=True,
     ),
-    _Family(("dbrx", "smaug-bpe"), _sequence(_split(_WORDS % "{1,3}"), _BYTES_ONLY)),
-    _Family(("qwen2", "deepseek-r1-qwen"), _sequence(_split(_WORDS % ""), _BYTES_ONLY), normalizer={"type": "NFC"}),
+    _Family(("dbrx", "smaug-bpe", "chatglm-bpe"), _sequence(_split(_WORDS % "{1,3}"), _BYTES_ONLY)),
+    _Family(
+        ("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez"),
+        _sequence(_split(_WORDS % ""), _BYTES_ONLY),
+        normalizer={"type": "NFC"},
+    ),
+    _Family(
+        ("qwen35",),
+        _sequence(_split(_ACCENTED_WORDS), _BYTES_ONLY),
+        normalizer={"type": "NFC"},
+    ),
+    _Family(("tekken",), _sequence(_split(_cased("", "")), _BYTES_ONLY), ignore_merges=True),
+    _Family(("gpt-4o", "llama4", "kanana2"), _sequence(_split(_cased(_SHORT, "{1,3}")), _BYTES_ONLY)),
+    _Family(
+        ("deepseek-v3", "hunyuan-dense", "joyai-llm"),
+        _sequence(_split(r"\p{N}{1,3}"), _split("[一-龥\u3040-ゟ゠-ヿ]+"), _split(_MARKED_WORDS), _BYTES_ONLY),
+    ),
 )
 
 # One name for every way of cutting that llama.cpp knows for byte-level BPE, the common ones first.
 _CANDIDATES = (
     "gpt-2", "smollm", "llama-bpe", "qwen2", "dbrx", "gpt-4o", "tekken", "deepseek-llm", "deepseek-coder",
     "deepseek-v3", "falcon", "bloom", "viking", "superbpe", "bailingmoe", "seed-coder", "kimi-k2", "qwen35",
-    "minicpm5", "exaone-moe", "youtu", "afmoe", "jais-2", "default",
+    "minicpm5", "exaone-moe", "youtu", "afmoe", "jais-2", "tiny_aya", "spark2_5", "ufakzeka", "default",
 )  # fmt: skip
 
 

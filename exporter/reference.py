@@ -8,6 +8,7 @@ The manifest says which. No code from a checkpoint is ever run, and nothing is d
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 import re
 import shutil
@@ -82,26 +83,41 @@ class EngineModel:
 
 
 class TransformersModel:
-    """A transformers causal language model in float32 as a ``ScoringModel``, its keys and values cached."""
+    """A transformers causal language model in float32 as a ``ScoringModel``, its keys and values cached.
+
+    Models with short convolutions compute all tokens again every time: after the first call their state takes one token
+    only (transformers 4.57; with more the logits are wrong without a word).
+    """
 
     def __init__(self, model: Any, version: str) -> None:
         self.model = model
+        self._cached = not hasattr(model.config.get_text_config(), "conv_L_cache")
+        self._cache_name = cache_name(model)
         self._cache: Any = None
+        self._held: list[int] = []
         self.name = reference_name(model, version)
         self.vocabulary = int(model.config.get_text_config().vocab_size)
 
     def reset(self) -> None:
         self._cache = None
+        self._held = []
 
     def append(self, tokens: Sequence[int]) -> Logits:
         import torch
 
+        if not self._cached:
+            self._held += tokens
         with torch.inference_mode():
-            ids = torch.tensor([list(tokens)], device=self.model.device)
-            output = self.model(ids, past_key_values=self._cache, use_cache=True)
-        self._cache = output.past_key_values
-        logits: Logits = output.logits[0].float().cpu().numpy()
+            ids = torch.tensor([list(tokens) if self._cached else self._held], device=self.model.device)
+            output = self.model(ids, use_cache=self._cached, **{self._cache_name: self._cache})
+        self._cache = output[self._cache_name] if self._cached else None
+        logits: Logits = output.logits[0, -len(tokens) :].float().cpu().numpy()
         return logits
+
+
+def cache_name(model: Any) -> str:
+    """What a transformers model calls keys and values, given and returned: transformers 5 has another name for them."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def reference_name(model: Any, version: str) -> str:
@@ -207,13 +223,22 @@ def _transformers_obstacle(checkpoint: Checkpoint, description: ModelDescription
     needed_bytes, available = _float32_bytes(description) * _OVERHEAD, available_memory()
     if needed_bytes > int(available.value):
         return f"it needs {format_bytes(needed_bytes)} of memory, there are {format_bytes(int(available.value))}"
-    if description.dimensions.uneven:
+    if description.dimensions.differing:
         return "its layers differ in width, which transformers cannot load"
+    if checkpoint.source.kind == "huggingface" and not _knows(checkpoint.architecture):
+        return f"the installed version does not know models of type '{checkpoint.architecture}'"
     if checkpoint.source.kind == "gguf":
         unknown = [item.name for item in description.tensors if _transformers_name(item.name) is None]
         if description.architecture != "llama" or unknown:
             return f"a GGUF file with {unknown[0] if unknown else description.architecture} is not translated for it"
     return None
+
+
+def _knows(model_type: str) -> bool:
+    with quiet_transformers():
+        from transformers import CONFIG_MAPPING
+
+        return model_type in CONFIG_MAPPING
 
 
 @contextmanager

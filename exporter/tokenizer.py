@@ -233,9 +233,19 @@ def _check_kind(path: Path, document: Mapping[str, Any]) -> None:
     if model.get("type", "BPE") != "BPE" or '"ByteLevel"' not in rules:
         kind = f"of type {model.get('type')}"
         raise CheckpointError(f"{path} is {kind}, neither a BPE of bytes nor one that falls back to them")
-    normalizer = document.get("normalizer")
-    if normalizer is not None and not (isinstance(normalizer, dict) and normalizer.get("type") == "NFC"):
-        raise CheckpointError(f"{path} changes text before tokenizing in a way that llama.cpp cannot: {normalizer}")
+    changes = _steps(document.get("normalizer"))
+    if any(change.get("type") != "NFC" for change in changes):
+        raise CheckpointError(f"{path} changes text before tokenizing in a way that llama.cpp cannot: {changes}")
+
+
+def _steps(normalizer: Any) -> list[Mapping[str, Any]]:
+    """What a normalizer does, one after the other: some are sequences of nothing."""
+    if normalizer is None:
+        return []
+    if not isinstance(normalizer, dict):
+        return [{"type": repr(normalizer)}]
+    parts = normalizer.get("normalizers") if normalizer.get("type") == "Sequence" else None
+    return [step for part in parts for step in _steps(part)] if isinstance(parts, list) else [normalizer]
 
 
 def _embedding_rows(checkpoint: Checkpoint) -> Any:
@@ -314,6 +324,11 @@ def _special_ids(
         if found is None:
             candidates = _ids(generation_config.get(f"{name}_token_id"))
             found = next((item for item in candidates if item < len(tokens)), None)
+            if name == "eos" and found is None and candidates:
+                raise CheckpointError(
+                    f"{name}_token_id is {candidates[0]}, outside of the vocabulary of {len(tokens)} tokens",
+                    hint="correct it in config.json and generation_config.json: no answer would ever end",
+                )
         if found is not None:
             ids[f"tokenizer.ggml.{key}_token_id"] = found
     if "tokenizer.ggml.cls_token_id" in ids:
@@ -351,7 +366,7 @@ def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     path = directory / "chat_template.jinja"
     if path.is_file():
         try:
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8") or None
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"cannot read {path}: {error}") from error
     template = settings.get("chat_template") or (_read_json(directory / "chat_template.json") or {}).get(

@@ -397,8 +397,13 @@ def _events(
 
 
 def _reuse(session: Session, prompt: Sequence[int]) -> int:
-    """Truncate the session to the prefix that it shares with the prompt; the last prompt token is always computed."""
+    """Truncate the session to the prefix that it shares with the prompt; the last prompt token is always computed.
+
+    A model whose state forgets nothing starts anew unless all that it holds begins the prompt.
+    """
     shared = min(common_prefix(session.tokens, prompt), len(prompt) - 1)
+    if shared < len(session.tokens) and not session.engine.info.truncates:
+        shared = 0
     try:
         session.engine.truncate(shared, session.sequence)
     except EngineError:

@@ -9,6 +9,7 @@ script that writes docs/architectures.md.
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -40,7 +41,8 @@ Floats = npt.NDArray[np.float32]
 class Row:
     """One model. ``config`` are arguments of transformers' configuration class, ``change`` prunes the made model.
 
-    ``contexts`` are those that the engine is opened with at short and at long length, ``lengths`` the tokens.
+    ``contexts`` are those that the engine is opened with at short and at long length, ``lengths`` the tokens. What
+    norms multiply by is around 1 in trained models: ``norm_offset`` is added where transformers starts elsewhere.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Row:
     after: Mapping[str, Any] = field(default_factory=dict)
     lengths: tuple[int, int] = (SHORT, LONG)
     contexts: tuple[int, int] = (256, 256)
+    norm_offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class Parity:
 
 HEADER = f"""# Architectures
 
-Written by `python scripts/write_docs.py --parity`; do not edit.
+Written by `.venv-transformers5/bin/python scripts/write_docs.py --parity`: only transformers 5 knows some families
+(`make test-transformers5` makes that environment; `make test` measures the others with 4.57); do not edit.
 
 Each row is a tiny random model made by transformers, exported as F32 and run in llama.cpp over the same {SHORT} and
 {LONG} random tokens (beyond windows and the borders of rotation scalings) as in transformers, float32, eager
@@ -81,17 +85,24 @@ of any logit, as the engine runs and with plain instead of flash attention, whic
 Logits spread as the last column says. Networks with GELU go through a table of 16-bit values in llama.cpp.
 
 Side by side with `convert_hf_to_gguf.py` of the llama.cpp in llama-cpp-python 0.3.36, on the same models: the same
-tensors with the same bytes and the same values for every key that both write, and ten families answer with the same
+tensors with the same bytes and the same values for every key that both write, and 14 families answer with the same
 greedy tokens in `llama-server` (`tests/tiny/test_peer_tools.py`, after `make peers`). What differs is on purpose: query
 scales of Gemma 2 and 3 that are not the head size are kept (folded into the queries or their norm), windows are
 written layer by layer so that pruned layers keep theirs, rotation bases are always written (the script leaves those of
-StableLM, Pythia and Gemma 2 to a default of 10000), a tied OLMo 2 gets the output matrix that its graph needs, and
-GPT-2 configurations without `n_ctx` work. Layers of different widths, and heads that do not add up to the hidden
-size, have no counterpart there. The converter writes a window for every Phi 3, also where it is as long as the
-context, and leaves vocabulary size, head sizes, yarn's betas and rules for BOS and EOS to llama.cpp's defaults.
+StableLM, Pythia and Gemma 2 to a default of 10000), a tied OLMo 2 gets the output matrix that its graph needs, counts
+of Phi and epsilon and context of GLM are those of config.json instead of the published ones, GPT-2 configurations
+without `n_ctx` and those of Command R7B without `rotary_pct` work, and Helium, which the script does not have, is a
+llama. Layers of different widths, and heads that do not add up to the hidden size, have no counterpart there. The
+converter writes a window for every Phi 3, also where it is as long as the context, and leaves vocabulary size, head
+sizes, yarn's betas and rules for BOS and EOS to llama.cpp's defaults.
 
 A model whose attention has windows that the GGUF architecture lacks (Mistral 7B v0.1, Phi 3 mini 4k, StarCoder 2, Qwen
-with `use_sliding_window`) gets a context that ends where the window begins, with a note in the plan.
+with `use_sliding_window`) gets a context that ends where the window begins, with a note in the plan. LFM2's short
+convolutions keep a state that forgets nothing: a chat goes on from it, but another beginning is computed anew, and
+nothing is guessed ahead.
+
+Not here: mixtures of experts, Mamba and delta-net layers (Qwen 3.5, Granite 4 H, Falcon H1), Gemma 3n and 4, and
+families that transformers knows only by code of the checkpoint (EXAONE 3, InternLM, MiniCPM).
 
 | model | model_type | GGUF | KL | logits | KL, plain | logits, plain | spread |
 |---|---|---|---|---|---|---|---|
@@ -160,6 +171,8 @@ LONGROPE = {
     "long_factor": [1.5 + 0.9 * step for step in range(6)],
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+MSCALES = {**YARN, "mscale": 1.3, "mscale_all_dim": 0.8}
+MINISTRAL = {**YARN, "rope_theta": 1e6, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3}
 GEMMA = {**COMMON, "head_dim": 32, "sliding_window": 48, "num_hidden_layers": 6}
 FULL = ["full_attention"] * 4
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2} | {
@@ -177,6 +190,7 @@ ROWS = (
     Row("llama 3.1 rotation", "llama", {**COMMON, "rope_scaling": LLAMA3}),
     Row("llama, linear rotation", "llama", {**COMMON, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     Row("llama, yarn rotation", "llama", {**COMMON, "rope_scaling": YARN}),
+    Row("llama, yarn rotation with scales", "llama", {**COMMON, "rope_scaling": MSCALES}),
     Row("llama, odd widths", "llama", {**COMMON, "hidden_size": 60, "head_dim": 20, "intermediate_size": 90}),
     Row("llama, padded embedding", "llama", {**COMMON, "vocab_size": 384, "tie_word_embeddings": True}),
     Row("llama, layers of different widths", "llama", COMMON, narrow_unevenly),
@@ -222,6 +236,22 @@ ROWS = (
         {**COMMON, "head_dim": 16, "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}},
     ),
     Row("smollm3", "smollm3", {**COMMON, "num_hidden_layers": 8}),
+    Row("olmo3, yarn rotation", "olmo3", {**COMMON, "sliding_window": 48, "rope_scaling": YARN}),
+    Row("phi", "phi", {**COMMON, "partial_rotary_factor": 0.5}),
+    Row("ministral3", "ministral3", {**COMMON, "head_dim": 24, "rope_parameters": MINISTRAL}),
+    Row("nemotron", "nemotron", {**COMMON, "partial_rotary_factor": 0.5}, norm_offset=-1.0),
+    Row("nemotron, biases", "nemotron", {**COMMON, "attention_bias": True, "mlp_bias": True}, norm_offset=-1.0),
+    Row("arcee", "arcee", {**COMMON, "rope_scaling": LLAMA3}),
+    Row("helium", "helium", {**COMMON, "head_dim": 16}),
+    Row(
+        "lfm2",
+        "lfm2",
+        {**COMMON, "layer_types": ["conv", "conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    ),
+    Row("cohere", "cohere", {**COMMON, "logit_scale": 0.5}),
+    Row("cohere2", "cohere2", {**COMMON, "logit_scale": 0.5, "sliding_window": 48}),
+    Row("glm", "glm", {**COMMON, "head_dim": 16}),
+    Row("glm4", "glm4", {**COMMON, "head_dim": 24, "attention_bias": False}),
     Row("olmo2", "olmo2", COMMON),
     Row("olmo2, tied", "olmo2", {**COMMON, "tie_word_embeddings": True}),
     Row(
@@ -247,6 +277,15 @@ ROWS = (
 )
 
 
+def known_to_transformers(row: Row) -> bool:
+    """Whether the installed version has the row's family."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import CONFIG_MAPPING
+
+        return row.model_type in CONFIG_MAPPING
+
+
 def make_checkpoint(row: Row, directory: Path, seed: int = 0, gain: float = 1.3) -> Any:
     """Write the row's checkpoint; the transformers model in float32, ready to run.
 
@@ -257,14 +296,16 @@ def make_checkpoint(row: Row, directory: Path, seed: int = 0, gain: float = 1.3)
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.for_model(row.model_type, **row.config)
+        config = AutoConfig.for_model(
+            row.model_type, **copy.deepcopy(dict(row.config))
+        )  # which changes what it is given
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, values in model.named_parameters():
             noise = torch.randn(values.shape, generator=generator)
             if values.ndim < 2:
-                values.add_(0.15 * noise)
+                values.add_(0.15 * noise + (row.norm_offset if name.endswith("norm.weight") else 0.0))
             else:
                 wide = "embed" in name or "wte" in name or "lm_head" in name
                 values.copy_(noise * (2.5 if wide else gain) / values.shape[-1] ** 0.5)

@@ -34,7 +34,7 @@ class Dimensions:
     """The counts that planning and writing need.
 
     ``uneven`` is empty when all layers have the same widths; otherwise it holds those of every layer, and ``heads``,
-    ``kv_heads`` and ``feed_forward`` are the first layer's.
+    ``kv_heads`` and ``feed_forward`` are those of the first layer with attention. Layers without have no ``kv_heads``.
     """
 
     layers: int
@@ -53,6 +53,11 @@ class Dimensions:
         """Heads of keys over all layers."""
         return sum(shape.kv_heads for shape in self.uneven) or self.layers * self.kv_heads
 
+    @property
+    def differing(self) -> bool:
+        """Whether widths differ among layers of one kind."""
+        return len({(item.heads, item.kv_heads or self.kv_heads, item.feed_forward) for item in self.uneven}) > 1
+
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
@@ -60,6 +65,7 @@ class Rotary:
 
     ``adjacent``: partners are neighbours in the artefact's rows, else half of ``size`` apart. ``local_theta`` is that
     of layers with a window. ``skipped`` are layers that do not rotate. ``attention_factor`` multiplies sine and cosine.
+    ``temperature`` (b, n), not of the rotation but of its settings: queries of position p times 1 + b log(1 + p // n).
     """
 
     size: int
@@ -69,6 +75,7 @@ class Rotary:
     attention_factor: float = 1.0
     local_theta: float | None = None
     skipped: tuple[int, ...] = ()
+    temperature: tuple[float, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +85,14 @@ class Structure:
     ``causal``: attention sees earlier tokens only, as in a decoder; an encoder's sees all of them.
     ``rotary`` None: positions are learned rows. ``windows`` per layer: how many tokens attention sees, 0 for all.
     ``norm_place``: norms follow attention and feed-forward network ("after"), precede them ("before") or both.
-    ``query_norm``: of each head, or of all heads together, before rotation or after it. Scales of 1 and soft-caps of 0
-    do nothing.
+    ``query_norm``: of each head, or of all heads together, before rotation or after it. ``relu2`` is the square of what
+    is positive. Scales of 1 and soft-caps of 0 do nothing. ``convolutions`` are layers with a short convolution
+    over the latest tokens instead of attention.
     """
 
     norm: Literal["rms", "layer"]
     epsilon: float
-    activation: Literal["silu", "gelu", "gelu_tanh"]
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu2"]
     gated: bool
     norm_place: Literal["before", "after", "both"]
     parallel_residual: bool
@@ -99,6 +107,7 @@ class Structure:
     logit_divisor: float = 1.0
     norm_after_rotation: bool = False
     causal: bool = True
+    convolutions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

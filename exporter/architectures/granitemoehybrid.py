@@ -8,10 +8,12 @@ from exporter.architectures import granite
 from exporter.architectures.shared.family import LAYER, SILU, Rule, attention_tensors
 from exporter.checkpoint import Checkpoint
 
+_ATTENTION = ("attention", "full_attention")  # before and since transformers 5
+
 
 def _check(checkpoint: Checkpoint) -> list[str]:
     kinds = checkpoint.config.get("layer_types")
-    other = [kind for kind in kinds if kind != "attention"] if isinstance(kinds, list) else ["mamba"]
+    other = [kind for kind in kinds if kind not in _ATTENTION] if isinstance(kinds, list) else ["mamba"]
     return [f"it has layers of kind {other[0]}, which are not supported: only attention is"] if other else []
 
 

@@ -16,6 +16,7 @@ from edgelm.progress import Progress, Stage
 from exporter.compress.data import Ids
 from exporter.compress.shape import head_size
 from exporter.device import computing_in_bfloat16, is_out_of_memory
+from exporter.reference import cache_name
 
 _CPU_BATCH, _GPU_BATCH = 16, 4096
 _GPU_SHARE = 0.65  # of the GPU's memory, for keys, values and logits
@@ -79,9 +80,9 @@ def _written(model: Any, rows: int, length: int, seed: list[int], stage: Stage) 
     generator = torch.Generator(device=device).manual_seed(stream)
     with torch.inference_mode(), computing_in_bfloat16(device):
         latest = torch.randint(model.config.vocab_size, (rows, 1), generator=generator, device=device)
-        taken, cache = [latest], reserved_cache(model, length)
+        taken, cache = [latest], {cache_name(model): reserved_cache(model, length)}
         for _ in range(length - 1):
-            output = model(latest, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = model(latest, use_cache=True, logits_to_keep=1, **cache)
             # The largest of p / Exp(1) is a sample of p, without the host waiting for the device.
             weights = torch.softmax(output.logits[:, -1], dim=-1, dtype=torch.float32)
             noise = torch.empty_like(weights).exponential_(generator=generator)

@@ -24,7 +24,7 @@ import numpy as np
 from edgelm.errors import BundleError, EngineError, UsageError
 from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits, check_chunks
 from runtime.engines.llamacpp_inputs import InputSquares
-from runtime.gguf_header import read_gguf_header, workload_from_gguf
+from runtime.gguf_header import has_single_blocks, read_gguf_header, workload_from_gguf
 from runtime.huge_pages import collapse_resident
 from runtime.libllama import import_declarations, kernel_set, load_kernels
 from runtime.tokenizer import ends_added
@@ -204,14 +204,14 @@ def load_engine(path: Path, options: EngineOptions, observer: InputSquares | Non
     _check_options(options)
     check_file(path)
     header = read_gguf_header(path)
-    kv_elements_per_token = workload_from_gguf(header).kv_elements_per_token
+    workload = workload_from_gguf(header)
     decode, prefill = default_threads()
     threads = (options.threads_decode or int(decode.value), options.threads_prefill or int(prefill.value))
     library = load_library()
     started = time.perf_counter()
     _log.take()
     _log.buffers = {}
-    model = load_weights(library, path, options)
+    model = load_weights(library, path, options, repack=not has_single_blocks(header))
     try:
         context = _create_context(library, model, path, options, threads, observer)
     except EngineError:
@@ -219,7 +219,7 @@ def load_engine(path: Path, options: EngineOptions, observer: InputSquares | Non
         raise
     huge_page_bytes = collapse_resident()
     loaded = Loaded(library, model, context)
-    info = _describe(loaded, path, options, threads, kv_elements_per_token, time.perf_counter() - started)
+    info = _describe(loaded, path, options, threads, workload.kv_elements_per_token, time.perf_counter() - started)
     return LlamaCppEngine(loaded, replace(info, huge_page_bytes=huge_page_bytes), options)
 
 
@@ -241,8 +241,9 @@ def _check_options(options: EngineOptions) -> None:
         raise UsageError(f"no KV cache type '{options.kv_type}'", hint=f"there are: {', '.join(_KV_BYTES_PER_ELEMENT)}")
 
 
-def load_weights(library: Any, path: Path, options: EngineOptions) -> Any:
+def load_weights(library: Any, path: Path, options: EngineOptions, *, repack: bool = True) -> Any:
     parameters = library.llama_model_default_params()
+    parameters.use_extra_bufts = repack
     parameters.load_mode = library.LLAMA_LOAD_MODE_MMAP if options.mmap else library.LLAMA_LOAD_MODE_NONE
     model = library.llama_model_load_from_file(os.fsencode(path), parameters)
     if not model:
@@ -269,10 +270,9 @@ def _create_context(
     per_sequence = -(-options.context // _CONTEXT_STEP) * _CONTEXT_STEP
     parameters.n_ctx = per_sequence * options.sequences
     parameters.n_seq_max = options.sequences
-    # Separate caches: in a unified one each sequence's attention walks over the cells of all the others, which grows
-    # with depth. The price: llama.cpp computes only sequences of neighbouring numbers together, so owners should take
-    # the lowest free one. SmolLM2, one thread of a busy machine, CPU ms per step, separate / unified: four sequences
-    # 54 / 59 at depth 32, 87 / 87 at 512; sequences 0 and 2 alone 39 / 31 and 58 / 48.
+    # Separate caches: in a unified one each sequence's attention walks over the cells of all others. The price: only
+    # sequences of neighbouring numbers are computed together, so owners should take the lowest free one. SmolLM2, ms
+    # of CPU, separate / unified: four sequences 54 / 59 at depth 32, 87 / 87 at 512; 0 and 2 alone 39 / 31, 58 / 48.
     parameters.kv_unified = False
     # One micro-batch per call: the same work for the CPU, and a call can be interrupted between two of them.
     parameters.n_batch = parameters.n_ubatch = options.batch

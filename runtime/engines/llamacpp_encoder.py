@@ -37,7 +37,7 @@ from runtime.engines.llamacpp import (
     load_weights,
     take_messages,
 )
-from runtime.gguf_header import read_gguf_header
+from runtime.gguf_header import has_single_blocks, read_gguf_header
 from runtime.huge_pages import collapse_resident
 from runtime.libllama import kernel_set
 from targets.host import default_threads
@@ -55,12 +55,13 @@ def load_encoder(path: Path, options: EncoderOptions) -> LlamaCppEncoder:
     if options.sequences > MAX_SEQUENCES:
         raise UsageError(f"llama.cpp keeps at most {MAX_SEQUENCES} sequences, {options.sequences} were asked for")
     check_file(path)
-    read_gguf_header(path)
+    repack = not has_single_blocks(read_gguf_header(path))
     threads = options.threads or int(default_threads()[1].value)
     library = load_library()
     started = time.perf_counter()
     take_messages()
-    model = load_weights(library, path, EngineOptions(context=max(options.context, 1), mmap=options.mmap))
+    sizes = EngineOptions(context=max(options.context, 1), mmap=options.mmap)
+    model = load_weights(library, path, sizes, repack=repack)
     context = None
     try:
         length = options.context or int(library.llama_model_n_ctx_train(model))

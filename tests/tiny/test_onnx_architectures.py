@@ -20,7 +20,7 @@ from exporter.pipeline import choices, export, prepare
 from runtime.engine import Chunk, EngineOptions
 from runtime.engines.onnx import load_engine
 from tests.onnx_parity import ONNX_ROWS, REFUSED, measure, write_model
-from tests.parity import ROWS, VOCABULARY, Row, make_checkpoint
+from tests.parity import ROWS, VOCABULARY, Row, known_to_transformers, make_checkpoint
 
 pytestmark = [pytest.mark.tiny, pytest.mark.reference]
 DOCUMENT = Path(__file__).parents[2] / "docs" / "onnx-architectures.md"
@@ -33,12 +33,14 @@ def row_named(name: str) -> Row:
 @pytest.mark.parametrize("row", ONNX_ROWS, ids=lambda row: row.name)
 @pytest.mark.filterwarnings("ignore")
 def test_logits_are_those_of_transformers(row: Row, tmp_path: Path) -> None:
+    if not known_to_transformers(row):
+        pytest.skip(f"transformers 4 does not know {row.model_type}: make test-transformers5")
     found = measure(row, tmp_path)
     assert found.prefill < 1e-8
     assert found.decode < 1e-8
     assert found.logit_error_max < 1e-3
     # Norms behind attention and network bring every rounding back to full size.
-    assert found.int8 < (3e-3 if row.model_type in ("olmo2", "exaone4") else 2e-3)
+    assert found.int8 < (3e-3 if row.model_type in ("olmo2", "olmo3", "exaone4") else 2e-3)
     assert found.spread > 0.5
     model = onnx.load(tmp_path / "int8" / "model.onnx", load_external_data=False)
     assert {item.domain: item.version for item in model.opset_import} == {"": 23, "com.microsoft": 1}
@@ -47,7 +49,7 @@ def test_logits_are_those_of_transformers(row: Row, tmp_path: Path) -> None:
 
 def test_every_family_has_a_row() -> None:
     decoders = {name for name in available() if not family(name).encoder}
-    assert {row.model_type for row in ONNX_ROWS} == decoders
+    assert {row.model_type for row in ONNX_ROWS} | {row_named(name).model_type for name in REFUSED} == decoders
 
 
 def test_document_has_every_row_and_no_other() -> None:
@@ -56,9 +58,10 @@ def test_document_has_every_row_and_no_other() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_heads_that_attention_cannot_compute_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    make_checkpoint(row_named(REFUSED), tmp_path / "model")
-    with pytest.raises(CheckpointError, match="multiple of 8, these have 20"):
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_graph_cannot_express_is_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
+    make_checkpoint(row_named(name), tmp_path / "model")
+    with pytest.raises(CheckpointError, match=REFUSED[name]):
         export(ExportOptions(str(tmp_path / "model"), format="onnx", quant="int8"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

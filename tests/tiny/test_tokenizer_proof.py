@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_models import make_tiny_llama
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+import exporter.pretokenizers
 import exporter.tokenizer
 from edgelm.errors import BundleError, EngineError, ProofError
 from edgelm.progress import SILENT
@@ -77,6 +79,37 @@ def test_pre_tokenizer_is_found_and_survives_the_way_back(tmp_path: Path, name: 
         ids = theirs.encode(text, add_special_tokens=False).ids
         assert ours.encode(text, add_special_tokens=False).ids == ids
         assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids, skip_special_tokens=False)
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A checkpoint whose merges were learned across all borders of words: any other way to cut gives other tokens."""
+    checkpoint = checkpoint_with(tmp_path_factory.mktemp("uncut") / "model")
+    path = checkpoint.source.path / "tokenizer.json"
+    learned = Tokenizer(models.BPE())
+    learned.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=497, initial_alphabet=alphabet, show_progress=False)
+    learned.train_from_iterator([text for text in hard_corpus([]) for _ in range(2)], trainer)
+    document, found = json.loads(path.read_text()), json.loads(learned.to_str())
+    document["model"]["vocab"] = {token: index + 3 for token, index in found["model"]["vocab"].items()}
+    document["model"]["merges"] = found["model"]["merges"]
+    path.write_text(json.dumps(document))
+    return open_checkpoint(checkpoint.source)
+
+
+@pytest.mark.parametrize("name", [family.names[0] for family in exporter.pretokenizers._FAMILIES])
+def test_vocabularies_of_gguf_files_are_rebuilt_for_every_way_to_cut(
+    uncut: Checkpoint, tmp_path: Path, name: str
+) -> None:
+    words = read_tokenizer(uncut).gguf_metadata
+    path, other = tmp_path / "vocabulary.gguf", tmp_path / "other.gguf"
+    path.write_bytes(encode_header("llama", {**words, "tokenizer.ggml.pre": name}, ()))
+    source = load_tokenizer(open_checkpoint(open_source(str(path))), SILENT)  # proves it
+    assert source.gguf_metadata["tokenizer.ggml.pre"] == name
+    other_name = "llama-bpe" if name == "gpt-2" else "gpt-2"
+    other.write_bytes(encode_header("llama", {**words, "tokenizer.ggml.pre": other_name}, ()))
+    assert not prove_identity(source, other).identical  # so the corpus tells ways to cut apart
 
 
 def test_wrong_pre_tokenizer_is_noticed(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from edgelm.errors import CheckpointError
 from exporter.architectures import available, describe, family, gguf_architectures
@@ -25,7 +25,8 @@ MADE_TO_FIT = {"granitemoehybrid": {"layer_types": ["attention"] * 4, "position_
 
 
 def made(directory: Path, model_type: str, shapes: tuple[LayerShape, ...] = EVEN, **config: Any) -> ModelDescription:
-    """Describe a checkpoint of zeros that has every tensor of the family, in layers of these shapes."""
+    """Describe a checkpoint of zeros that has every tensor of the family, in layers of these shapes; those without
+    heads of keys have a convolution."""
     kind, held = family(model_type), {}
     described = {"model_type": model_type, "tie_word_embeddings": True, "n_positions": 128, **COMMON, **config}
     for layer in (None, *range(len(shapes))):
@@ -40,13 +41,20 @@ def made(directory: Path, model_type: str, shapes: tuple[LayerShape, ...] = EVEN
             "head": HEAD,
         }
         widths |= {"qkv": query + 2 * key, "feed_forward": shape.feed_forward, "gate_up": 2 * shape.feed_forward}
+        widths |= {"mixed": 3 * HIDDEN, "taps": 3}
+        absent = "convolution" if shape.kv_heads else "attention"
         for rule in kind.tensors if layer is None else kind.layer_tensors:
+            if rule.only == absent:
+                continue
             rows = [widths[name] for name in rule.widths]
             rows[0] *= 2 if rule.half else 1
             name = kind.prefixes[0] + rule.source.format(layer=layer)
+            rows = [rows[0], 1, *rows[1:]] if rule.flat else rows
             held[f"{name}.weight"] = np.zeros(rows[::-1] if rule.transposed else rows, np.float32)
             if rule.bias == "required":
                 held[f"{name}.bias"] = np.zeros(rows[0], np.float32)
+    if kind.head_bias:
+        held[f"{kind.head}.bias"] = np.zeros(VOCABULARY, np.float32)
     directory.mkdir(exist_ok=True)
     save_file(held, directory / "model.safetensors")
     described = {"head_dim": HEAD, **MADE_TO_FIT.get(model_type, {}), **described}
@@ -83,7 +91,7 @@ def test_layers_of_their_own_widths_become_arrays(tmp_path: Path) -> None:
         assert any("deci" in note for note in description.notes)
 
 
-@pytest.mark.parametrize("model_type", sorted(set(DECODERS) - {"llama", "mistral", "qwen2"}))
+@pytest.mark.parametrize("model_type", sorted(set(DECODERS) - {"llama", "mistral", "qwen2", "helium"}))
 def test_layers_that_no_graph_can_hold_are_named(model_type: str, tmp_path: Path) -> None:
     shapes = (*EVEN[:2], LayerShape(4, 2, 40), LayerShape(4, 2, 44))
     with pytest.raises(CheckpointError, match="layer 2 has 40, layer 3 has 44, others 48 feed-forward rows") as caught:
@@ -159,6 +167,36 @@ def test_layers_that_are_no_attention_are_named(tmp_path: Path) -> None:
         made(tmp_path / "e", "exaone4", num_hidden_layers=64)
 
 
+def test_layers_with_a_convolution_have_no_heads_of_keys(tmp_path: Path) -> None:
+    kinds = ["conv", "full_attention", "conv", "full_attention"]
+    shapes = tuple(LayerShape(4, 2 * (kind != "conv"), 48) for kind in kinds)
+    for name, config in (("new", {"layer_types": kinds}), ("old", {"full_attn_idxs": [1, 3]})):
+        description = made(tmp_path / name, "lfm2", shapes, **config)
+        assert description.metadata["lfm2.attention.head_count_kv"] == [0, 2, 0, 2]
+        assert description.metadata["lfm2.attention.head_count"] == 4
+        assert description.metadata["lfm2.shortconv.l_cache"] == 3
+        assert description.structure is not None
+        assert description.structure.convolutions == (0, 2)
+        assert (description.dimensions.kv_heads, description.dimensions.kv_heads_total) == (2, 4)
+        assert description.dimensions.uneven == shapes
+        assert not description.dimensions.differing
+        taps = next(item for item in description.tensors if item.name == "blk.0.shortconv.conv.weight")
+        assert taps.shape == (HIDDEN, 3)
+    with pytest.raises(CheckpointError, match="layer_types is no list of 4"):
+        made(tmp_path / "wrong", "lfm2", shapes, layer_types=[*kinds[:3], "mamba"])
+    with pytest.raises(CheckpointError, match="conv_bias is True"):
+        made(tmp_path / "biased", "lfm2", shapes, layer_types=kinds, conv_bias=True)
+
+
+def test_a_head_that_is_there_although_the_embedding_is_it_is_told(tmp_path: Path) -> None:
+    made(tmp_path / "m", "llama")
+    held = load_file(tmp_path / "m" / "model.safetensors")
+    save_file({**held, "lm_head.weight": held["model.embed_tokens.weight"]}, tmp_path / "m" / "model.safetensors")
+    description = describe(open_checkpoint(open_source(str(tmp_path / "m"))))
+    assert description.dimensions.tied
+    assert description.notes == ("lm_head.weight is left out: by config.json the embedding is the output matrix too",)
+
+
 def test_settings_that_published_configurations_leave_out(tmp_path: Path) -> None:
     settings = {"head_dim": HEAD, "num_hidden_layers": 4, "sliding_window": 16}
     dimensions = made(tmp_path / "g", "gemma3", text_config=settings).dimensions
@@ -174,6 +212,13 @@ def test_pruned_smollm3_must_keep_its_rhythm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model_type", "config", "message"),
     [
+        ("cohere2", {"sliding_window": None}, "no layer has an attention window, llama.cpp's cohere2 needs one"),
+        (
+            "olmo3",
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 2e4}}},
+            "rotate by two bases, llama.cpp's olmo2 has one",
+        ),
+        ("nemotron", {"hidden_act": "silu"}, "hidden_act is 'silu'"),
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm is True"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 from pydantic import TypeAdapter
 
 from edgelm.errors import ContextOverflowError, EngineError, UsageError
+from runtime.engine import EngineInfo
 from runtime.generate import (
     PREFILL_STEP_TOKENS,
     GenerationRequest,
@@ -160,6 +162,33 @@ def test_a_diverging_prompt_forgets_the_rest() -> None:
     assert events[0].cached_tokens == 3
     assert engine.held[0] == session.tokens == prompt("abcXYZ")
     assert events[0].token == next_letter(prompt("abcXYZ"))
+
+
+class ForgetsNothing(FakeEngine):
+    """As models with recurrent layers: a sequence goes on or starts anew."""
+
+    @property
+    def info(self) -> EngineInfo:
+        return replace(super().info, truncates=False)
+
+    def truncate(self, length: int, sequence: int = 0) -> None:
+        if 0 < length < self.length(sequence):
+            raise EngineError("cannot be truncated")
+        super().truncate(length, sequence)
+
+
+def test_a_state_that_forgets_nothing_goes_on_or_starts_anew() -> None:
+    engine = ForgetsNothing()
+    session = Session(engine)
+    first = run(engine, GenerationRequest(prompt("hello"), 4), session)
+    follow_up = [*prompt("hello"), *(event.token for event in first if event.token is not None), *prompt(" again")]
+    second = run(engine, GenerationRequest(follow_up, 1), session)
+    assert second[0].cached_tokens == len("hello") + 3
+    assert second[0].token == next_letter(follow_up)
+    third = run(engine, GenerationRequest(prompt("help"), 1), session)
+    assert third[0].cached_tokens == 0
+    assert engine.held[0] == session.tokens == prompt("help")
+    assert third[0].token == next_letter(prompt("help"))
 
 
 def test_the_same_prompt_again_computes_its_last_token() -> None:

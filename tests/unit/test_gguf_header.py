@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgelm.errors import BundleError
-from runtime.gguf_header import GGML_TYPES, GGUFStrings, read_gguf_header, workload_from_gguf
+from runtime.gguf_header import GGML_TYPES, GGUFStrings, has_single_blocks, read_gguf_header, workload_from_gguf
 
 U32, U64, STRING, ARRAY, BOOL = 4, 10, 8, 9, 7
 
@@ -125,6 +125,15 @@ def test_workload_of_tied_and_untied_heads(tmp_path: Path) -> None:
     assert untied.lookup.size_bytes == 1280
     assert untied.streamed_bytes == 16384 + 48 * 36 + 2560
     assert untied.kv_elements_per_token == (1 + 0 + 4) * (16 + 16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "extents", "single"),
+    [("Q8_0", (32, 4), True), ("Q8_0", (64, 4), False), ("F32", (1, 4), False), ("Q4_K", (256, 2), True)],
+)
+def test_rows_of_one_block(kind: str, extents: tuple[int, ...], single: bool, write: Callable[[bytes], Path]) -> None:
+    header = read_gguf_header(write(build(tensors=[tensor(extents=extents, kind=GGML_TYPES[kind].id)])))
+    assert has_single_blocks(header) is single
 
 
 def test_workload_needs_a_whole_model(write: Callable[[bytes], Path]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from edgelm.bundle import TensorPlan
 from edgelm.errors import BundleError, CheckpointError
@@ -112,6 +113,20 @@ def test_nan_in_the_source_is_named(tmp_path: Path, type_name: str) -> None:
     with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj\.weight holds NaN or infinity"):
         write_gguf(path, checkpoint, description.tensors, plans(description.tensors, type_name), {})
     assert not path.exists()
+
+
+@pytest.mark.parametrize("type_name", ["F16", "Q8_0", "Q4_0", "Q4_K"])
+def test_numbers_too_large_for_a_type_are_named(tmp_path: Path, type_name: str) -> None:
+    directory = make_tiny_llama(tmp_path / "model", hidden=256, ffn=256, dtype="float32")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] *= np.float32(1e30)
+    write_safetensors(directory / "model.safetensors", tensors, "float32")
+    checkpoint = open_checkpoint(open_source(str(directory)))
+    description = describe(checkpoint)
+    planned = plans(description.tensors, type_name)
+    with pytest.raises(CheckpointError, match=rf"up_proj\.weight holds numbers too large for {type_name}") as caught:
+        write_gguf(tmp_path / "model.gguf", checkpoint, description.tensors, planned, description.metadata)
+    assert caught.value.hint == "give it another type: --type 'blk.0.ffn_up.weight=F32'"
 
 
 def test_source_that_shrinks_meanwhile_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:

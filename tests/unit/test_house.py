@@ -150,3 +150,13 @@ def test_dependencies_are_justified_and_pinned() -> None:
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").lower().replace("_", "-")
     assert {name for name in names if f"`{name}`" not in explained} == set()
     assert {name for name in names if f"\n{name.lower().replace('_', '-')}==" not in pins} == set()
+
+
+def test_both_environments_pin_alike() -> None:
+    """All but what comes with the other version of transformers."""
+    first, second = (
+        {line.split("==")[0].lower().replace("_", "-"): line for line in sorted(text.splitlines()) if "==" in line}
+        for text in ((ROOT / name).read_text("utf-8") for name in ("constraints.txt", "constraints-transformers5.txt"))
+    )
+    other = {name for name in first.keys() & second.keys() if first[name].lower() != second[name].lower()}
+    assert other == {"transformers", "tokenizers", "huggingface-hub"}

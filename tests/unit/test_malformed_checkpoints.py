@@ -91,6 +91,18 @@ WRONG: dict[str, tuple[Change, str]] = {
     "config is no JSON": (text("config.json", "{'a': 1"), "no valid JSON"),
     "config is a list": (text("config.json", "[]"), "no table of settings"),
     "config nested too deep": (text("config.json", "[" * 100_000), "no valid JSON"),
+    "adapter": (
+        lambda directory: (
+            (directory / "config.json").unlink(),
+            text("adapter_config.json", '{"peft_type": "LORA"}')(directory),
+        ),
+        "is an adapter, which changes another model",
+    ),
+    "tied as text": (config(tie_word_embeddings="false"), "tie_word_embeddings is 'false', which is neither"),
+    "weights of 64 bits": (
+        tensors(lambda held: held.update({GATE: zeros((48, 32), np.float64)})),
+        r"gate_proj\.weight is stored as F64",
+    ),
     "no model_type": (config(model_type=None), "has no model_type"),
     "unknown model_type": (config(model_type="mamba3"), "architecture 'mamba3', which is not supported"),
     "module path as model_type": (config(model_type="shared.family"), "which is not supported"),
@@ -118,8 +130,12 @@ WRONG: dict[str, tuple[Change, str]] = {
         "low_freq_factor and high_freq_factor are equal",
     ),
     "yarn of another kind": (
-        config(rope_scaling={"rope_type": "yarn", "factor": 4, "mscale": 0.7}),
-        "yarn's mscale is not supported",
+        config(rope_scaling={"rope_type": "yarn", "factor": 4, "truncate": False}),
+        "yarn's truncate is not supported",
+    ),
+    "yarn with scales that are none": (
+        config(rope_scaling={"rope_type": "yarn", "factor": 4, "mscale": "a", "mscale_all_dim": 1}),
+        "mscale is 'a', which is no positive number",
     ),
     "no embedding": (tensors(lambda held: held.pop(EMBEDDING)), r"no tensor model\.embed_tokens\.weight"),
     "embedding of one dimension": (
@@ -192,6 +208,21 @@ WRONG: dict[str, tuple[Change, str]] = {
         document("tokenizer.json", lambda held: held["model"]["vocab"].update({"zz": 2**40})),
         r"tokenizer",
     ),
+    "end of text outside of the vocabulary": (
+        lambda directory: (
+            text("tokenizer_config.json", "{}")(directory),
+            text("special_tokens_map.json", "{}")(directory),
+            text("generation_config.json", '{"eos_token_id": [320, 9999]}')(directory),
+        ),
+        "eos_token_id is 320, outside of the vocabulary of 320 tokens",
+    ),
+    "text changed before tokenizing": (
+        document(
+            "tokenizer.json",
+            lambda held: held.update(normalizer={"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}),
+        ),
+        "changes text before tokenizing",
+    ),
     "random merges": (document("tokenizer.json", lambda held: held["model"].update(dropout=0.5)), "drops merges"),
 }
 
@@ -235,6 +266,14 @@ def bfloat_buffers(held: dict[str, Any]) -> None:
 ODD: dict[str, Change] = {
     "copy of a tied head": tensors(untied_twin),
     "buffers that old savers wrote": tensors(bfloat_buffers),
+    "rope settings of transformers 5": config(
+        rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}
+    ),
+    "no rope settings": config(rope_scaling={}),
+    "a sequence of no normalizers": document(
+        "tokenizer.json", lambda held: held.update(normalizer={"type": "Sequence", "normalizers": []})
+    ),
+    "an empty template": text("chat_template.jinja", ""),
     "settings of training": config(attention_dropout=0.1, use_cache=False, pretraining_tp=1),
     "vocab_size that is not the embedding's": config(vocab_size=7),
     "shards": sharded(lambda places: None),

@@ -36,7 +36,10 @@ _OLDER_NAMES = {"weight": "gamma", "bias": "beta"}  # of norms, in the first che
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What the headers say before a target is chosen. A layer is None when its tensors are missing."""
+    """What the headers say before a target is chosen. A layer is None when its tensors are missing.
+
+    ``taps`` are the tokens that a short convolution sees, in the layers ``convolutions``.
+    """
 
     layers: int
     hidden: int
@@ -45,6 +48,8 @@ class _Sizes:
     context: int
     tied: bool
     shapes: tuple[LayerShape | None, ...]
+    convolutions: tuple[int, ...] = ()
+    taps: int = 0
 
 
 class _Source:
@@ -109,6 +114,8 @@ def describe_checkpoint(checkpoint: Checkpoint, family: Family, *, own_graph: bo
     assert metadata is not None
     dimensions, notes = _dimensions(sizes, target, structure)
     metadata[Keys.LLM.CONTEXT_LENGTH] = dimensions.context_trained
+    if sizes.tied and not family.encoder and source.head_name() in checkpoint.tensors:
+        notes = (*notes, f"{source.head_name()} is left out: by config.json the embedding is the output matrix too")
     encoder = None
     if family.encoder:
         with problems.collect():
@@ -179,6 +186,7 @@ def _check_types(source: _Source, problems: Problems) -> None:
 def _sizes(source: _Source, problems: Problems) -> _Sizes | None:
     family, embedding = source.family, source.family.tensors[0]
     layers = heads = context = head_size = None
+    convolutions, taps = tuple[int, ...](), 0
     with problems.collect():
         layers = source.count("num_hidden_layers")
     with problems.collect():
@@ -201,7 +209,13 @@ def _sizes(source: _Source, problems: Problems) -> _Sizes | None:
         head_size = config_count(source.checkpoint, "head_dim", family.head_size or shape[1] // heads or 1)
     if head_size is None:
         return None
+    if family.convolutions is not None:
+        with problems.collect():
+            convolutions = family.convolutions(source.checkpoint, layers)
+            taps = source.count("conv_L_cache", 3)
     tied = source.checkpoint.config.get("tie_word_embeddings")
+    if tied not in (None, True, False):
+        problems.add(f"config.json: tie_word_embeddings is {tied!r}, which is neither true nor false")
     return _Sizes(
         layers=layers,
         hidden=shape[1],
@@ -209,7 +223,14 @@ def _sizes(source: _Source, problems: Problems) -> _Sizes | None:
         head_size=head_size,
         context=context,
         tied=family.tied if tied is None else bool(tied),
-        shapes=tuple(_layer_shape(source, layer, head_size, problems) for layer in range(layers)),
+        shapes=tuple(
+            _without_attention(source, layer, shape[1] // head_size)
+            if layer in convolutions
+            else _layer_shape(source, layer, head_size, problems)
+            for layer in range(layers)
+        ),
+        convolutions=convolutions,
+        taps=taps,
     )
 
 
@@ -228,13 +249,23 @@ def _skipped_positions(source: _Source) -> int:
     return value + 1
 
 
+def _layer_size(source: _Source, layer: int, target: MODEL_TENSOR, axis: int) -> int | None:
+    rule = next((item for item in source.family.layer_tensors if item.target == target), None)
+    shape = source.shape(source.name(rule, layer), transposed=rule.transposed) if rule else None
+    return shape[axis] if shape is not None and len(shape) == 2 else None
+
+
+def _without_attention(source: _Source, layer: int, heads: int) -> LayerShape | None:
+    """A layer with a convolution: llama.cpp wants its heads counted as everywhere, and none of keys."""
+    feed_forward = _layer_size(source, layer, MODEL_TENSOR.FFN_DOWN, 1)
+    return LayerShape(heads, 0, feed_forward) if feed_forward else None
+
+
 def _layer_shape(source: _Source, layer: int, head_size: int, problems: Problems) -> LayerShape | None:
     """Heads and width of one layer, from its tensors alone."""
 
     def size(target: MODEL_TENSOR, axis: int) -> int | None:
-        rule = next((item for item in source.family.layer_tensors if item.target == target), None)
-        shape = source.shape(source.name(rule, layer), transposed=rule.transposed) if rule else None
-        return shape[axis] if shape is not None and len(shape) == 2 else None
+        return _layer_size(source, layer, target, axis)
 
     query, feed_forward = size(MODEL_TENSOR.ATTN_OUT, 1), size(MODEL_TENSOR.FFN_DOWN, 1)
     fused = size(MODEL_TENSOR.ATTN_QKV, 0)
@@ -292,8 +323,9 @@ def _misfits(target: Target, sizes: _Sizes) -> list[str]:
 
 
 def _unevenness(target: Target, name: str, what: str, known: Sequence[tuple[int, LayerShape]]) -> str | None:
-    usual = max(getattr(shape, name) for _, shape in known)
-    odd = [(layer, getattr(shape, name)) for layer, shape in known if getattr(shape, name) != usual]
+    counts = [(layer, getattr(shape, name)) for layer, shape in known if shape.kv_heads or name != "kv_heads"]
+    usual = max((count for _, count in counts), default=0)
+    odd = [(layer, count) for layer, count in counts if count != usual]
     if not odd:
         return None
     listed = ", ".join(f"layer {layer} has {count}" for layer, count in odd[:_SHOWN_LAYERS])
@@ -303,6 +335,7 @@ def _unevenness(target: Target, name: str, what: str, known: Sequence[tuple[int,
 
 def _dimensions(sizes: _Sizes, target: Target, structure: Structure) -> tuple[Dimensions, tuple[str, ...]]:
     shapes = tuple(shape for shape in sizes.shapes if shape is not None)
+    first = next((shape for shape in shapes if shape.kv_heads), shapes[0])
     context, notes = sizes.context, []
     seen = [window for window in structure.windows if window]
     if seen and not target.windows and min(seen) < context:
@@ -316,10 +349,10 @@ def _dimensions(sizes: _Sizes, target: Target, structure: Structure) -> tuple[Di
     dimensions = Dimensions(
         layers=sizes.layers,
         hidden=sizes.hidden,
-        heads=shapes[0].heads,
-        kv_heads=shapes[0].kv_heads,
+        heads=first.heads,
+        kv_heads=first.kv_heads,
         head_size=sizes.head_size,
-        feed_forward=shapes[0].feed_forward,
+        feed_forward=first.feed_forward,
         vocabulary=sizes.vocabulary,
         context_trained=context,
         tied=sizes.tied and target.head != "required" and structure.causal,
@@ -334,8 +367,9 @@ def _dimensions(sizes: _Sizes, target: Target, structure: Structure) -> tuple[Di
 def _tensors(source: _Source, target: Target, sizes: _Sizes, problems: Problems) -> list[TensorDescription]:
     family, found, missing = source.family, list[TensorDescription](), list[str]()
     model = {"vocabulary": sizes.vocabulary, "hidden": sizes.hidden, "positions": sizes.context}
+    model |= {"mixed": 3 * sizes.hidden, "taps": sizes.taps}
     scale = _query_scale(source, sizes, problems)
-    for rule, layer in _rules(family, sizes.layers):
+    for rule, layer in _rules(family, sizes):
         widths = model if layer is None else {**model, **_widths(sizes, layer)}
         for description in _mapped(source, target, rule, layer, widths):
             if description.source_name not in source.checkpoint.tensors:
@@ -343,20 +377,20 @@ def _tensors(source: _Source, target: Target, sizes: _Sizes, problems: Problems)
                 continue
             _check_shape(source, rule, description, problems)
             found.append(_scaled(description, scale) if rule.is_query else description)
-    used = {item.source_name for item in found}
     with problems.collect():
         found += _head(source, target, sizes, missing)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         problems.add(f"it has no tensor {missing[0]}{more}", hint=_wrong_kind(family))
-    _refuse_leftovers(source, used | {source.head_name()}, problems)
+    _refuse_leftovers(source, {source.head_name(), *(item.source_name for item in found)}, problems)
     return found
 
 
-def _rules(family: Family, layers: int) -> Iterator[tuple[Rule, int | None]]:
+def _rules(family: Family, sizes: _Sizes) -> Iterator[tuple[Rule, int | None]]:
     yield from ((rule, None) for rule in family.tensors)
-    for layer in range(layers):
-        yield from ((rule, layer) for rule in family.layer_tensors)
+    for layer in range(sizes.layers):
+        kind = "convolution" if layer in sizes.convolutions else "attention"
+        yield from ((rule, layer) for rule in family.layer_tensors if rule.only in ("", kind))
 
 
 def _widths(sizes: _Sizes, layer: int) -> dict[str, int]:
@@ -410,6 +444,8 @@ def _check_shape(source: _Source, rule: Rule, description: TensorDescription, pr
     actual = source.shape(description.source_name, transposed=transposed)
     if actual and rule.half:
         actual = (actual[0] // 2 if actual[0] % 2 == 0 else actual[0], *actual[1:])
+    elif actual and rule.flat:
+        actual = tuple(size for size in actual if size != 1)
     elif actual and description.skipped:
         actual = (actual[0] - description.skipped, *actual[1:])
     if actual != description.shape:
@@ -451,6 +487,20 @@ def _head(source: _Source, target: Target, sizes: _Sizes, missing: list[str]) ->
             raise CheckpointError(f"{source.checkpoint.source.location}: tensor {source.head_name()} {told}")
         else:
             yield TensorDescription(name, source.head_name(), shape)
+    yield from _head_bias(source, sizes, missing)
+
+
+def _head_bias(source: _Source, sizes: _Sizes, missing: list[str]) -> Iterator[TensorDescription]:
+    if not source.family.head_bias:
+        return
+    name, shape = f"{source.family.head}.bias", (sizes.vocabulary,)
+    found = source.shape(name)
+    if found is None:
+        missing.append(name)
+    elif found != shape:
+        raise CheckpointError(f"{source.checkpoint.source.location}: tensor {name} has the shape {found}, not {shape}")
+    else:
+        yield TensorDescription(f"{TENSOR_NAMES[MODEL_TENSOR.OUTPUT]}.bias", name, shape)
 
 
 def _refuse_leftovers(source: _Source, used: set[str], problems: Problems) -> None:
@@ -481,7 +531,7 @@ def _structure(source: _Source, sizes: _Sizes, rope: RopeDescription | None, win
         activation=family.activation,
         gated=MODEL_TENSOR.FFN_GATE in targets or any("gate_up" in rule.widths for rule in family.layer_tensors),
         norm_place=family.norm_place,
-        parallel_residual=switch is not None and bool(checkpoint.config.get(*switch)),
+        parallel_residual=family.parallel or (switch is not None and bool(checkpoint.config.get(*switch))),
         query_norm=("head" if norms[0].widths == ("head",) else "all") if norms else "none",
         rotary=rotary,
         windows=windows,
@@ -492,9 +542,10 @@ def _structure(source: _Source, sizes: _Sizes, rope: RopeDescription | None, win
             Keys.LLM.EMBEDDING_SCALE, math.sqrt(sizes.hidden) if family.scaled_embedding else 1.0
         ),
         residual_scale=numbers.get(Keys.LLM.RESIDUAL_SCALE, 1.0),
-        logit_divisor=numbers.get(Keys.LLM.LOGIT_SCALE, 1.0),
+        logit_divisor=numbers.get(Keys.LLM.LOGIT_SCALE, 1.0) ** (-1 if family.multiplies_logits else 1),
         norm_after_rotation=family.norm_after_rotation,
         causal=not family.encoder,
+        convolutions=sizes.convolutions,
     )
 
 
@@ -511,7 +562,7 @@ def _metadata(source: _Source, target: Target, sizes: _Sizes, structure: Structu
 
     def each(name: str) -> int | list[int]:
         counts = [getattr(shape, name) for shape in shapes]
-        return counts if target.uneven and len(set(shapes)) > 1 else counts[0]
+        return counts if len(set(shapes if target.uneven else counts)) > 1 else counts[0]
 
     if not shapes:
         return {}
@@ -528,6 +579,8 @@ def _metadata(source: _Source, target: Target, sizes: _Sizes, structure: Structu
         epsilon: structure.epsilon,
         **_numbers(source),
     }
+    if sizes.convolutions:
+        values[Keys.ShortConv.L_CACHE] = sizes.taps
     if source.family.parallel_residual is not None:
         values[Keys.LLM.USE_PARALLEL_RESIDUAL] = structure.parallel_residual
     return values

@@ -22,9 +22,10 @@ class Rule:
     """One tensor of a model or, with ``{layer}`` in ``source``, of each layer; names without their suffix.
 
     ``widths`` are (rows, columns) in the artefact: vocabulary, hidden, positions, types (of tokens: as many as there
-    are), query, key, qkv, feed_forward, gate_up or head. ``rotary`` rows belong to heads that rotate, ``is_query`` ones
-    take a family's query scale. ``split`` and ``offset`` are those of ``TensorDescription``, ``transposed`` too.
-    ``optional`` may be absent.
+    are), query, key, qkv, feed_forward, gate_up, head, or of a short convolution mixed and taps. ``rotary`` rows belong
+    to heads that rotate, ``is_query`` ones take a family's query scale. ``split`` and ``offset`` are those of
+    ``TensorDescription``, ``transposed`` too. ``optional`` may be absent. ``only`` in layers of that kind;
+    ``flat``: the source has a dimension of 1 more.
     """
 
     source: str
@@ -38,6 +39,8 @@ class Rule:
     is_query: bool = False
     optional: bool = False
     half: int = 0
+    only: Literal["", "attention", "convolution"] = ""
+    flat: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +79,13 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class RopeSettings:
-    """Where the rotation's settings are. ``share``: (setting, default) of the part of a head that rotates."""
+    """Where the rotation's settings are. ``share``: (setting, default) of the part of a head that rotates.
+    ``temperature`` names the setting of how much queries grow with their position."""
 
     theta: tuple[str, float] = ("rope_theta", 10000.0)
     share: tuple[str, float] = ("partial_rotary_factor", 1.0)
     local_theta: tuple[str, float] | None = None
+    temperature: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,9 @@ class Family:
     ``defaults`` stand in for settings that it leaves out; tensors that begin with ``left_out`` are not the text's.
     ``encoder``: attention sees all tokens and there is no head. ``first_position``
     is (setting, default) of the number before that of the first position, where rows up to it belong to no text.
+    ``parallel``: attention and feed-forward network always stand side by side. ``head_bias``: the output matrix has a
+    bias. ``multiplies_logits``: GGUF's logit scale multiplies instead of dividing. ``convolutions`` tells the layers
+    that have a short convolution instead of attention.
     """
 
     targets: tuple[Target, ...]
@@ -118,7 +126,7 @@ class Family:
     numbers: tuple[Number, ...] = ()
     norm: Literal["rms", "layer"] = "rms"
     epsilon: tuple[str, float] = ("rms_norm_eps", 1e-6)
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu2"] = "silu"
     norm_place: Literal["before", "after", "both"] = "before"
     tied: bool = False
     scaled_embedding: bool = False
@@ -136,6 +144,10 @@ class Family:
     left_out: tuple[str, ...] = ()
     encoder: bool = False
     first_position: tuple[str, int] | None = None
+    parallel: bool = False
+    head_bias: bool = False
+    multiplies_logits: bool = False
+    convolutions: Callable[[Checkpoint, int], tuple[int, ...]] | None = None
 
 
 SILU = {"hidden_act": ("silu", "swish")}

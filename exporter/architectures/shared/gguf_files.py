@@ -35,8 +35,8 @@ def describe_gguf(checkpoint: Checkpoint) -> ModelDescription:
 
 
 def _dimensions(checkpoint: Checkpoint, metadata: dict[str, Any]) -> Dimensions:
-    def checked(name: str, value: Any) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+    def checked(name: str, value: Any, least: int = 1) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
             raise CheckpointError(f"{checkpoint.source.location}: metadata {name} is {value!r}, which is no count")
         return value
 
@@ -54,21 +54,24 @@ def _dimensions(checkpoint: Checkpoint, metadata: dict[str, Any]) -> Dimensions:
             return [checked(name, values)] * layers
         if len(values) != layers:
             raise CheckpointError(f"{checkpoint.source.location}: metadata {name} is not one number for each layer")
-        return [checked(name, item) for item in values]
+        return [checked(name, item, least=0) for item in values]
 
     heads, hidden = counts(Keys.Attention.HEAD_COUNT), count(Keys.LLM.EMBEDDING_LENGTH)
     kv_heads = counts(Keys.Attention.HEAD_COUNT_KV, heads)
     shapes = tuple(map(LayerShape, heads, kv_heads, counts(Keys.LLM.FEED_FORWARD_LENGTH)))
+    first = next((shape for shape in shapes if shape.heads and shape.kv_heads), None)
+    if first is None:
+        raise CheckpointError(f"{checkpoint.source.location} has no layer with attention")
     embedding = checkpoint.tensors.get(f"{TENSOR_NAMES[MODEL_TENSOR.TOKEN_EMBD]}.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{checkpoint.source.location} has no tensor token_embd.weight of two dimensions")
     return Dimensions(
         layers=layers,
         hidden=hidden,
-        heads=heads[0],
-        kv_heads=kv_heads[0],
-        head_size=count(Keys.Attention.KEY_LENGTH, hidden // heads[0] or 1),
-        feed_forward=shapes[0].feed_forward,
+        heads=first.heads,
+        kv_heads=first.kv_heads,
+        head_size=count(Keys.Attention.KEY_LENGTH, hidden // first.heads or 1),
+        feed_forward=first.feed_forward,
         vocabulary=embedding.shape[0],
         context_trained=count(Keys.LLM.CONTEXT_LENGTH),
         tied=f"{TENSOR_NAMES[MODEL_TENSOR.OUTPUT]}.weight" not in checkpoint.tensors,

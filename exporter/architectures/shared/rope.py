@@ -47,6 +47,7 @@ def describe_rope(checkpoint: Checkpoint, settings: RopeSettings, target: Target
     local_theta = None
     if settings.local_theta is not None:
         name, default = settings.local_theta
+        default = theta if name == settings.theta[0] else default
         local_theta = positive_number(
             checkpoint, {name: checkpoint.config.get(name), **_renamed(local, name)}, name, default
         )
@@ -62,8 +63,18 @@ def describe_rope(checkpoint: Checkpoint, settings: RopeSettings, target: Target
         tensors = (_factors(MODEL_TENSOR.ROPE_FREQS, _llama3_divisors(checkpoint, table, theta, size)),)
     elif kind == "longrope":
         factor, tensors = _longrope(checkpoint, table, size, metadata)
-    rotary = Rotary(size, theta, target.adjacent, kind, factor, local_theta)
+    temperature = _temperature(checkpoint, table, settings.temperature)
+    if temperature is not None:
+        metadata[Keys.Attention.TEMPERATURE_SCALE] = temperature[0]
+        metadata[Keys.Rope.SCALING_ORIG_CTX_LEN] = temperature[1]
+    rotary = Rotary(size, theta, target.adjacent, kind, factor, local_theta, temperature=temperature)
     return RopeDescription(rotary, metadata, tensors)
+
+
+def _temperature(checkpoint: Checkpoint, table: Mapping[str, Any], name: str | None) -> tuple[float, int] | None:
+    if name is None or not table.get(name):
+        return None
+    return positive_number(checkpoint, table, name), _original_context(checkpoint, table)
 
 
 def _tables(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -144,12 +155,17 @@ def _original_context(checkpoint: Checkpoint, table: Mapping[str, Any]) -> int:
 def _yarn(checkpoint: Checkpoint, table: Mapping[str, Any], metadata: dict[str, Any]) -> float:
     """Fills in yarn's keys; the factor on sine and cosine, which llama.cpp computes as 0.1 ln(factor) + 1."""
     factor = positive_number(checkpoint, table, "factor")
-    own = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-    unsupported = [name for name in ("mscale", "mscale_all_dim") if table.get(name)]
-    if unsupported or table.get("truncate") is False:
-        told = (unsupported or ["truncate"])[0]
-        raise CheckpointError(f"{checkpoint.source.location}: config.json: yarn's {told} is not supported")
-    asked = positive_number(checkpoint, table, "attention_factor", own)
+    if table.get("truncate") is False:
+        raise CheckpointError(f"{checkpoint.source.location}: config.json: yarn's truncate is not supported")
+
+    def grown(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    own = default = grown(1)
+    if table.get("mscale") and table.get("mscale_all_dim"):  # either alone is ignored
+        scales = (positive_number(checkpoint, table, name) for name in ("mscale", "mscale_all_dim"))
+        default = grown(next(scales)) / grown(next(scales))
+    asked = positive_number(checkpoint, table, "attention_factor", default)
     metadata[Keys.Rope.SCALING_TYPE] = RopeScalingType.YARN.value
     metadata[Keys.Rope.SCALING_FACTOR] = factor
     metadata[Keys.Rope.SCALING_ORIG_CTX_LEN] = _original_context(checkpoint, table)
