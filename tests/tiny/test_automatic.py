@@ -92,6 +92,17 @@ def move_along_the_front(model: Path, tmp_path: Path) -> None:
     }
 
 
+def test_types_of_a_gguf_source_are_measured_too(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGELM_CACHE", str(tmp_path / "cache"))
+    source = export(ExportOptions(str(model), quant="F16", verify=False), tmp_path / "f16").artifact_path
+    options = ExportOptions(str(source), quant="auto", verify=False)
+    bundle = export(options, tmp_path / "first")
+    assert bundle.manifest.plan.quant == "MIXED"
+    assert bundle.manifest.plan.predicted_kl is not None
+    again = export(options, tmp_path / "again", resume=True)
+    assert again.artifact_path.read_bytes() == bundle.artifact_path.read_bytes()
+
+
 def test_an_interrupted_measurement_goes_on_behind_its_finished_parts(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
