@@ -1,12 +1,15 @@
 """Speed of ``--quant auto`` beside Q4_K_M with importance matrix: same size, not slower, how much less KL?
 
     make peers
-    python benchmarks/auto_speed.py MODEL --peers .cache/peers/bin --work DIR --rounds 9
+    edgelm targets detect -o here.toml
+    python benchmarks/auto_speed.py MODEL --target here.toml --work DIR --make
+    python benchmarks/auto_speed.py MODEL --target here.toml --work DIR --rounds 9
 
-Wants a quiet machine. For each factor an artefact is exported under the size of llama-quantize's Q4_K_M and under
-limits of decode and prefill speed of that factor times what is predicted for Q4_K_M; then llama-bench runs all of them
-in turn, each round in another order, and medians of the ratios within rounds are told with the KL of our proof. The
-goal: both ratios at least 0.97 and KL at most 0.7 of the peer's.
+Runs want a quiet machine, ``--make``, which makes the artefacts and measures their KL, does not. For each factor an
+artefact is exported under the size of llama-quantize's Q4_K_M and under limits of decode and prefill speed of that
+factor times what is predicted for Q4_K_M; then llama-bench runs all of them in turn, each round in another order, and
+medians of the ratios within rounds are told with the KL of our proof. The goal: both ratios at least 0.97 and KL at
+most 0.7 of the peer's.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ def artefacts(arguments: argparse.Namespace) -> dict[str, Path]:
     arguments.presets = [PEER]
     ((_, peer),) = presets(arguments, arguments.work)
     found = {PEER: peer}
-    base = ExportOptions(str(arguments.model), quant=PEER, verify=False)
+    base = ExportOptions(str(arguments.model), target=arguments.target, quant=PEER, verify=False)
     predicted = prepare(base).plan.predicted
     for factor in arguments.factors:
         path = arguments.work / f"auto-{factor:g}"
@@ -61,6 +64,20 @@ def artefacts(arguments: argparse.Namespace) -> dict[str, Path]:
     return found
 
 
+def judged(arguments: argparse.Namespace, files: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Bytes and KL of every artefact, measured once."""
+    held = arguments.work / "kl.json"
+    known: dict[str, dict[str, Any]] = json.loads(held.read_text()) if held.exists() else {}
+    missing = {name: path for name, path in files.items() if name not in known}
+    if missing:
+        checkpoint = open_checkpoint(open_source(str(arguments.model)))
+        windows = windows_of(checkpoint, None, arguments.tokens)["documentation"]
+        with open_reference(checkpoint, quality.WINDOW, "auto", SILENT) as reference:
+            known |= {name: measured(path, {"documentation": (reference, windows)}) for name, path in missing.items()}
+        held.write_text(json.dumps(known))
+    return {name: known[name] for name in files}
+
+
 def bench(arguments: argparse.Namespace, path: Path) -> tuple[float, float]:
     """(prefill, decode) tokens/s of one llama-bench call."""
     command = [str(arguments.peers / "llama-bench"), "-m", str(path), "-t", str(arguments.threads), "-o", "csv"]
@@ -74,7 +91,9 @@ def bench(arguments: argparse.Namespace, path: Path) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--peers", type=Path, default=Path(".cache/peers/bin"))
+    parser.add_argument("--peers", type=Path, default=Path(".cache/peers/build/bin"))
+    parser.add_argument("--target", default="host", help="profile of this machine: its kernels decide the types")
+    parser.add_argument("--make", action="store_true", help="make and judge what is missing, run nothing")
     parser.add_argument("--work", type=Path, default=Path("auto-speed"))
     parser.add_argument("--imatrix", type=Path, help="importance matrix that is there already")
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 1.05, 1.1, 1.2])
@@ -86,11 +105,10 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     files = artefacts(arguments)
-    checkpoint = open_checkpoint(open_source(str(arguments.model)))
+    kl = judged(arguments, files)
+    if arguments.make:
+        return
     rows: list[dict[str, Any]] = []
-    windows = windows_of(checkpoint, None, arguments.tokens)["documentation"]
-    with open_reference(checkpoint, quality.WINDOW, "auto", SILENT) as reference:
-        kl = {name: measured(path, {"documentation": (reference, windows)}) for name, path in files.items()}
     for number in range(arguments.rounds):
         names = list(files)
         shift = number % len(names)

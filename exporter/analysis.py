@@ -2,8 +2,9 @@
 
 The estimate sums the tensors' damages. Three artefacts are built and read by the engine to correct it: one at 8 bits,
 which shows the floor that the kernels' own 8-bit activations leave under every type, one in the middle and the
-smallest; between them the KL is interpolated. The result is kept in the cache, so other limits and targets cost nothing
-new. Needs torch and transformers; knows no limits and no targets.
+smallest; between them the KL is interpolated. Every part is kept in the cache as soon as it is there: other limits and
+targets cost nothing new, and a run that was interrupted goes on behind the last finished part. Needs torch and
+transformers; knows no limits and no targets.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from exporter.tokenizer import SourceTokenizer
 from runtime.engine import EngineOptions
 from runtime.engines.llamacpp import load_engine
 
-_VERSION = 3  # of everything that a cached result depends on in this code
-_RESULT, _STATISTICS = "analysis.json", "statistics.npz"
+_VERSION = 4  # of everything that a cached result depends on in this code
+_RESULT, _DAMAGES, _PROBE, _STATISTICS = "analysis.json", "damages.json", "probe.json", "statistics.npz"
 
 
 @dataclass(frozen=True)
@@ -95,18 +96,24 @@ def analyse(
     a CPU and a GPU differ by less than those of two texts. Raises ``CheckpointError``, ``EngineError`` and
     ``DoesNotFitError``.
     """
-    record = calibration.record.model_dump()
-    key = cache.key_of(_VERSION, source_hashes, record, calibration.probes, damage.CANDIDATE_TYPES)
-    cached = _load(key, calibration.record)
-    if cached is not None:
-        return cached
-    statistics = sensitivity.collect(checkpoint, calibration.statistics, progress, device=device)
+    measured_of = cache.key_of("statistics", _VERSION, source_hashes, calibration.record.model_dump())
+    table_of = cache.key_of("damages", measured_of, damage.CANDIDATE_TYPES)
+    key = cache.key_of("analysis", table_of, calibration.probes)
+    statistics = _load_statistics(measured_of)
+    damages, knots = _load_damages(table_of), _load_knots(key)
+    if statistics is not None and damages is not None and knots is not None:
+        return Analysis(key, calibration.record, damages, knots, statistics)
+    if statistics is None:
+        statistics = sensitivity.collect(checkpoint, calibration.statistics, progress, device=device)
+        _store_statistics(measured_of, statistics)
     quantizers = damage.quantizers(statistics)
-    damages = damage.table(checkpoint, description, statistics, quantizers, progress)
-    probe = _Probe(checkpoint, description, words, calibration, quantizers, damages, device)
-    found = Analysis(key, calibration.record, damages, probe.knots(progress), statistics)
-    _store(found)
-    return found
+    if damages is None:
+        damages = damage.table(checkpoint, description, statistics, quantizers, progress)
+        _store(table_of, _DAMAGES, damages)
+    if knots is None:
+        knots = _Probe(key, checkpoint, description, words, calibration, quantizers, damages, device).knots(progress)
+        _store(key, _RESULT, {"knots": knots})
+    return Analysis(key, calibration.record, damages, knots, statistics)
 
 
 # --- correction by measurement
@@ -114,6 +121,7 @@ def analyse(
 
 @dataclass(frozen=True)
 class _Probe:
+    key: str
     checkpoint: Checkpoint
     description: ModelDescription
     words: SourceTokenizer
@@ -134,10 +142,19 @@ class _Probe:
         with open_torch_model(self.checkpoint, progress, device=self.device) as model:
             reference = TransformersModel(model, "")
             found = [
-                (damage.total(self.damages, types), self._measure(types, reference, progress))
+                (damage.total(self.damages, types), self._kl(types, reference, progress))
                 for types in (high, middle.types, least.types)
             ]
         return _rising(found)
+
+    def _kl(self, types: Mapping[str, str], reference: TransformersModel, progress: Progress) -> float:
+        """What was measured of an artefact, kept as soon as it is there."""
+        key = cache.key_of("probe", self.key, sorted(types.items()))
+        held = _load(key, _PROBE)
+        if not isinstance(held, float):
+            held = self._measure(types, reference, progress)
+            _store(key, _PROBE, held)
+        return held
 
     def _measure(self, types: Mapping[str, str], reference: TransformersModel, progress: Progress) -> float:
         windows = [Window(tokens, min(MIN_CONTEXT, len(tokens) // 2) - 1) for tokens in self.calibration.probes]
@@ -218,14 +235,17 @@ def _unpacked(arrays: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, TensorSta
     return found
 
 
-def _store(found: Analysis) -> None:
-    with cache.new_entry(found.key) as directory:
-        if directory is None:
-            return
-        document = {"damages": found.damages, "knots": found.knots}
-        (directory / _RESULT).write_text(json.dumps(document), encoding="utf-8")
-        with (directory / _STATISTICS).open("wb") as stream:
-            np.savez(stream, **_packed(found.statistics))  # type: ignore[arg-type]
+def _store(key: str, name: str, document: Any) -> None:
+    with cache.new_entry(key) as directory:
+        if directory is not None:
+            (directory / name).write_text(json.dumps(document), encoding="utf-8")
+
+
+def _store_statistics(key: str, statistics: Mapping[str, TensorStatistics]) -> None:
+    with cache.new_entry(key) as directory:
+        if directory is not None:
+            with (directory / _STATISTICS).open("wb") as stream:
+                np.savez(stream, **_packed(statistics))  # type: ignore[arg-type]
 
 
 class _Lazy(Mapping[str, TensorStatistics]):
@@ -251,17 +271,46 @@ class _Lazy(Mapping[str, TensorStatistics]):
         return len(self._read())
 
 
-def _load(key: str, record: CalibrationRecord) -> Analysis | None:
+def _load(key: str, name: str) -> Any:
+    """A JSON document from the cache, None when it is not there or damaged."""
     directory = cache.find(key)
     if directory is None:
         return None
     try:
-        document = json.loads((directory / _RESULT).read_text(encoding="utf-8"))
-        damages = {name: {kind: float(lost) for kind, lost in row.items()} for name, row in document["damages"].items()}
+        return json.loads((directory / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        cache.remove(key)
+        return None
+
+
+def _load_damages(key: str) -> dict[str, dict[str, float]] | None:
+    document = _load(key, _DAMAGES)
+    try:
+        if document is not None:
+            return {name: {kind: float(lost) for kind, lost in row.items()} for name, row in document.items()}
+    except (ValueError, AttributeError, TypeError):
+        cache.remove(key)
+    return None
+
+
+def _load_knots(key: str) -> tuple[tuple[float, float], ...] | None:
+    document = _load(key, _RESULT)
+    try:
+        if document is not None:
+            return tuple((float(lost), float(kl)) for lost, kl in document["knots"])
+    except (ValueError, KeyError, TypeError):
+        cache.remove(key)
+    return None
+
+
+def _load_statistics(key: str) -> Mapping[str, TensorStatistics] | None:
+    directory = cache.find(key)
+    if directory is None:
+        return None
+    try:
         with zipfile.ZipFile(directory / _STATISTICS) as archive:
             archive.namelist()
-        knots = tuple((float(lost), float(kl)) for lost, kl in document["knots"])
-        return Analysis(key, record, damages, knots, _Lazy(directory / _STATISTICS))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, zipfile.BadZipFile):
+        return _Lazy(directory / _STATISTICS)
+    except (OSError, zipfile.BadZipFile):
         cache.remove(key)
         return None

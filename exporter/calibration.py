@@ -193,7 +193,7 @@ def _own_words(
         import torch
 
         generator = torch.Generator().manual_seed(_SEED)
-        vocabulary = int(model.config.vocab_size)
+        vocabulary = int(model.config.get_text_config().vocab_size)
         starts = torch.randint(vocabulary, (_SELF_SEQUENCES, 1), generator=generator).tolist()
         questions, ends = _questions(words), _ends(words)
         given = [

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from edgelm.progress import Progress
 from exporter import ggml, rounding
-from exporter.architectures.base import ModelDescription, TensorDescription, interleave_rows
+from exporter.architectures.base import ModelDescription, TensorDescription, ordered_rows
 from exporter.checkpoint import Checkpoint
 from exporter.gguf import usable_cpus
 from exporter.rounding import Compensation
@@ -104,9 +104,14 @@ def table(
 
 
 def load_rows(checkpoint: Checkpoint, item: TensorDescription) -> Floats:
-    """A matrix as float32 in the artefact's order of rows."""
+    """A matrix as float32, as the artefact has it: its rows, their order and their scale."""
     values = checkpoint.load(item.source_name)
-    return interleave_rows(values, item.interleave) if item.interleave else values
+    if item.transposed:
+        values = values.T
+    values = ordered_rows(values[item.skipped : item.skipped + item.shape[0]], item)
+    if item.scale != 1.0 or item.offset != 0.0:
+        values = values * np.float32(item.scale) + np.float32(item.offset)
+    return np.ascontiguousarray(values, dtype=np.float32)
 
 
 def _sample(rows: Floats, statistics: TensorStatistics) -> tuple[Floats, TensorStatistics]:

@@ -20,7 +20,7 @@ from edgelm.progress import Progress
 from exporter.architectures.base import TensorDescription
 from exporter.checkpoint import Checkpoint
 from exporter.device import DeviceChoice
-from exporter.reference import open_transformers, transformers_name
+from exporter.reference import module_of, open_transformers
 
 WINDOW = 512
 WINDOWS = 24
@@ -132,7 +132,7 @@ class _Reader:
         import torch
 
         layer, call = self._layers[index], self._calls[index]
-        sums = _Sums({tensor.name: self._module(tensor) for tensor in wanted})
+        sums = _Sums({tensor.name: module_of(self._model, self._checkpoint, tensor) for tensor in wanted})
         with sums.watching(), torch.inference_mode():
             for position, state in enumerate(self._states):
                 answer = layer(state, *call.arguments, **call.named)
@@ -150,17 +150,6 @@ class _Reader:
                 total = rows.T @ rows if total is None else total.addmm_(rows.T, rows)
         moments: Floats = total.cpu().numpy() / self._text.tokens
         return {tensor.name: moments for tensor in wanted}
-
-    def _module(self, tensor: TensorDescription) -> Any:
-        """The module that multiplies by a tensor: named as in the checkpoint, perhaps below a prefix."""
-        name = tensor.source_name
-        if self._checkpoint.source.kind == "gguf":
-            name = transformers_name(tensor.name) or name
-        path = name.removesuffix(".weight")
-        for found, module in self._modules.items():
-            if found == path or found.endswith(f".{path}"):
-                return module
-        raise CheckpointError(f"transformers has no module {path}, so what {tensor.name} reads cannot be measured")
 
     def _look_at_calls(self) -> None:
         """Run one window to see how the model calls its layers and what comes before its output matrix."""

@@ -31,9 +31,11 @@ class ExportOptions:
     """The options of ``edgelm export`` and ``edgelm plan``. None means: not asked for.
 
     ``type_overrides`` are (regular expression on GGUF tensor names, type). ``evaluation`` is a text file that replaces
-    the built-in evaluation text; ``calibration`` one for what types or importance are measured on, or ``self``.
+    the built-in evaluation text; ``calibration`` one for what types or importance are measured on, or ``self``;
+    ``imatrix`` an importance matrix that was measured already.
     ``types`` are (GGUF name, type) of every tensor, as ``exporter.given_types`` reads them; none: types are chosen.
-    ``device`` is where torch computes the unquantised model.
+    ``device`` is where torch computes the unquantised model. ``as_fast_as`` names a mix whose speed on the target is
+    the least that is wanted; ``exporter.plan.paced`` turns it into numbers.
     """
 
     source: str
@@ -48,15 +50,22 @@ class ExportOptions:
     min_prefill_tps: float | None = None
     max_kl: float | None = None
     calibration: Path | None = None
+    imatrix: Path | None = None
     evaluation: Path | None = None
     verify: bool = True
     types: tuple[tuple[str, str], ...] = ()
     device: DeviceChoice = "auto"
+    as_fast_as: str | None = None
 
     @property
     def chooses_types(self) -> bool:
         """Whether types are left to us: no mix was named, and no types."""
         return self.quant.lower() == "auto" and not self.types
+
+    @property
+    def weighs_rounding(self) -> bool:
+        """Whether the importance of columns was asked to weigh rounding."""
+        return self.calibration is not None or self.imatrix is not None
 
 
 def parse_type_override(text: str, format_name: FormatChoice = "auto") -> tuple[str, str]:
@@ -90,6 +99,16 @@ def _uses_torch(options: ExportOptions) -> bool:
     )
 
 
+def _check_imatrix(options: ExportOptions) -> None:
+    if options.imatrix is None or not options.imatrix.is_file():
+        raise UsageError(f"--imatrix: {options.imatrix} is no file", hint="name a file of llama-imatrix, or of edgelm")
+    if options.calibration is not None:
+        raise UsageError("--imatrix and --calibration are two sources of the same weights", hint="leave one out")
+    if options.format == "onnx" or options.chooses_types:
+        told = "--quant auto measures more" if options.chooses_types else "ONNX has no use for it"
+        raise UsageError(f"--imatrix weighs the rounding of a --quant that is named, in GGUF; {told}")
+
+
 def check_options(options: ExportOptions) -> None:
     """Refuse contradictions before any work is done. Raises ``UsageError``, and ``MissingDependencyError`` for a GPU
     that is not there."""
@@ -110,6 +129,8 @@ def check_options(options: ExportOptions) -> None:
         )
     if options.calibration is not None and str(options.calibration) != "self" and not options.calibration.is_file():
         raise UsageError(f"--calibration: {options.calibration} is no file", hint="name a text or JSONL file, or: self")
+    if options.imatrix is not None:
+        _check_imatrix(options)
     if options.types:
         if options.quant.lower() != "auto" or options.type_overrides:
             raise UsageError("--types-from names every type: it goes with neither --quant nor --type")

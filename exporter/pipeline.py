@@ -47,13 +47,13 @@ from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
 from exporter.device import DeviceChoice
 from exporter.format_choice import other_format, settle_format
 from exporter.gguf import RowQuantizer, check_room, write_errors, write_head, write_tensors
-from exporter.importance import importance
+from exporter.importance import importance, importance_of_file
 from exporter.options import ExportOptions, check_options
-from exporter.plan import COPY, Candidate, candidates, choose, file_type, form_of, resolve, unchanged
+from exporter.plan import COPY, Candidate, candidates, choose, file_type, form_of, paced, resolve, unchanged
 from exporter.preflight import check_checkpoint
 from exporter.reference import torch_obstacle
 from exporter.resume import Writer, hash_of_metadata, key_of_artifact, write_in_parts
-from exporter.sensitivity import TensorStatistics
+from exporter.sensitivity import TensorStatistics, memory_obstacle
 from exporter.texts import evaluation_text
 from exporter.token_identity import compare_files
 from exporter.tokenizer import SourceTokenizer
@@ -62,8 +62,6 @@ from targets.profile import TargetProfile, load_profile
 
 ARTIFACTS = {"gguf": "model.gguf", "onnx": "model.onnx"}
 _MOVES = 3  # along the front, when the proof misses the limit
-# Families whose matrices are plain linear layers, in transformers as in GGUF.
-_MEASURED_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 QUANTIZATION_VERSION = 2  # of ggml's block formats
 _TOOLS = ("edgelm", "llama-cpp-python", "gguf", "numpy", "tokenizers")
 _QUALITY = "quality.json"
@@ -85,6 +83,7 @@ class Measured:
 
     def choose(self, options: ExportOptions, profile: TargetProfile) -> Point:
         """The best point under the limits. Raises ``DoesNotFitError``."""
+        options = paced(options, self.checkpoint, profile)
         return automatic.choose(self.points(options, profile), options, profile)
 
     def corrected(self, factor: float) -> Measured:
@@ -108,6 +107,7 @@ def choices(
     if optimum_tasks.task_of(checkpoint, options) is not None:
         return profile, *optimum_tasks.choices(options, checkpoint, profile)
     check_checkpoint(checkpoint, form_of(options))
+    options = paced(options, checkpoint, profile)
     found: list[Candidate] = []
     try:
         if measure and options.quant.lower() == "auto" and measuring_obstacle(options, checkpoint) is None:
@@ -129,11 +129,9 @@ def measuring_obstacle(options: ExportOptions, checkpoint: Checkpoint) -> str | 
     """Why types cannot be chosen by measured damage here, None when they can."""
     if options.format == "onnx":
         return "types are measured for GGUF only"
-    if checkpoint.architecture not in _MEASURED_FAMILIES:
-        return f"types are not measured for {checkpoint.architecture}"
-    if any(item.split or item.transposed or item.scale != 1.0 for item in describe(checkpoint).tensors):
-        return "the checkpoint stores matrices in another arrangement"
-    return torch_obstacle(checkpoint)
+    if describe(checkpoint).encoder is not None:
+        return "types are measured for models that generate"
+    return torch_obstacle(checkpoint) or memory_obstacle(checkpoint)
 
 
 def measure_types(options: ExportOptions, checkpoint: Checkpoint, progress: Progress) -> Measured:
@@ -210,7 +208,7 @@ def _prepared(options: ExportOptions, checkpoint: Checkpoint, profile: TargetPro
     check_checkpoint(checkpoint, form_of(options))
     if not options.chooses_types:
         plan = resolve(options, checkpoint, profile)
-        if options.calibration is None or plan.format == "onnx":
+        if not options.weighs_rounding or plan.format == "onnx":
             return Prepared(checkpoint, plan, calibration=(options.calibration, options.device))
         return _weighed(options, checkpoint, plan, progress)
     kept = unchanged(options, checkpoint, profile) if options.calibration is None else None
@@ -242,7 +240,12 @@ def _with_note(plan: ExportPlan, note: str) -> ExportPlan:
 def _weighed(options: ExportOptions, checkpoint: Checkpoint, plan: ExportPlan, progress: Progress) -> Prepared:
     """A plan whose rounding is weighed by importance. Raises as ``measure_types``, and ``DoesNotFitError``."""
     if not _rounds(plan):
-        raise UsageError(f"--calibration has no use here: {plan.quant} rounds nothing", hint="leave it out")
+        given = "--imatrix" if options.imatrix is not None else "--calibration"
+        raise UsageError(f"{given} has no use here: {plan.quant} rounds nothing", hint="leave it out")
+    if options.imatrix is not None:
+        record, weights = importance_of_file(options.imatrix, plan)
+        plan = _with_note(plan, f"rounding weighed by {record.text}")
+        return Prepared(checkpoint, plan.model_copy(update={"calibration": record}), importance=weights)
     text, hashes = _calibration(options, checkpoint, progress)
     found = importance(checkpoint, text, tuple(record.sha256 for record in hashes), progress)
     plan = _with_note(plan, f"rounding weighed by importance over {text.record.tokens} tokens, measured by the engine")

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from edgelm.bundle import Choice, ExportPlan, Format, ModelShape, Prediction, TensorPlan
 from edgelm.errors import CheckpointError, DoesNotFitError, UsageError
@@ -49,6 +50,7 @@ def resolve(options: ExportOptions, checkpoint: Checkpoint, profile: TargetProfi
     exported and ``DoesNotFitError`` (with numbers, and with what would fit) when a limit would be missed.
     """
     description = describe(checkpoint, form_of(options))
+    options = paced(options, checkpoint, profile)
     if options.chooses_types:
         return choose(candidates(options, checkpoint, profile), profile).plan
     if options.types:
@@ -62,12 +64,34 @@ def resolve(options: ExportOptions, checkpoint: Checkpoint, profile: TargetProfi
     raise DoesNotFitError(f"{plan.quant} on {profile.name}: {'; '.join(missed)}", hint=_nearest(others))
 
 
+def paced(options: ExportOptions, checkpoint: Checkpoint, profile: TargetProfile) -> ExportOptions:
+    """Options whose speed limits are also those of the mix in ``as_fast_as``, as it is expected on the target.
+
+    Raises ``UsageError`` for a mix that does not exist, and where no speed is expected of it.
+    """
+    if options.as_fast_as is None:
+        return options
+    if options.format == "onnx":
+        raise UsageError("--as-fast-as names a mix of GGUF", hint="give --min-decode-tps X for ONNX")
+    weighed = replace(options, imatrix=None, calibration=Path(), type_overrides=())  # speed needs no importance
+    plan = _plan(weighed, options.as_fast_as, checkpoint, describe(checkpoint), profile)
+    decode_tps, prefill_tps = plan.predicted.decode_tps, plan.predicted.prefill_tps
+    if decode_tps is None or prefill_tps is None:
+        raise UsageError(f"--as-fast-as {options.as_fast_as}: {plan.predicted.fit_reason}, so it has no speed")
+    return replace(
+        options,
+        min_decode_tps=max(options.min_decode_tps or 0.0, decode_tps),
+        min_prefill_tps=max(options.min_prefill_tps or 0.0, prefill_tps),
+    )
+
+
 def candidates(options: ExportOptions, checkpoint: Checkpoint, profile: TargetProfile) -> list[Candidate]:
     """What an export could become, most bits per weight first.
 
     A source that is quantised already is offered as it stands (``COPY``), and nothing with more bits than it has.
     """
     description = describe(checkpoint, form_of(options))
+    options = paced(options, checkpoint, profile)
     names = _candidate_names(options, description)
     limit_bits = math.inf
     if options.format != "onnx" and options.quant.lower() == "auto" and is_quantized(checkpoint, description):
@@ -162,11 +186,17 @@ def missed_limits(options: ExportOptions, plan: ExportPlan) -> list[str]:
         missed.append(f"{_size(plan.artifact_bytes)} on disk, --max-bytes is {_size(options.max_artifact_bytes)}")
     if options.min_decode_tps is not None and (predicted.decode_tps or 0.0) < options.min_decode_tps:
         told = "unknown" if predicted.decode_tps is None else f"{predicted.decode_tps:.1f}"
-        missed.append(f"{told} tokens/s expected, --min-decode-tps is {options.min_decode_tps:g}")
+        limit = _rate_limit(options, "--min-decode-tps", options.min_decode_tps)
+        missed.append(f"{told} tokens/s expected, {limit}")
     if options.min_prefill_tps is not None and (predicted.prefill_tps or 0.0) < options.min_prefill_tps:
         told = "unknown" if predicted.prefill_tps is None else f"{predicted.prefill_tps:.1f}"
-        missed.append(f"prefill of {told} tokens/s expected, --min-prefill-tps is {options.min_prefill_tps:g}")
+        limit = _rate_limit(options, "--min-prefill-tps", options.min_prefill_tps)
+        missed.append(f"prefill of {told} tokens/s expected, {limit}")
     return missed
+
+
+def _rate_limit(options: ExportOptions, name: str, tps: float) -> str:
+    return f"{name} is {tps:g}" if options.as_fast_as is None else f"as fast as {options.as_fast_as} is {tps:.1f}"
 
 
 def _size(size_bytes: int) -> str:
@@ -347,12 +377,13 @@ def _decisions(
         heads=dimensions.heads,
         kv_heads=dimensions.kv_heads,
         overrides=options.type_overrides,
+        has_importance=options.weighs_rounding,
     )
     lacking = mixes.lacking_importance(mix, {name: item.type for name, item in decisions.items()})
-    if lacking is not None:
+    if lacking is not None and not options.weighs_rounding:
         raise UsageError(
             f"{mix.name} stores {lacking} as {decisions[lacking].type}, which is useless without an importance matrix",
-            hint="this version cannot compute one; choose Q3_K_M, IQ4_XS or a mix of more bits",
+            hint="give --calibration FILE or --imatrix FILE, or choose Q3_K_M, IQ4_XS or a mix of more bits",
         )
     return decisions
 

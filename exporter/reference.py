@@ -483,6 +483,26 @@ def transformers_name(name: str) -> str | None:
     return _transformers_name(name)
 
 
+def module_of(model: Any, checkpoint: Checkpoint, tensor: TensorDescription) -> Any:
+    """The module of a transformers model that multiplies by a tensor of the artefact.
+
+    It is called as in the checkpoint, perhaps below another prefix: beside its embedding, so that what a model sees
+    with is not taken for what it speaks with. Raises ``CheckpointError``.
+    """
+    name = tensor.source_name
+    if checkpoint.source.kind == "gguf":
+        name = transformers_name(tensor.name) or name
+    modules, table = dict(model.named_modules()), model.get_input_embeddings()
+    beside = next((path for path, module in modules.items() if module is table), "").rpartition(".")[0]
+    parts = name.removesuffix(".weight").split(".")
+    for start in range(len(parts)):
+        path = ".".join(parts[start:])
+        for candidate in (path, f"{beside}.{path}"):
+            if candidate in modules:
+                return modules[candidate]
+    raise CheckpointError(f"transformers has no module {'.'.join(parts)}: what {tensor.name} reads cannot be measured")
+
+
 def torch_obstacle(checkpoint: Checkpoint) -> str | None:
     """Why ``open_torch_model`` cannot open a checkpoint here, None when it can."""
     return transformers_obstacle(checkpoint)

@@ -43,10 +43,14 @@ def key_of_artifact(checkpoint: Checkpoint, plans: Sequence[TensorPlan], metadat
 
 
 def hash_of_metadata(metadata: Mapping[str, Any]) -> str:
-    """SHA-256 of metadata; arrays count as lists."""
-    text = json.dumps(
-        metadata, sort_keys=True, default=lambda value: value.hex() if isinstance(value, bytes) else value.tolist()
-    )
+    """SHA-256 of metadata; arrays count as lists, strings that a GGUF source holds undecoded among them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, bytes):
+            return value.hex()
+        return value.tolist() if hasattr(value, "tolist") else list(value)
+
+    text = json.dumps(metadata, sort_keys=True, default=plain)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

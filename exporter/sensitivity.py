@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgelm.progress import Progress, Stage
+from edgelm.units import format_bytes
 from exporter.architectures import describe
-from exporter.architectures.base import ModelDescription, interleave_rows
+from exporter.architectures.base import ModelDescription, TensorDescription, ordered_rows
 from exporter.checkpoint import Checkpoint
 from exporter.device import DeviceChoice
 from exporter.mixes import WeightShape, is_quantizable
-from exporter.reference import open_torch_model, transformers_name
+from exporter.reference import module_of, open_torch_model
+from targets.host import available_memory
 
 Floats = npt.NDArray[np.float32]
 MOMENTS_LIMIT_BYTES = 2 * 2**30
@@ -64,17 +66,16 @@ class _Sums:
 
 @dataclass
 class _Collector:
-    """Hooks on the linear layers of one pass. Inputs wait in ``waiting`` until their gradients come back."""
+    """Hooks on the linear layers of one pass: ``modules`` by tensor, and which of a module's outputs are the tensor's
+    rows (a module may hold two tensors)."""
 
-    names: Mapping[str, str]
+    modules: Mapping[str, tuple[Any, slice]]
     sums: dict[str, _Sums] = field(default_factory=dict)
-    waiting: dict[str, Any] = field(default_factory=dict)
 
-    def attach(self, model: Any) -> list[Any]:
+    def attach(self) -> list[Any]:
         handles = []
-        for name, module_name in self.names.items():
+        for name, (module, _) in self.modules.items():
             self.sums[name] = _Sums()
-            module = model.get_submodule(module_name)
             handles.append(module.register_forward_hook(self._forward_hook(name)))
         return handles
 
@@ -89,7 +90,7 @@ class _Collector:
         return hook
 
     def _backward(self, name: str, inputs: Any, gradient: Any) -> None:
-        squares = gradient.detach().reshape(len(inputs), -1).float().square()
+        squares = gradient.detach().reshape(len(inputs), -1)[:, self.modules[name][1]].float().square()
         self.add(name, inputs, squares.sum(dim=1), squares.sum(dim=0))
 
     def add(self, name: str, inputs: Any, token_weights: Any, row_weights: Any) -> None:
@@ -127,13 +128,32 @@ def collect(
         total = len(groups) * sum(len(window) for window in windows)
         with progress.stage("measuring sensitivity", total, unit="tokens") as stage:
             for index, group in enumerate(groups):
-                modules = {name: _module_name(checkpoint, description, name) for name in group}
+                modules = {name: _place(model, checkpoint, matrices[name]) for name in group}
                 run = _Pass(model, _Collector(modules), head if index == 0 else None)
                 run.over(windows, stage)
                 found.update(_finished(run, group, matrices, description, checkpoint))
                 if index == 0:
                     found.update(_outer(run, head, description))
     return found
+
+
+def memory_obstacle(checkpoint: Checkpoint) -> str | None:
+    """Why this machine's memory is too small for the statistics of a model, None when it is not.
+
+    At most there are the float32 weights with what comes with them, or the moments of all matrices and the factors that
+    rounding makes of them, beside the weights of one tensor and the engine's file.
+    """
+    description = describe(checkpoint)
+    squares = [
+        item.shape[-1] ** 2 for item in description.tensors if is_quantizable(WeightShape(item.name, item.shape))
+    ]
+    moments_bytes = 4 * sum(squares)
+    needed_bytes = moments_bytes + max(round(4.6 * description.parameters), moments_bytes)
+    available = int(available_memory().value)
+    if needed_bytes <= available:
+        return None
+    told = f"{format_bytes(needed_bytes)} of memory, {format_bytes(available)} are free"
+    return f"what every matrix reads takes {told}"
 
 
 def _groups(names: Sequence[str], columns: Mapping[str, int], limit_bytes: int) -> list[list[str]]:
@@ -149,13 +169,8 @@ def _groups(names: Sequence[str], columns: Mapping[str, int], limit_bytes: int) 
     return groups
 
 
-def _module_name(checkpoint: Checkpoint, description: ModelDescription, name: str) -> str:
-    if checkpoint.source.kind == "gguf":
-        source = transformers_name(name)
-        assert source is not None  # open_torch_model refuses what has no name there
-    else:
-        source = next(item.source_name for item in description.tensors if item.name == name)
-    return source.removesuffix(".weight")
+def _place(model: Any, checkpoint: Checkpoint, item: TensorDescription) -> tuple[Any, slice]:
+    return module_of(model, checkpoint, item), slice(item.skipped, item.skipped + item.shape[0])
 
 
 class _Pass:
@@ -171,7 +186,7 @@ class _Pass:
         import torch
 
         generator = torch.Generator().manual_seed(_SEED)
-        handles = self.collector.attach(self.model)
+        handles = self.collector.attach()
         try:
             for window in windows:
                 self._window(torch.tensor([list(window)], device=self.model.device), generator)
@@ -183,35 +198,54 @@ class _Pass:
     def _window(self, ids: Any, generator: Any) -> None:
         import torch
 
-        embedded = self.model.get_input_embeddings()(ids).detach().requires_grad_(True)
+        table = self.model.get_input_embeddings()
+        embedded = table(ids).detach().requires_grad_(True)
         final: list[Any] = []
-        head_module = self.model.get_output_embeddings()
-        handle = head_module.register_forward_pre_hook(lambda _module, inputs: final.append(inputs[0].detach()))
+        raw: list[Any] = []
+        head = self.model.get_output_embeddings()
+        handles = [
+            head.register_forward_pre_hook(lambda _module, inputs: final.append(inputs[0].detach())),
+            head.register_forward_hook(lambda _module, _inputs, output: raw.append(output)),
+        ]
         try:
-            logits = self.model(inputs_embeds=embedded, use_cache=False).logits[0].float()
+            answer = self.model(inputs_embeds=embedded, use_cache=False).logits
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+        logits = answer[0].float()
         # The loss is a sum: every position's label sends its gradient to all earlier tokens.
         with torch.no_grad():
             probabilities = torch.softmax(logits, dim=-1)
             labels = _sampled(probabilities, generator)
-            if self.head is not None:
-                self._add_head(final[0][0].float(), probabilities)
+        if self.head is not None:
+            self._add_head(final[0][0].float(), probabilities, _slope(answer, raw[0]))
+        with torch.no_grad():
             # d(-log p[label]) / d logits is softmax minus one-hot; given directly, the log-softmax needs no graph.
             probabilities.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=probabilities.dtype))
         logits.backward(probabilities)
         if self.head is not None:
             counts = torch.bincount(ids[0], minlength=logits.shape[-1]).float()
             self.lookup_counts = counts if self.lookup_counts is None else self.lookup_counts + counts
-            self.lookup_squares = self.lookup_squares + embedded.grad[0].float().square().sum(dim=0)
+            # Some families multiply what is looked up inside the embedding.
+            factor = embedded.detach().square().sum() / table.weight[ids].square().sum().clamp_(min=1e-30)
+            self.lookup_squares = self.lookup_squares + factor * embedded.grad[0].float().square().sum(dim=0)
 
-    def _add_head(self, inputs: Any, probabilities: Any) -> None:
+    def _add_head(self, inputs: Any, probabilities: Any, slope: Any) -> None:
         """The head's Fisher information needs no sampled labels: the variance of each label is p (1 - p)."""
-        variances = probabilities * (1 - probabilities)
+        variances = probabilities * (1 - probabilities) * slope**2
         collector = _Collector({}, {"head": self.head_sums})
         collector.add("head", inputs, variances.sum(dim=1), variances.sum(dim=0))
         self.head_sums.tokens += len(inputs)
         self.head_sums.squares = self.head_sums.squares + inputs.double().square().sum(dim=0)
+
+
+def _slope(logits: Any, raw: Any) -> Any:
+    """How much each logit moves with what the head gave (n, vocabulary): 1, but for scaled and soft-capped logits."""
+    import torch
+
+    if logits.data_ptr() == raw.data_ptr():
+        return 1.0
+    return torch.autograd.grad(logits.sum(), raw, retain_graph=True)[0][0].float()
 
 
 def _sampled(probabilities: Any, generator: Any) -> Any:
@@ -224,33 +258,36 @@ def _sampled(probabilities: Any, generator: Any) -> Any:
     return torch.searchsorted(reached, drawn).clamp_(max=reached.shape[1] - 1)
 
 
-def _statistics(sums: _Sums, interleave: int) -> TensorStatistics:
+def _statistics(sums: _Sums, item: TensorDescription | None = None) -> TensorStatistics:
     rows: Floats = (sums.rows / max(sums.tokens, 1)).cpu().numpy().astype(np.float32)
+    if item is not None:  # a weight that is stored s times as large has gradients of one s-th
+        rows = ordered_rows(rows, item) / np.float32(item.scale**2)
     return TensorStatistics(
         tokens=sums.tokens,
         input_squares=sums.squares.cpu().numpy(),
         moment=(sums.moment / max(float(sums.weight), 1e-30)).cpu().numpy(),
-        row_weights=interleave_rows(rows, interleave) if interleave else rows,
+        row_weights=rows,
     )
 
 
 def _finished(
     run: _Pass,
     group: Sequence[str],
-    matrices: Mapping[str, Any],
+    matrices: Mapping[str, TensorDescription],
     description: ModelDescription,
     checkpoint: Checkpoint,
 ) -> Iterator[tuple[str, TensorStatistics]]:
     for name in group:
-        interleave = matrices[name].interleave
+        item = matrices[name]
         if checkpoint.source.kind == "gguf" and (".attn_q." in name or ".attn_k." in name):
-            interleave = description.dimensions.head_size  # the file has the artefact's order, transformers its own
-        yield name, _statistics(run.collector.sums[name], interleave)
+            # The file has the artefact's order, transformers its own.
+            item = replace(item, interleave=description.dimensions.head_size)
+        yield name, _statistics(run.collector.sums[name], item)
 
 
 def _outer(run: _Pass, head: str, description: ModelDescription) -> dict[str, TensorStatistics]:
     """Statistics of the head and of the embedding; one tensor when they are tied."""
-    output = _statistics(run.head_sums, 0)
+    output = _statistics(run.head_sums)
     counts = run.lookup_counts.cpu().numpy()
     squares = (run.lookup_squares / run.head_sums.tokens).cpu().numpy()
     if description.dimensions.tied:

@@ -23,18 +23,22 @@ from runtime.gguf_header import read_gguf_header, workload_from_gguf
 from runtime.probe import add_byte_vocabulary
 from targets.kernels import KernelRun
 
-TYPES = ("Q8_0", "F16", "Q4_0", "Q4_K", "Q6_K", "Q5_0", "Q4_1", "IQ4_NL")
+# All that types are chosen from, and F16: where one has kernels of its own, no neighbour tells its speed.
+TYPES = ("Q8_0", "F16", "Q4_0", "Q4_K", "Q6_K", "Q5_0", "Q4_1", "IQ4_NL", "Q5_1", "Q5_K", "IQ4_XS")
 SCALED_TYPES = TYPES[:1]  # the type that is run on every thread count
 TIMEOUT_S = 600.0
-PROMPT_TOKENS, GENERATED_TOKENS, PASSES = 128, 12, 3
+PROMPT_TOKENS, GENERATED_TOKENS, PASSES = 128, 32, 3
 # Bytes of a block, and where its f16 scales stand (ggml-common.h of llama.cpp): random bits there could mean infinity.
 _SCALES = {
     "Q8_0": (34, (0,)),
     "Q4_0": (18, (0,)),
     "Q4_1": (20, (0, 2)),
     "Q5_0": (22, (0,)),
+    "Q5_1": (24, (0, 2)),
     "IQ4_NL": (18, (0,)),
+    "IQ4_XS": (136, (0,)),
     "Q4_K": (144, (0, 2)),
+    "Q5_K": (176, (0, 2)),
     "Q6_K": (210, (208,)),
 }
 _SCALE = 0.004

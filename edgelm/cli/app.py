@@ -19,6 +19,7 @@ from edgelm.errors import EdgelmError
 COMMANDS = {
     "export": ("edgelm.cli.export", "Turn a checkpoint into a proven bundle for one target."),
     "plan": ("edgelm.cli.plan", "Show what an export could become on a target; write nothing."),
+    "importance": ("edgelm.cli.importance", "Measure an importance matrix and write it as llama.cpp does."),
     "verify": ("edgelm.cli.verify", "Check a bundle's hashes and header, or prove it again."),
     "run": ("edgelm.cli.run", "Answer one prompt, or chat."),
     "serve": ("edgelm.cli.serve", "Serve a bundle over an OpenAI-compatible API."),

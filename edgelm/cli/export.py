@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 @click.option("--max-bytes", type=SIZE, metavar="SIZE", help="Fail (exit 4) when the artefact is larger.")
 @click.option("--min-decode-tps", type=float, metavar="X", help="Fail (exit 4) when fewer tokens/s are expected.")
 @click.option("--min-prefill-tps", type=float, metavar="X", help="The same for reading the prompt.")
+@click.option("--as-fast-as", metavar="NAME", help="Both at least as for this mix, e.g. Q4_K_M, on the target.")
 @click.option("--max-kl", type=float, metavar="X", help="Fail (exit 3) when the mean KL, in nats per token, is higher.")
 @click.option(
     "--calibration",
@@ -48,6 +49,12 @@ if TYPE_CHECKING:
     metavar="FILE|self",
     help="Text, or JSON lines with text or messages, to measure types (--quant auto) or the importance of columns on; "
     "self: the model's own words.",
+)
+@click.option(
+    "--imatrix",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Weigh the rounding of a named --quant by this importance matrix (llama.cpp's, GGUF or .dat).",
 )
 @click.option(
     "--eval",
@@ -75,8 +82,10 @@ def command(
     max_bytes: int | None,
     min_decode_tps: float | None,
     min_prefill_tps: float | None,
+    as_fast_as: str | None,
     max_kl: float | None,
     calibration: Path | None,
+    imatrix: Path | None,
     evaluation: Path | None,
     device: DeviceChoice,
     no_verify: bool,
@@ -114,8 +123,10 @@ def command(
         max_artifact_bytes=max_bytes,
         min_decode_tps=min_decode_tps,
         min_prefill_tps=min_prefill_tps,
+        as_fast_as=as_fast_as,
         max_kl=max_kl,
         calibration=calibration,
+        imatrix=imatrix,
         evaluation=evaluation,
         verify=not no_verify,
         device=device,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @click.option("--max-bytes", type=SIZE, metavar="SIZE", help="Limit on the size of the artefact.")
 @click.option("--min-decode-tps", type=float, metavar="X", help="Least tokens/s expected.")
 @click.option("--min-prefill-tps", type=float, metavar="X", help="The same for reading the prompt.")
+@click.option("--as-fast-as", metavar="NAME", help="Both at least as for this mix, e.g. Q4_K_M, on the target.")
 @click.option("--max-kl", type=float, metavar="X", help="Highest mean KL expected, in nats per token.")
 @click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE|self", help="As for edgelm export.")
 @click.option("--measure", is_flag=True, help="Measure what every tensor loses in every type; show that front instead.")
@@ -44,6 +45,7 @@ def command(
     max_bytes: int | None,
     min_decode_tps: float | None,
     min_prefill_tps: float | None,
+    as_fast_as: str | None,
     max_kl: float | None,
     calibration: Path | None,
     measure: bool,
@@ -80,6 +82,7 @@ def command(
         max_artifact_bytes=max_bytes,
         min_decode_tps=min_decode_tps,
         min_prefill_tps=min_prefill_tps,
+        as_fast_as=as_fast_as,
         max_kl=max_kl,
         calibration=calibration,
         device=device,

@@ -104,9 +104,7 @@ def show(target: str, as_json: bool) -> None:
 
 @command.command()
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the profile to this file.")
-@click.option(
-    "--measure/--no-measure", default=True, show_default=True, help="Measure memory and kernels (half a minute)."
-)
+@click.option("--measure/--no-measure", default=True, show_default=True, help="Measure memory and kernels (a minute).")
 @click.option(
     "--storage",
     type=click.Path(exists=True, file_okay=False, path_type=Path),

@@ -181,6 +181,13 @@ def split_rows(rows: npt.NDArray[Any], group: int) -> npt.NDArray[Any]:
     return np.ascontiguousarray(parts.swapaxes(0, 1)).reshape(rows.shape)
 
 
+def ordered_rows(rows: npt.NDArray[Any], tensor: TensorDescription) -> npt.NDArray[Any]:
+    """Rows of the source (rows, ...) in the order that a tensor of the artefact has them in."""
+    if tensor.interleave:
+        rows = interleave_rows(rows, tensor.interleave)
+    return split_rows(rows, tensor.split) if tensor.split else rows
+
+
 def config_count(checkpoint: Checkpoint, key: str, default: int | None = None) -> int:
     """A positive whole number from config.json. Raises ``CheckpointError``."""
     value = checkpoint.config.get(key)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from edgelm.bundle import Choice
 from edgelm.errors import DoesNotFitError, UsageError
 from edgelm.progress import SILENT
-from exporter import pipeline, sensitivity
+from exporter import analysis, damage, pipeline, sensitivity
+from exporter.architectures import describe
 from exporter.calibration import QUESTIONS, open_calibration
 from exporter.checkpoint import open_checkpoint, open_source
 from exporter.importance import collect_importance
@@ -50,6 +53,14 @@ def test_auto_keeps_its_limit_and_comes_from_the_cache_again(
     monkeypatch.setattr(sensitivity, "collect", None)  # measuring again would fail
     second = export(options, tmp_path / "second")
     assert second.artifact_path.read_bytes() == first.artifact_path.read_bytes()
+    on_board = ExportOptions(str(model), target="raspberry-pi-5")
+    mix = prepare(replace(on_board, quant="Q4_K_M")).plan.predicted
+    fast = prepare(replace(on_board, as_fast_as="Q4_K_M")).plan
+    assert (fast.quant, mix.decode_tps is None, mix.prefill_tps is None) == ("MIXED", False, False)
+    assert fast.predicted.decode_tps is not None
+    assert fast.predicted.prefill_tps is not None
+    assert fast.predicted.decode_tps >= (mix.decode_tps or 0)
+    assert fast.predicted.prefill_tps >= (mix.prefill_tps or 0)
     with pytest.raises(DoesNotFitError) as failure:
         prepare(ExportOptions(str(model), quant="auto", max_artifact_bytes=1000))
     assert failure.value.exit_code == 4
@@ -79,6 +90,40 @@ def move_along_the_front(model: Path, tmp_path: Path) -> None:
     assert {item.name: item.type for item in plan.tensors} == {
         tensor.name: tensor.type for tensor in read_gguf_header(bundle.artifact_path).tensors
     }
+
+
+def test_types_of_a_gguf_source_are_measured_too(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGELM_CACHE", str(tmp_path / "cache"))
+    source = export(ExportOptions(str(model), quant="F16", verify=False), tmp_path / "f16").artifact_path
+    options = ExportOptions(str(source), quant="auto", verify=False)
+    bundle = export(options, tmp_path / "first")
+    assert bundle.manifest.plan.quant == "MIXED"
+    assert bundle.manifest.plan.predicted_kl is not None
+    again = export(options, tmp_path / "again", resume=True)
+    assert again.artifact_path.read_bytes() == bundle.artifact_path.read_bytes()
+
+
+def test_an_interrupted_measurement_goes_on_behind_its_finished_parts(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGELM_CACHE", str(tmp_path / "cache"))
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    options = ExportOptions(str(model), quant="auto")
+    for module, name in ((damage, "table"), (analysis, "compare_models")):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(options)
+        monkeypatch.setattr(sensitivity, "collect", None)  # measuring a finished part again would fail
+    monkeypatch.setattr(damage, "table", None)
+    assert prepare(options).plan.predicted_kl is not None
+    (path,) = (tmp_path / "cache").glob("entry-*/damages.json")
+    path.write_text("{")
+    with pytest.raises(TypeError):  # damaged: as if it were not there
+        prepare(options)
 
 
 def test_a_model_calibrates_itself_on_answers_to_questions(
@@ -118,6 +163,16 @@ def test_without_torch_rounding_is_weighed_by_what_the_engine_sees(
     assert weighed.artifact_path.read_bytes() != plain.artifact_path.read_bytes()
     with pytest.raises(UsageError, match="rounds nothing"):
         prepare(ExportOptions(str(model), quant="F16", calibration=text))
+
+
+def test_a_machine_too_small_for_the_statistics_says_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(open_source(str(model)))
+    assert pipeline.measuring_obstacle(ExportOptions(str(model)), checkpoint) is None
+    weights = describe(checkpoint).parameters * 4
+    monkeypatch.setattr(sensitivity, "available_memory", lambda: Choice(value=weights, reason="made up"))
+    told = pipeline.measuring_obstacle(ExportOptions(str(model)), checkpoint)
+    assert told is not None
+    assert "what every matrix reads takes" in told
 
 
 def test_the_engine_sees_what_torch_sees(model: Path) -> None:

@@ -12,7 +12,7 @@ from edgelm.errors import DoesNotFitError, UsageError
 from exporter import mixes
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
 from exporter.options import ExportOptions, check_options, parse_type_override
-from exporter.plan import candidates, choose, file_type, resolve
+from exporter.plan import candidates, choose, file_type, paced, resolve
 from targets.predict import RunSettings, predict
 from targets.profile import TargetProfile, load_profile
 from targets.workload import workload_from_plan
@@ -192,3 +192,19 @@ def test_plans_become_a_page_with_a_picture(checkpoint: Checkpoint, profile: Tar
     assert "<svg" in page
     assert "KL is expected, not measured" in page
     assert f"{found[0].plan.quant} {found[0].plan.bits_per_weight:.2f}" in page
+
+
+def test_as_fast_as_a_mix_means_its_speed_on_the_target(checkpoint: Checkpoint, profile: TargetProfile) -> None:
+    options = ExportOptions("x", quant="Q8_0", as_fast_as="Q8_0")
+    reference = resolve(replace(options, as_fast_as=None), checkpoint, profile).predicted
+    limited = paced(options, checkpoint, profile)
+    assert (limited.min_decode_tps, limited.min_prefill_tps) == (reference.decode_tps, reference.prefill_tps)
+    assert resolve(options, checkpoint, profile).quant == "Q8_0"
+    faster = paced(replace(options, min_decode_tps=1e9), checkpoint, profile)
+    assert faster.min_decode_tps == 1e9
+    with pytest.raises(DoesNotFitError, match="as fast as Q4_0 is"):
+        resolve(replace(options, as_fast_as="Q4_0"), checkpoint, profile)
+    with pytest.raises(UsageError, match="no quantisation"):
+        resolve(replace(options, as_fast_as="Q4"), checkpoint, profile)
+    with pytest.raises(UsageError, match="mix of GGUF"):
+        resolve(replace(options, format="onnx", quant="int8"), checkpoint, profile)
