@@ -13,16 +13,18 @@ higher than one of plain rounding. KL is no timing: a busy machine changes nothi
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measure import save
+from measure import RESULTS, save
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from edgelm.progress import SILENT
@@ -83,10 +85,12 @@ def ways(layers: int) -> tuple[Way, ...]:
             "int4-mixed-gptq",
             (*wide, f"{GATE_UP}=int4-16-asym", HEAD_4),
         ),
-        Way("8 bits (int8)", "onnx", "int8"),
+        Way("8 bits as they are (int8-32)", "onnx", "int8-32"),
+        Way("8 bits, channels balanced (int8)", "onnx", "int8"),
         Way("GGUF Q4_0, importance matrix", "gguf", "Q4_0", calibrated=True),
         Way("GGUF Q4_K_M", "gguf", "Q4_K_M"),
         Way(RIVAL, "gguf", "Q4_K_M", calibrated=True),
+        Way("GGUF Q8_0", "gguf", "Q8_0"),
     )
 
 
@@ -119,6 +123,13 @@ def measured(way: Way, source: Path, checkpoint: Checkpoint, text: Path, tokens:
         "export_s": exported_s,
         **found.model_dump(include={"kl_mean", "kl_mean_interval", "kl_p99", "top1_agreement", "tokens", "reference"}),
     }
+
+
+def earlier_rows(name: str, kept: AbstractSet[str]) -> list[dict[str, Any]]:
+    """Rows of an earlier call that are not measured again now."""
+    path = RESULTS / f"{name}.jsonl"
+    found = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.is_file() else ()
+    return [row for row in found if row.get("way") in kept]
 
 
 def shown(row: dict[str, Any]) -> str:
@@ -165,7 +176,8 @@ def main() -> None:
     chosen = [way for way in ways(layers) if re.search(arguments.only, way.name)]
     if not chosen:
         parser.error(f"--only {arguments.only} is found in no row's name")
-    rows = []
+    name = f"onnx_quality-{arguments.checkpoint.resolve().name}"
+    rows = earlier_rows(name, {way.name for way in ways(layers)} - {way.name for way in chosen})
     print("| way | --quant | MB | mean KL (95 %) | p99 | same first choice | export s |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="onnx-quality-") as directory:
@@ -174,7 +186,7 @@ def main() -> None:
         for way in chosen:
             rows.append(measured(way, arguments.checkpoint, checkpoint, text, arguments.tokens))
             print(shown(rows[-1]), flush=True)
-            path = save(f"onnx_quality-{arguments.checkpoint.resolve().name}", rows)
+            path = save(name, rows)
     for line in verdicts(rows):
         print(line)
     print(f"raw rows: {path}")

@@ -7,6 +7,9 @@ exports cost is measured by ``onnx_export_cost.py``.
 
     python -m venv /tmp/genai && /tmp/genai/bin/pip install onnxruntime-genai
     python benchmarks/onnx_side_by_side.py DIRECTORY --genai /tmp/genai/bin/python --rounds 7
+
+Many short runs are easier to keep quiet than a long one: with ``--work`` bundles and folders are kept and reused,
+``--only`` picks contestants, and rows are added to those of earlier calls (delete the file to begin anew).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -23,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measure import Run, edgelm, run, save
+from measure import RESULTS, Run, append, edgelm, machine, run
 from onnx_export_cost import can_import, optimum_command
 
 WORKERS = Path(__file__).with_name("onnx_workers.py")
@@ -38,27 +42,38 @@ class Side:
     case: str
     command: list[str]
     rates: Callable[[dict[str, Any]], dict[str, float]]
+    kl: float | None = None
+
+    @property
+    def label(self) -> str:
+        """What ``--only`` looks at."""
+        return f"{self.name} {self.case}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("source", type=Path, help="a Hugging Face directory")
     parser.add_argument("--genai", type=Path, help="a Python interpreter that has onnxruntime-genai")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="0 only makes the contestants")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("-p", "--prompt", type=int, default=512)
     parser.add_argument("-n", "--generated", type=int, default=128)
+    parser.add_argument("--work", type=Path, help="keep bundles and folders here, and use those that are here")
+    parser.add_argument("--only", default="", metavar="REGEX", help="contestants in whose name, as 'genai int8', it is")
     arguments = parser.parse_args()
     missing: list[str] = []
     with tempfile.TemporaryDirectory(prefix="onnx-bench-") as directory:
-        work = Path(directory)
-        rows = speeds(arguments, sides(arguments, work, missing))
-    rows += [{"missing": text} for text in missing]
-    name = f"onnx_side_by_side-{arguments.source.resolve().name}"
-    path = save(name, rows)
-    summarise(rows)
-    for text in missing:
-        print(f"missing: {text}")
+        work = arguments.work or Path(directory)
+        work.mkdir(parents=True, exist_ok=True)
+        found = [side for side in sides(arguments, work, missing) if re.search(arguments.only, side.label)]
+        name = f"onnx_side_by_side-{arguments.source.resolve().name}"
+        append(name, {"machine": machine()})
+        for text in missing:
+            append(name, {"missing": text})
+            print(f"missing: {text}")
+        speeds(arguments, found, name)
+    path = RESULTS / f"{name}.jsonl"
+    summarise([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
     print(f"raw rows: {path}")
 
 
@@ -67,30 +82,34 @@ def accounted(finished: Run) -> dict[str, Any]:
 
 
 def sides(arguments: argparse.Namespace, work: Path, missing: list[str]) -> list[Side]:
-    """Everybody who can take part, with bundles and folders made."""
+    """Everybody who can take part, with bundles and folders made where they are not there yet."""
     found: list[Side] = []
     counts = ["-p", str(arguments.prompt), "-n", str(arguments.generated)]
     threads = ["--threads", str(arguments.threads), "--threads-prefill", str(arguments.threads)]
+    has_genai = arguments.genai is not None and can_import(arguments.genai, "onnxruntime_genai")
     for form, quants in (("onnx", ONNX_QUANTS), ("gguf", GGUF_QUANTS)):
         for quant in quants:
             bundle = work / f"bundle-{form}-{quant}"
-            run(edgelm("export", str(arguments.source), "--format", form, "--quant", quant, "-o", str(bundle)))
-            quality = json.loads((bundle / "manifest.json").read_text())["quality"]
-            print(f"{form} {quant}: mean KL {quality['kl_mean']:.4f}")
+            if not bundle.exists():
+                run(edgelm("export", str(arguments.source), "--format", form, "--quant", quant, "-o", str(bundle)))
+            kl = json.loads((bundle / "manifest.json").read_text())["quality"]["kl_mean"]
+            print(f"{form} {quant}: mean KL {kl:.4f}")
             command = edgelm("bench", str(bundle), *counts, "-r", "1", *threads, "--json")
-            found.append(Side(f"edgelm {form}", quant, command, _own_rates))
-            if form == "onnx" and arguments.genai is not None and can_import(arguments.genai, "onnxruntime_genai"):
+            found.append(Side(f"edgelm {form}", quant, command, _own_rates, kl))
+            if form == "onnx" and has_genai:
                 folder = work / f"genai-{quant}"
-                genai_folder(bundle, folder, arguments.threads, arguments.prompt + arguments.generated + 8)
+                if not folder.exists():
+                    genai_folder(bundle, folder, arguments.threads, arguments.prompt + arguments.generated + 8)
                 found.append(_worker("genai", quant, folder, arguments, str(arguments.genai)))
-    if arguments.genai is None or not can_import(arguments.genai, "onnxruntime_genai"):
+    if not has_genai:
         missing.append("onnxruntime-genai: name an interpreter that has it with --genai")
     if can_import(sys.executable, "optimum.exporters.onnx"):
-        exported = work / "optimum-fp32"
-        run([*optimum_command(arguments.source), str(exported)])
+        exported, int8 = work / "optimum-fp32", work / "optimum-int8"
+        if not exported.exists():
+            run([*optimum_command(arguments.source), str(exported)])
         found.append(_worker("optimum", "fp32", exported, arguments, sys.executable))
-        int8 = work / "optimum-int8"
-        dynamic_int8(exported, int8)
+        if not int8.exists():
+            dynamic_int8(exported, int8)
         found.append(_worker("optimum", "int8", int8, arguments, sys.executable))
     else:
         missing.append("optimum-onnx (pip install 'edgelm[optimum]')")
@@ -106,19 +125,14 @@ def _worker(side: str, case: str, folder: Path, arguments: argparse.Namespace, p
     return Side(side, case, [python, str(WORKERS), side, str(folder), *counts], dict)
 
 
-def speeds(arguments: argparse.Namespace, contestants: Sequence[Side]) -> list[dict[str, Any]]:
-    """Rows of rates and peak RSS; who goes first alternates, so that a drifting machine favours nobody."""
-    rows = []
+def speeds(arguments: argparse.Namespace, contestants: Sequence[Side], name: str) -> None:
+    """Add rows of rates and peak RSS; who goes first alternates, so that a drifting machine favours nobody."""
     for number in range(arguments.rounds):
         for side in contestants if number % 2 else contestants[::-1]:
             finished = run(side.command)
             rates = side.rates(json.loads(finished.stdout[finished.stdout.index("{") :]))
-            rows.append(
-                {"round": number, "side": side.name, "case": side.case, "threads": arguments.threads}
-                | rates
-                | accounted(finished)
-            )
-    return rows
+            row = {"round": number, "side": side.name, "case": side.case, "kl": side.kl, "threads": arguments.threads}
+            append(name, row | rates | accounted(finished))
 
 
 def dynamic_int8(exported: Path, destination: Path) -> None:
@@ -227,6 +241,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> None:
         told = (
             f"{side} {case}: prompt {fields[0]:.0f}, decode {fields[1]:.1f} tokens/s, peak {fields[2] / 2**20:.0f} MiB"
         )
+        kl = next(row["kl"] for row in speed if (row["side"], row["case"]) == (side, case))
+        told += "" if kl is None else f", KL {kl:.4f}"
         if side in ("genai", "optimum") and ("edgelm onnx", case) in seen:
             own = [median("edgelm onnx", case, name) for name in ("prefill_tps", "decode_tps")]
             peak = median("edgelm onnx", case, "peak_rss_bytes")

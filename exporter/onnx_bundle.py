@@ -13,11 +13,12 @@ from typing import Any
 
 from edgelm.bundle import ExportPlan
 from edgelm.progress import Progress
+from exporter import onnx_observed
 from exporter.architectures.base import ModelDescription
 from exporter.calibration import calibration_ids
 from exporter.checkpoint import Checkpoint
 from exporter.device import DeviceChoice
-from exporter.onnx_moments import WINDOW, MomentSource, spread_windows
+from exporter.onnx_moments import WINDOW, WINDOWS, MomentSource, spread_windows
 from exporter.onnx_plan import recipe_named
 from exporter.onnx_writer import WeightSource, write_onnx
 from exporter.optimum_bundle import write_encoder
@@ -51,17 +52,19 @@ def write_artifact(
     if description.encoder is not None:
         return write_encoder(staging, checkpoint, description, plan, progress)
     notes = _token_notes(words.gguf_metadata)
-    moments = None
-    if recipe_named(plan.quant).calibrated:
-        length = min(WINDOW, description.dimensions.context_trained)
+    source, recipe = WeightSource(checkpoint), recipe_named(plan.quant)
+    if recipe.reads_text:
+        window, windows = (WINDOW, WINDOWS) if recipe.calibrated else (onnx_observed.WINDOW, onnx_observed.WINDOWS)
+        length = min(window, description.dimensions.context_trained)
         chosen, device = calibration
         ids, name, _ = calibration_ids(checkpoint, words, chosen, length, progress, device=device)
-        text = spread_windows(ids, name, length)
-        moments = MomentSource(checkpoint, text, progress, device)
+        text = spread_windows(ids, name, length, windows)
+        moments = MomentSource(checkpoint, text, progress, device) if recipe.calibrated else None
+        source = WeightSource(checkpoint, moments, text if recipe.balanced else None)
         notes["edgelm.calibration"] = f"{text.text}, {text.tokens} tokens"
     path, _ = write_onnx(
         staging,
-        WeightSource(checkpoint, moments),
+        source,
         description,
         plan.tensors,
         context=context,

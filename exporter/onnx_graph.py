@@ -12,6 +12,8 @@ Operators: ONNX opset 23 and com.microsoft 1. Knows how parts are joined; neithe
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import onnx
@@ -26,16 +28,21 @@ OPSET, MICROSOFT_OPSET, IR_VERSION = 23, 1, 11
 _HEAD_STEP, _PAIR_STEP = 16, 8
 
 
-def build_graph(decoder: Decoder, type_of: TypeOf, *, metadata: dict[str, str]) -> tuple[onnx.ModelProto, Storage]:
+def build_graph(
+    decoder: Decoder, type_of: TypeOf, *, metadata: dict[str, str], observed: Mapping[str, str] = MappingProxyType({})
+) -> tuple[onnx.ModelProto, Storage]:
     """The model with all weights external, and the layout of the data file that it refers to.
 
-    ``type_of`` tells the type of every matrix.
+    ``type_of`` tells the type of every matrix. With ``observed`` (name of an output by that of a matrix) sums of
+    squares of what these matrices read, by channel, are outputs, too.
     """
     builder = _Builder(decoder, type_of)
     builder.decoder_graph()
-    graph = helper.make_graph(
-        builder.nodes, "decoder", _inputs(decoder), _outputs(decoder), initializer=builder.initializers
-    )
+    outputs = _outputs(decoder)
+    for tensor, name in observed.items():
+        builder.channel_squares(name, tensor)
+        outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["channels"]))
+    graph = helper.make_graph(builder.nodes, "decoder", _inputs(decoder), outputs, initializer=builder.initializers)
     model = helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, MICROSOFT_OPSET)],
@@ -167,6 +174,11 @@ class _Builder(Nodes):
 
     def _embedding(self) -> str:
         hidden = self._rows_of_table()
+        if self.decoder.embedding_factors is not None:
+            factors = self.external(
+                self.storage.add_computed("embedding.factors", self.decoder.embedding_factors).place
+            )
+            hidden = self.node("Mul", [hidden, factors], "embedding.even")
         if self.structure.embedding_scale != 1.0:
             factor = self.scalar("embedding.scale", float(self.structure.embedding_scale))
             hidden = self.node("Mul", [hidden, factor], "embedding.scaled")
@@ -195,6 +207,11 @@ class _Builder(Nodes):
         ends = self.whole_numbers("embedding.end", [self.decoder.hidden])
         inputs = [hidden, self.whole_numbers("embedding.start", [0]), ends, self.whole_numbers("embedding.axis", [2])]
         return self.node("Slice", inputs, "embedding.unpadded")
+
+    def channel_squares(self, name: str, tensor: str) -> None:
+        """An output of the sums of squares, over all rows, of each channel that a matrix reads."""
+        flat = self.node("Flatten", [self.read_by[tensor]], f"{name}.flat", {"axis": -1})
+        self.node("ReduceSumSquare", [flat, self.whole_numbers("squares.rows", [0])], name, {"keepdims": 0})
 
     def _position_ids(self) -> None:
         """(batch, sequence): the last token of each row stands at its ``seqlens_k``."""
@@ -339,6 +356,7 @@ class _Builder(Nodes):
         output = "logits.uncapped" if cap else "logits"
         found = self.decoder.head_bias
         bias = None if found is None else self.floats("output.bias", [found])
+        self.read_by[table.name] = hidden
         if kind.is_quantized:
             self.quantized_linear(self.quantized(name, [table], kind), hidden, bias, output)
         else:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 from gguf.constants import Keys
 
 from edgelm.errors import CheckpointError
@@ -73,7 +75,8 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A decoder-only model. ``head`` None: the embedding is the output matrix as well.
+    """A decoder-only model. ``head`` None: the embedding is the output matrix as well. ``embedding_factors`` multiply
+    what is read from it, column by column.
 
     ``rotations`` by name; ``positions`` is how many tokens can be computed, ``adjacent`` whether partners of a rotation
     are neighbours instead of half of what rotates apart.
@@ -93,6 +96,7 @@ class Decoder:
     final_norm: Part
     head: TensorDescription | None
     head_bias: TensorDescription | None
+    embedding_factors: npt.NDArray[np.float32] | None = None
 
     @property
     def output_matrix(self) -> TensorDescription:

@@ -69,9 +69,9 @@ class MomentSource:
             yield from _Reader(model, self.checkpoint, self.text, stage.advance).read(groups, order)
 
 
-def spread_windows(ids: Sequence[int], name: str, length: int) -> CalibrationWindows:
-    """Up to ``WINDOWS`` windows spread over a text; one shorter one if it is shorter than a window."""
-    count = min(WINDOWS, max(1, len(ids) // length))
+def spread_windows(ids: Sequence[int], name: str, length: int, windows: int = WINDOWS) -> CalibrationWindows:
+    """Up to ``windows`` windows spread over a text; one shorter one if it is shorter than a window."""
+    count = min(windows, max(1, len(ids) // length))
     step = (len(ids) - length) // max(count - 1, 1) if len(ids) > length else 0
     return CalibrationWindows(tuple(tuple(ids[index * step : index * step + length]) for index in range(count)), name)
 

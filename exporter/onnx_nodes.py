@@ -46,6 +46,8 @@ class Nodes:
         self.initializers: list[Any] = []
         self._matrices: dict[str, QuantizedMatrix] = {}
         self._known: set[str] = set()
+        self.read_by: dict[str, str] = {}
+        """What each matrix reads, by its tensor's name."""
 
     def node(self, operator: str, inputs: Sequence[str], output: str, attributes: Attributes = NONE) -> str:
         """Append a node with one output."""
@@ -86,6 +88,7 @@ class Nodes:
         biases = [part.bias for part in parts if part.bias is not None]
         bias = self.floats(f"{name}.bias", biases) if biases else None
         kind = self.type_of(weights[0])
+        self.read_by |= {weight.name: hidden for weight in weights}
         if kind.is_quantized:
             return self.quantized_linear(self.quantized(name, weights, kind), hidden, bias, name)
         weight = self.floats(f"{name}.weight", weights, transposed=True)

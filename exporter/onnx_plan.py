@@ -33,7 +33,8 @@ class Recipe:
     ``sensitive``, when there is one, is for what loses most by rounding: with ``every_layer`` all of attention and all
     down projections, else values and down projections of the first and last eighth of the layers and of every third one
     between, as k-quant mixes of GGUF do. ``calibrated``: 4-bit matrices are rounded with error compensation from
-    calibration text, which needs torch and transformers.
+    calibration text, which needs torch and transformers. ``balanced``: what matrices read is balanced against them by
+    calibration text, which needs neither.
     """
 
     name: str
@@ -42,6 +43,12 @@ class Recipe:
     sensitive: WeightType | None = None
     every_layer: bool = False
     calibrated: bool = False
+    balanced: bool = False
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration text is read."""
+        return self.calibrated or self.balanced
 
     def is_sensitive(self, name: str, layers: int) -> bool:
         """Whether a matrix of the layers gets the better type."""
@@ -59,7 +66,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         recipe.name: recipe
         for recipe in (
             Recipe("fp32", FP32, FP32),
-            Recipe("int8", _INT8, _INT8),
+            Recipe("int8", _INT8, _INT8, balanced=True),
             Recipe("int4-mixed", _INT4, _INT8, _INT8),
             Recipe("int4", _INT4, _INT8),
             # Compensated, a 4-bit table loses so little that its bytes do more good in the layers.

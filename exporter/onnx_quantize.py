@@ -122,18 +122,17 @@ class _Best:
     def __init__(self, lanes: Floats, weights: Floats | None) -> None:
         self._weighted = lanes if weights is None else lanes * weights
         self._weights = weights
-        self._product = np.empty_like(lanes)
+        self._product = None if weights is None else np.empty_like(lanes)
         self._score = np.full(lanes.shape[1], -1, np.float32)
         self.scales = np.zeros(lanes.shape[1], np.float32)
         self.zeros = np.zeros(lanes.shape[1], np.float32)
 
     def offer(self, centred: Floats, zeros: Floats) -> None:
         """Take over the blocks for which ``centred`` (integers less zero point) fits better than anything before."""
-        along = np.multiply(self._weighted, centred, out=self._product).sum(axis=0)
-        np.multiply(centred, centred, out=self._product)
-        if self._weights is not None:
-            self._product *= self._weights
-        scales = along / np.maximum(self._product.sum(axis=0), _TINY)
+        # One pass without an array in between: half the time of a product and its sum.
+        along = np.einsum("ij,ij->j", self._weighted, centred)
+        weighted = centred if self._weights is None else np.multiply(centred, self._weights, out=self._product)
+        scales = along / np.maximum(np.einsum("ij,ij->j", weighted, centred), _TINY)
         score = scales * along
         better = score > self._score
         np.copyto(self._score, score, where=better)

@@ -11,6 +11,7 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,10 +29,12 @@ from exporter import ggml
 from exporter.architectures.base import ModelDescription, TensorDescription, interleave_rows, split_rows
 from exporter.checkpoint import Checkpoint, TensorReader, weight_type
 from exporter.gguf import usable_cpus
+from exporter.onnx_balance import balance_factors, balance_sites, balanced
 from exporter.onnx_gptq import compensated_rows, inverse_factor
 from exporter.onnx_graph import build_graph
-from exporter.onnx_layout import decoder_layout
-from exporter.onnx_moments import MomentSource, group_of
+from exporter.onnx_layout import Decoder, decoder_layout
+from exporter.onnx_moments import CalibrationWindows, MomentSource, group_of
+from exporter.onnx_observed import mean_squares
 from exporter.onnx_quantize import quantize_rows
 from exporter.onnx_storage import DATA_NAME, Computed, Content, FloatArray, Place, QuantizedMatrix, Storage
 from exporter.onnx_types import WeightType, parse_type
@@ -39,15 +42,18 @@ from exporter.onnx_types import WeightType, parse_type
 MODEL_NAME = "model.onnx"
 SLAB_ELEMENTS = 2**17
 COMPENSATED_SLAB_ELEMENTS = 2**19  # column by column: longer columns, less overhead
+_STRIPE = 64
 _COMPENSATED_BITS = 4  # rounding to 8 bits loses less than the kernels' own 8-bit activations
 
 
 @dataclass(frozen=True, slots=True)
 class WeightSource:
-    """Where weights come from, and moments of their inputs, for rounding with error compensation (4-bit only)."""
+    """Where weights come from, moments of their inputs, for rounding with error compensation (4-bit only), and a text
+    for balancing weights against their inputs, which the model itself reads as it is without that."""
 
     checkpoint: Checkpoint
     moments: MomentSource | None = None
+    balance: CalibrationWindows | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +90,43 @@ def write_onnx(
     """
     decoder = decoder_layout(description, source.checkpoint, context)
     types = {plan.name: parse_type(plan.type) for plan in plans}
-    model, storage = build_graph(
-        decoder,
-        lambda tensor: types[tensor.name],
-        metadata={**_metadata(source.checkpoint, description, decoder.positions), **notes},
-    )
+    work = _Work(threads or usable_cpus(), progress, decoder.output_matrix.name)
     path, data_path = directory / MODEL_NAME, directory / DATA_NAME
     with _write_errors(directory):
-        _write_data(data_path, source, storage, _Work(threads or usable_cpus(), progress, decoder.output_matrix.name))
+        if source.balance is not None:
+            decoder = _balanced(directory, source, decoder, types, work)
+        model, storage = build_graph(
+            decoder,
+            lambda tensor: types[tensor.name],
+            metadata={**_metadata(source.checkpoint, description, decoder.positions), **notes},
+        )
+        _write_data(data_path, source, storage, work)
         with path.open("wb") as stream:
             stream.write(model.SerializeToString(deterministic=True))
             stream.flush()
             os.fsync(stream.fileno())
     _check(path)
     return path, data_path
+
+
+def _balanced(
+    directory: Path, source: WeightSource, decoder: Decoder, types: Mapping[str, WeightType], work: _Work
+) -> Decoder:
+    """The decoder with its channels balanced, by what a first version of the artefact sees in the text."""
+    assert source.balance is not None
+    sites = balance_sites(decoder)
+    outputs = {site.name: f"squares.{index}" for index, site in enumerate(sites)}
+    model, storage = build_graph(decoder, lambda tensor: types[tensor.name], metadata={}, observed=outputs)
+    path, data_path = directory / MODEL_NAME, directory / DATA_NAME
+    try:
+        plain = WeightSource(source.checkpoint)
+        columns = _write_data(data_path, plain, storage, work, {name for site in sites for name in site.readers})
+        path.write_bytes(model.SerializeToString())
+        squares = mean_squares(path, decoder, outputs, source.balance, work.progress)
+    finally:
+        path.unlink(missing_ok=True)
+        data_path.unlink(missing_ok=True)
+    return balanced(decoder, balance_factors(sites, squares, columns))
 
 
 def _metadata(checkpoint: Checkpoint, description: ModelDescription, positions: int) -> dict[str, str]:
@@ -141,14 +170,18 @@ class _Work:
     head: str
 
 
-def _write_data(path: Path, source: WeightSource, storage: Storage, work: _Work) -> None:
+def _write_data(
+    path: Path, source: WeightSource, storage: Storage, work: _Work, counted: AbstractSet[str] = frozenset()
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Write all contents, flushed to disk unless something is ``counted``: sums of squares of the columns of these
+    matrices are returned, and the file is there for a moment only."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o644)
     try:
         os.ftruncate(descriptor, storage.size_bytes)
         with TensorReader() as reader:
             for file in sorted({header.file for header in source.checkpoint.tensors.values()}):
                 reader.open(file)
-            worker = _Worker(source, reader, descriptor)
+            worker = _Worker(source, reader, descriptor, counted)
             for content in storage.contents:
                 if isinstance(content, Computed):
                     worker.put(content.place, 0, content.values)
@@ -158,9 +191,11 @@ def _write_data(path: Path, source: WeightSource, storage: Storage, work: _Work)
                 _run(worker, [task for item in plain for task in _tasks(item, SLAB_ELEMENTS)], work.threads, stage)
             if source.moments is not None:
                 _write_compensated(worker, source.moments, later, work)
-        os.fsync(descriptor)
+        if not counted:
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    return worker.columns
 
 
 def _compensated(content: Content, work: _Work) -> bool:
@@ -242,6 +277,14 @@ def _arranged(
     return split_rows(values, part.split) if part.split else values
 
 
+def _turned(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Columns as rows, copied by stripes that stay in the cache: twice as fast as in one go."""
+    columns = np.empty(rows.shape[::-1], np.float32)
+    for start in range(0, len(rows), _STRIPE):
+        columns[:, start : start + _STRIPE] = rows[start : start + _STRIPE].T
+    return columns
+
+
 def _reordered(part: TensorDescription) -> bool:
     """Whether a matrix can only be read as a whole."""
     return bool(part.split or part.interleave or part.transposed)
@@ -250,9 +293,13 @@ def _reordered(part: TensorDescription) -> bool:
 class _Worker:
     """What each thread does with a task."""
 
-    def __init__(self, source: WeightSource, reader: TensorReader, descriptor: int) -> None:
-        self._source, self._reader, self._descriptor = source, reader, descriptor
+    def __init__(
+        self, source: WeightSource, reader: TensorReader, descriptor: int, counted: AbstractSet[str] = frozenset()
+    ) -> None:
+        self._source, self._reader, self._descriptor, self._counted = source, reader, descriptor, counted
         self.factors: Mapping[str, npt.NDArray[np.float32]] = {}
+        self.columns: dict[str, npt.NDArray[np.float64]] = {}
+        self._lock = threading.Lock()
         self.cancelled = threading.Event()
 
     def do(self, task: _Task) -> None:
@@ -260,6 +307,8 @@ class _Worker:
         if self.cancelled.is_set():
             return
         rows = self._rows(task)
+        if task.part.name in self._counted:
+            self._count(task.part.name, rows)
         if isinstance(task.content, QuantizedMatrix):
             self._put_quantized(task, task.content.kind, rows)
         elif task.content.transposed:
@@ -276,7 +325,19 @@ class _Worker:
             count = os.pwrite(self._descriptor, view, position)
             view, position = view[count:], position + count
 
+    def _count(self, name: str, rows: npt.NDArray[np.float32]) -> None:
+        squares = np.einsum("ij,ij->j", rows, rows).astype(np.float64)
+        with self._lock:
+            self.columns[name] = self.columns.get(name, 0) + squares
+
     def _rows(self, task: _Task) -> npt.NDArray[np.float32]:
+        rows, part = self._unscaled_rows(task), task.part
+        if part.row_factors is not None:
+            factors = part.row_factors[task.start : task.stop]
+            rows = rows * (factors if rows.ndim == 1 else factors[:, None])
+        return rows if part.column_factors is None else rows * part.column_factors
+
+    def _unscaled_rows(self, task: _Task) -> npt.NDArray[np.float32]:
         part = task.part
         if part.values is not None:
             return part.values[task.start : task.stop]
@@ -308,7 +369,7 @@ class _Worker:
     def _put_transposed(self, task: _Task, rows: npt.NDArray[np.float32]) -> None:
         """A part of a float matrix becomes columns ``row`` .. of it: written row by row when it is not all of it."""
         assert isinstance(task.content, FloatArray)
-        place, columns = task.content.place, np.ascontiguousarray(rows.T)
+        place, columns = task.content.place, _turned(rows)
         width = place.shape[1]
         if len(rows) == width:
             self.put(place, 0, columns)

@@ -86,7 +86,7 @@ def parse_type_override(text: str, format_name: FormatChoice = "auto") -> tuple[
 
 
 def _reads_calibration(options: ExportOptions) -> bool:
-    return options.quant.lower() != "auto" and recipe_named(options.quant).calibrated
+    return options.quant.lower() != "auto" and recipe_named(options.quant).reads_text
 
 
 def _uses_torch(options: ExportOptions) -> bool:
@@ -124,7 +124,7 @@ def check_options(options: ExportOptions) -> None:
         raise UsageError(f"--eval: {options.evaluation} is no file")
     if options.calibration is not None and options.format == "onnx" and not _reads_calibration(options):
         raise UsageError(
-            "--calibration with --format onnx is for recipes that end in -gptq; others measure nothing",
+            "--calibration with --format onnx is for int8 and for recipes that end in -gptq; others read no text",
             hint="leave it out",
         )
     if options.calibration is not None and str(options.calibration) != "self" and not options.calibration.is_file():

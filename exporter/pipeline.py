@@ -280,9 +280,9 @@ def export(
     _check_vocabulary(checkpoint, description, words)
     with bundles.new_bundle(destination, force=force, resume=resume) as staging, _Aside(prepared) as aside:
         _clear(staging, ARTIFACTS[plan.format])
+        _write_texts(staging, words)
         artifact = _write_artifact(staging, prepared, description, words, progress, aside, journal)
         _check_size(options, artifact)
-        _write_texts(staging, words)
         identity = aside.identity(words, artifact)
         measured = _measure(options, prepared, artifact, identity, progress)
         if prepared.measured is not None and isinstance(measured, Quality):
@@ -433,6 +433,8 @@ def _write_artifact(
     if plan.format == "onnx":
         from exporter.onnx_bundle import write_artifact  # needs the onnx package, which the GGUF way does without
 
+        if aside is not None:
+            aside.prove(words, staging / ARTIFACTS["onnx"])  # its vocabulary is a file of its own, written before it
         return write_artifact(staging, checkpoint, description, plan, words, prepared.calibration, progress)
     artifact = staging / ARTIFACTS[plan.format]
     metadata = _metadata(plan, description, words)

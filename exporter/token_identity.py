@@ -75,13 +75,21 @@ def _identity(corpus: Corpus, difference: str | None) -> TokenIdentity:
 
 
 def open_tokenizer(tokenizer_json: str, name: str) -> Any:
-    """The ``tokenizers.Tokenizer`` of a tokenizer.json. Raises ``CheckpointError`` naming ``name``."""
-    from tokenizers import Tokenizer
+    """The ``tokenizers.Tokenizer`` of a tokenizer.json, for reading only: who asks for the same gets the same.
 
+    Raises ``CheckpointError`` naming ``name``.
+    """
     try:
-        return Tokenizer.from_str(tokenizer_json)
+        return _opened(tokenizer_json)
     except Exception as error:  # the library raises nothing narrower, whatever is wrong with a document
         raise CheckpointError(f"{name} holds no valid tokenizer: {error}") from error
+
+
+@functools.lru_cache(maxsize=1)  # opening one of 49,152 tokens takes 0.15 s, and an export asks again and again
+def _opened(tokenizer_json: str) -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(tokenizer_json)
 
 
 @functools.lru_cache(maxsize=1)  # asked when the pre-tokenizer is sought and again for the artefact's proof

@@ -25,6 +25,7 @@ TOKENIZER = "tokenizer.json"
 # A repeated measurement may come from the other reference and from other kernels.
 KL_TOLERANCE_FACTOR, KL_TOLERANCE_NATS = 1.10, 0.001
 COSINE_TOLERANCE_FACTOR, COSINE_TOLERANCE = 1.10, 1e-4
+_COMPUTED = ("rotary.", "rotary_local.", "embedding.factors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,8 @@ def _check_gguf(bundle: Bundle) -> int:
 def _check_onnx(bundle: Bundle) -> int:
     """The model is valid and stores as many bytes as the plan says; the number of tokens that it tells logits of.
 
-    Matrices that are one in the graph cannot be told apart by name, and the rotary table is not planned.
+    Matrices that are one in the graph cannot be told apart by name, and what is computed is not planned: rotary tables,
+    factors of a balanced embedding.
     """
     model = read_onnx_model(bundle.artifact_path)
     seq2seq = bundle.manifest.task.seq2seq if bundle.manifest.task else None
@@ -113,7 +115,7 @@ def _check_onnx(bundle: Bundle) -> int:
         return int(count) if count.isdecimal() else 0
     places = {item.external: item for item in model.initializers if item.external is not None}
     at = {(place.file, place.offset): item for place, item in places.items()}  # tied tables are one place
-    stored = sum(item.size_bytes for item in at.values() if not item.name.startswith("rotary."))
+    stored = sum(item.size_bytes for item in at.values() if not item.name.startswith(_COMPUTED))
     planned = sum(item.size_bytes for item in bundle.manifest.plan.tensors)
     if stored != planned:
         raise BundleError(

@@ -286,10 +286,11 @@ def known_to_transformers(row: Row) -> bool:
         return row.model_type in CONFIG_MAPPING
 
 
-def make_checkpoint(row: Row, directory: Path, seed: int = 0, gain: float = 1.3) -> Any:
+def make_checkpoint(row: Row, directory: Path, seed: int = 0, gain: float | None = 1.3) -> Any:
     """Write the row's checkpoint; the transformers model in float32, ready to run.
 
     Matrices deviate by ``gain`` over the root of their width: above 1, layers enlarge whatever goes wrong before them.
+    None: everything stays as transformers initialises it.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -299,10 +300,11 @@ def make_checkpoint(row: Row, directory: Path, seed: int = 0, gain: float = 1.3)
         config = AutoConfig.for_model(
             row.model_type, **copy.deepcopy(dict(row.config))
         )  # which changes what it is given
+        torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, values in model.named_parameters():
+        for name, values in model.named_parameters() if gain is not None else ():
             noise = torch.randn(values.shape, generator=generator)
             if values.ndim < 2:
                 values.add_(0.15 * noise + (row.norm_offset if name.endswith("norm.weight") else 0.0))

@@ -119,6 +119,7 @@ class TensorDescription:
     too: the source holds query, key and value of n rows each head by head, the artefact all queries, all keys, all
     values. ``skipped`` rows at the start of the source are left out, as are those after the tensor's own.
     ``transposed``: columns of the source are rows here. Values are multiplied by ``scale``, then ``offset`` is added.
+    ``row_factors`` and ``column_factors`` multiply the tensor's own rows and columns after all that (ONNX only).
     ``values`` holds a computed tensor, which has no place in the source.
     """
 
@@ -132,6 +133,8 @@ class TensorDescription:
     scale: float = 1.0
     offset: float = 0.0
     skipped: int = 0
+    row_factors: npt.NDArray[np.float32] | None = None
+    column_factors: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True)

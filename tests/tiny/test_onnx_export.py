@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from edgelm.bundle import Bundle, open_bundle
 from edgelm.cli.app import run_cli
@@ -147,6 +150,30 @@ def test_a_gguf_source_gives_the_same_model(source: Path, tmp_path: Path) -> Non
     quality = export(ExportOptions(source=str(gguf), format="onnx", quant="fp32"), tmp_path / "onnx").manifest.quality
     assert quality is not None
     assert quality.kl_mean < 1e-5
+
+
+def test_balanced_channels_lose_less_at_the_same_size(source: Path, tmp_path: Path) -> None:
+    """A model with channels as trained ones have them: a few are many times as large as their neighbours."""
+    uneven = tmp_path / "uneven"
+    shutil.copytree(source, uneven)
+    tensors = load_file(uneven / "model.safetensors")
+    for name, values in tensors.items():
+        if name.endswith("norm.weight"):
+            tensors[name] = np.where(np.arange(len(values)) % 24 == 5, 20 * values, values)
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
+            tensors[name] = np.where(np.arange(values.shape[1]) % 24 == 5, values / 20, values)
+    save_file(tensors, uneven / "model.safetensors", {"format": "pt"})
+    made = {}
+    for quant in ("int8-32", "int8"):
+        options = ExportOptions(source=str(uneven), format="onnx", quant=quant)
+        made[quant] = export(options, tmp_path / quant).manifest
+    plain, even = made["int8-32"], made["int8"]
+    assert plain.quality is not None
+    assert even.quality is not None
+    assert even.quality.kl_mean < 0.5 * plain.quality.kl_mean
+    assert abs(even.artifact_bytes - plain.artifact_bytes) < 8192
+    model = read_onnx_model(tmp_path / "int8" / "model.onnx")
+    assert model.metadata["edgelm.calibration"] == "pydoc_data.topics, first half, 2048 tokens"
 
 
 def test_error_compensation_loses_less_at_the_same_size(source: Path, tmp_path: Path) -> None:

@@ -69,11 +69,12 @@ def test_windows_are_spread_and_of_one_length() -> None:
     assert spread_windows([1, 2, 3], "text", 512).windows == ((1, 2, 3),)
 
 
-def test_calibration_text_is_read_where_a_recipe_measures(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quant", ["int4-gptq", "int8"])
+def test_calibration_text_is_read_where_a_recipe_measures(quant: str, tmp_path: Path) -> None:
     source = make_tiny_llama(tmp_path / "source")
     text = tmp_path / "own.txt"
     text.write_text("a word and another one, again and again. " * 300)
-    options = ExportOptions(str(source), format="onnx", quant="int4-gptq", calibration=text, verify=False)
+    options = ExportOptions(str(source), format="onnx", quant=quant, calibration=text, verify=False)
     export(options, tmp_path / "out")
     assert read_onnx_model(tmp_path / "out" / "model.onnx").metadata["edgelm.calibration"].startswith("own.txt, ")
 
@@ -81,5 +82,5 @@ def test_calibration_text_is_read_where_a_recipe_measures(tmp_path: Path) -> Non
 @pytest.mark.parametrize("quant", ["int4", "auto"])
 def test_calibration_of_what_measures_nothing_is_refused(quant: str, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("words")
-    with pytest.raises(UsageError, match="others measure nothing"):
+    with pytest.raises(UsageError, match="others read no text"):
         check_options(ExportOptions("x", format="onnx", quant=quant, calibration=tmp_path / "text"))
