@@ -135,3 +135,24 @@ def test_tokens_that_come_fast_are_sent_together(every_s: float, monkeypatch: py
     assert [len(step.deliveries) for step in steps] == ([1] * 50 if every_s == 0 else [1, 49])
     counted = [item for message in said if isinstance(message, wire.Progress) for item in message.observations]
     assert sum(item.value for item in counted if item.name == "edgelm_decode_tokens") == 50
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_no_token_waits_while_a_prompt_is_read(waiting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime.server.engine_process, "TOKENS_EVERY_S", 3600.0)
+    ours, theirs = socket.socketpair()
+    channel, process = Channel(theirs), EngineProcess(Channel(ours))
+    model = fake_model(FakeEngine(context=4096, sequences=2))
+    worker = process._worker = Worker(model, Metrics(forward=process._observations.append))
+    process._submit(wire.Submit(1, GenerationRequest([1, 2, 3], 50)), model)
+    assert worker._wait_for_work()  # admits it
+    worker._step()
+    process._flush()
+    assert len(channel.arrived()) == 1
+    worker._step()
+    if waiting:
+        process._submit(wire.Submit(2, GenerationRequest([4, 5], 50)), model)
+    process._flush()
+    assert len(channel.arrived()) == waiting
+    for side in (ours, theirs):
+        side.close()
