@@ -44,6 +44,7 @@ from live_server import fake_model  # noqa: E402
 import runtime.server  # noqa: E402
 from edgelm.errors import EdgelmError  # noqa: E402
 from exporter.safetensors_header import read_safetensors_header  # noqa: E402
+from runtime.generate import TokenEvent  # noqa: E402
 from runtime.gguf_header import read_gguf_header  # noqa: E402
 from runtime.onnx_header import read_onnx_model  # noqa: E402
 from runtime.probe import write_tiny_gguf  # noqa: E402
@@ -53,6 +54,7 @@ from runtime.server.errors import ApiError  # noqa: E402
 from runtime.server.limits import Access, parse_json, split_host  # noqa: E402
 from runtime.server.metrics import Metrics  # noqa: E402
 from runtime.server.openai import Body, parse_request  # noqa: E402
+from runtime.server.pace import Pace  # noqa: E402
 from runtime.server.worker import Worker  # noqa: E402
 from runtime.supervisor import FrameError  # noqa: E402
 
@@ -289,6 +291,8 @@ def targets(directory: Path, application: Application, chance: random.Random) ->
     tensors = len(safetensors).to_bytes(8, "little") + safetensors + bytes(16)
     frames = [wire.pack_to_engine(wire.Encode(1, "x", special=True)), wire.pack_from_engine(wire.Ready())]
     frames += [wire.pack_from_engine(wire.Progress(1, [wire.Delivery(1, 0.0)], []))]
+    token = wire.Delivery(1, 0.5, TokenEvent(7, " text", 3, 0.25))
+    frames += [wire.pack_from_engine(wire.Progress(1, [token, token], [], 9, Pace(5, 0.5, 0.01)))]
 
     def unpack(data: bytes) -> None:
         for unpacked in (wire.unpack_to_engine, wire.unpack_from_engine):

@@ -39,9 +39,13 @@ class LoadedEncoder:
     normalized: bool
     manifest: Manifest | None
 
-    def text_ids(self, text: str) -> list[int]:
-        """Ids of one text as the model was trained on it; special tokens written in it count as such."""
-        return [*self.prefix, *self.tokenizer.encode(text), *self.suffix]
+    def text_ids(self, text: str, most: int | None = None) -> list[int]:
+        """Ids of one text as the model was trained on it; special tokens written in it count as such. With ``most``
+        the end of the text is left out as far as it takes to have no more ids than that."""
+        ids = self.tokenizer.encode(text)
+        if most is not None:
+            ids = ids[: max(most - len(self.prefix) - len(self.suffix), 0)]
+        return [*self.prefix, *ids, *self.suffix]
 
     def embed_ids(self, sequences: Sequence[Sequence[int]]) -> Vectors:
         """Vectors, float32 of shape (sequences, dimensions), of ids that are taken as they are.

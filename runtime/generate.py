@@ -278,8 +278,10 @@ def next_chunk(session: Session, continuation: Continuation, token: int, drafts:
 
     Raises ``EngineError`` when a drafting model fails.
     """
-    tokens = [*session.tokens, token]
-    guesses = [] if drafts is None else drafts.propose(tokens, continuation.room(tokens) - 1)
+    guesses: list[int] = []
+    if drafts is not None:
+        tokens = [*session.tokens, token]
+        guesses = drafts.propose(tokens, continuation.room(tokens) - 1)
     return Chunk(session.sequence, [token, *guesses], "all" if guesses else "last")
 
 

@@ -90,7 +90,8 @@ class Sampler:
         self.options = options
         self._constraint = constraint
         self._picked: Counter[int] = Counter()
-        self._random = np.random.default_rng(options.seed)
+        # Seeding takes as long as some tokens' choices.
+        self._random = np.random.default_rng(options.seed) if options.temperature else None
 
     def pick(self, logits_row: npt.NDArray[np.float32], recent_tokens: Sequence[int] = ()) -> int:
         """The next token for logits of shape (vocabulary,), which are not written.
@@ -133,6 +134,7 @@ class Sampler:
 
     def _draw(self, tokens: npt.NDArray[np.intp] | None, logits: npt.NDArray[np.float32], highest: float) -> int:
         """Draw from softmax(logits / temperature). ``tokens`` None means that the logits are those of every token."""
+        assert self._random is not None
         weights = np.exp((logits - np.float32(highest)) / np.float32(self.options.temperature))
         index = _draw_index(weights, self._random.random())
         return index if tokens is None else int(tokens[index])

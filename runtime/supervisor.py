@@ -3,10 +3,14 @@
 The child is started, watched and started again with growing pauses when it dies; it is never given up. Messages are
 byte strings with a length in front, over one socket pair; what they say is not known here, nor is anything of engines
 or HTTP. A child whose parent dies in any way dies with it.
+
+A thread reads what the child says. An event loop that would be woken by every message anyway can be lent the reading
+while the child works: that saves a change of threads for each of them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import queue
@@ -27,6 +31,8 @@ STEADY_S = 5.0
 KILL_GRACE_S = 5.0
 _LENGTH = struct.Struct(">I")
 _LINE_LIMIT = 4096
+_READ_BYTES = 2**13
+_LOOK_S = 1.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -34,40 +40,81 @@ class FrameError(Exception):
     """The other side sent something that is no frame."""
 
 
+def framed(message: bytes) -> bytes:
+    """A message with its length in front."""
+    return _LENGTH.pack(len(message)) + message
+
+
 class Channel:
     """Frames over a connected socket: four bytes of length, most significant first, then the message."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._reader = connection.makefile("rb", buffering=2**16)
+        self._held = bytearray()
         self._sending = threading.Lock()
+        self.ended = False
+
+    def fileno(self) -> int:
+        """What tells that there is something to read."""
+        return self._connection.fileno()
 
     def send(self, message: bytes) -> None:
         """Send one message; callable from any thread. Raises ``OSError`` when nobody is there."""
         with self._sending:
-            self._connection.sendall(_LENGTH.pack(len(message)) + message)
+            self._connection.sendall(framed(message))
+
+    def send_now(self, message: bytes) -> bytes:
+        """Send what can be sent of one message without waiting, and return the rest, for ``send_rest``."""
+        frame = framed(message)
+        try:
+            return frame[self._connection.send(frame, socket.MSG_DONTWAIT) :]
+        except OSError:  # full, or nobody is there: whoever waits finds out which
+            return frame
+
+    def send_rest(self, rest: bytes) -> None:
+        """Send bytes as they are. Raises ``OSError`` when nobody is there."""
+        self._connection.sendall(rest)
 
     def receive(self) -> bytes | None:
-        """The next message, None at the end. Raises ``FrameError`` for lengths beyond the limit."""
-        try:
-            head = self._reader.read(_LENGTH.size)
-            if len(head) < _LENGTH.size:
-                return None
-            (length,) = _LENGTH.unpack(head)
-            if length > FRAME_LIMIT_BYTES:
-                raise FrameError(f"a message of {length} bytes is longer than {FRAME_LIMIT_BYTES}")
-            message = self._reader.read(length)
-        except OSError:  # reset by a child that was killed
-            return None
-        return message if len(message) == length else None
+        """Wait for the next message, None at the end. Raises ``FrameError`` for lengths beyond the limit."""
+        while (message := self._next()) is None and not self.ended:
+            self._fill(0)
+        return message
+
+    def arrived(self) -> list[bytes]:
+        """The messages that are complete by what has arrived, without waiting; ``ended`` tells whether more can come.
+        Raises ``FrameError`` for lengths beyond the limit."""
+        self._fill(socket.MSG_DONTWAIT)
+        return list(iter(self._next, None))
 
     def close(self) -> None:
         """Close both directions; a blocked ``receive`` elsewhere ends."""
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
-        with contextlib.suppress(OSError):
-            self._reader.close()
         self._connection.close()
+
+    def _fill(self, flags: int) -> None:
+        try:
+            data = self._connection.recv(_READ_BYTES, flags)
+        except BlockingIOError:
+            return
+        except OSError:  # reset by a child that was killed
+            data = b""
+        self._held += data
+        self.ended = not data
+
+    def _next(self) -> bytes | None:
+        if len(self._held) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack_from(self._held)
+        if length > FRAME_LIMIT_BYTES:
+            raise FrameError(f"a message of {length} bytes is longer than {FRAME_LIMIT_BYTES}")
+        end = _LENGTH.size + length
+        if len(self._held) < end:
+            return None
+        message = bytes(self._held[_LENGTH.size : end])
+        del self._held[:end]
+        return message
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +138,8 @@ class Death:
 
 
 class Watcher(Protocol):
-    """Who owns the child's messages. Everything is called in the supervisor's threads and must not block."""
+    """Who owns the child's messages. Everything is called in the supervisor's threads and must not block, messages of a
+    child that works in the event loop that was lent."""
 
     def child_started(self) -> None:
         """A child was started; the first messages to it may be sent."""
@@ -110,6 +158,38 @@ class Watcher(Protocol):
         ...
 
 
+class _Outbox:
+    """Messages to one child, in order: sent at once where that needs no waiting, else by a thread that may wait."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._lock = threading.Lock()
+        self._late: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._behind = 0
+        self._thread = threading.Thread(target=self._run, name="to engine", daemon=True)
+        self._thread.start()
+
+    def put(self, message: bytes) -> None:
+        """Send a message; never blocks."""
+        with self._lock:
+            rest = self._channel.send_now(message) if not self._behind else framed(message)
+            if rest:
+                self._behind += 1
+                self._late.put(rest)
+
+    def close(self) -> None:
+        """End the thread; the channel has to be closed."""
+        self._late.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):  # the child died; whoever reads from it finds out
+            while (rest := self._late.get()) is not None:
+                self._channel.send_rest(rest)
+                with self._lock:
+                    self._behind -= 1
+
+
 class Supervisor:
     """Runs ``command`` and the number of its end of the socket pair as last argument, again and again until stopped."""
 
@@ -121,8 +201,9 @@ class Supervisor:
         self._failures = 0
         self._worked = False
         self._process: subprocess.Popen[bytes] | None = None
-        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._outbox: _Outbox | None = None
         self._last_line = ""
+        self._loop: asyncio.AbstractEventLoop | None = None
         # The kernel ends the child when the thread that started it ends: it has to be one that outlives the child.
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
 
@@ -137,8 +218,10 @@ class Supervisor:
         self._thread.start()
 
     def send(self, message: bytes) -> None:
-        """Queue one message for the present child; lost when there is none or when it dies."""
-        self._outgoing.put(message)
+        """Send one message to the present child; lost when there is none or when it dies. Never blocks."""
+        outbox = self._outbox
+        if outbox is not None:
+            outbox.put(message)
 
     def mark_working(self) -> None:
         """The present child does its work, so its death will be answered by a new one without a pause."""
@@ -149,6 +232,10 @@ class Supervisor:
         process = self._process
         if process is not None:
             process.kill()
+
+    def lend(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Read in this event loop, as long as it runs, whatever a child says that has been marked as working."""
+        self._loop = loop
 
     def forgo(self) -> None:
         """Do not start another child when the present one has ended; callable from any thread."""
@@ -177,8 +264,6 @@ class Supervisor:
     def _live(self) -> Death:
         """One child from its start to its end."""
         self._worked, self._last_line = False, ""
-        outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._outgoing = outgoing
         started = time.monotonic()
         ours, theirs = socket.socketpair()
         with theirs:
@@ -192,25 +277,63 @@ class Supervisor:
             )
         self._process = process
         channel = Channel(ours)
-        writer = threading.Thread(target=_write, args=(channel, outgoing), name="to engine", daemon=True)
+        self._outbox = outbox = _Outbox(channel)
         lines = threading.Thread(target=self._read_lines, args=(process,), name="engine stderr", daemon=True)
-        writer.start()
         lines.start()
         self._watcher.child_started()
         try:
-            while (message := channel.receive()) is not None:
-                self._watcher.child_said(message)
-        except FrameError as error:
-            self._watcher.child_wrote(f"protocol error: {error}")
+            self._converse(channel)
         finally:
             channel.close()
-            outgoing.put(None)
+            outbox.close()
             status = _reap(process)
             self._process = None
-            writer.join()
             lines.join()
         lived_s = time.monotonic() - started
         return Death(status, lived_s, self._last_line, self._pause_s(lived_s))
+
+    def _converse(self, channel: Channel) -> None:
+        """Hand on what the child says until it ends or makes no sense: here, or in the event loop that was lent."""
+        while not channel.ended:
+            loop = self._loop
+            if loop is not None and self._worked and loop.is_running():
+                self._converse_in(loop, channel)
+                continue
+            try:
+                message = channel.receive()
+                if message is not None:
+                    self._watcher.child_said(message)
+            except FrameError as error:
+                self._end_conversation(channel, error)
+
+    def _converse_in(self, loop: asyncio.AbstractEventLoop, channel: Channel) -> None:
+        """Wait while the event loop reads: until the child or the loop has ended."""
+        with contextlib.suppress(RuntimeError):  # the loop has just ended
+            loop.call_soon_threadsafe(self._begin_reading, loop, channel)
+        with self._changed:
+            while not channel.ended and loop.is_running():
+                self._changed.wait(_LOOK_S)
+
+    def _begin_reading(self, loop: asyncio.AbstractEventLoop, channel: Channel) -> None:
+        """In the event loop."""
+        loop.add_reader(channel.fileno(), self._read, loop, channel)
+        self._read(loop, channel)  # what was read beyond the last message
+
+    def _read(self, loop: asyncio.AbstractEventLoop, channel: Channel) -> None:
+        """In the event loop, when there is something to read."""
+        try:
+            for message in channel.arrived():
+                self._watcher.child_said(message)
+        except FrameError as error:
+            self._end_conversation(channel, error)
+        if channel.ended:
+            loop.remove_reader(channel.fileno())
+            with self._changed:
+                self._changed.notify_all()
+
+    def _end_conversation(self, channel: Channel, error: FrameError) -> None:
+        self._watcher.child_wrote(f"protocol error: {error}")
+        channel.ended = True
 
     def _pause_s(self, lived_s: float) -> float:
         self._failures = 0 if self._worked or lived_s > 10 * STEADY_S else self._failures + 1
@@ -224,12 +347,6 @@ class Supervisor:
                 if text:
                     self._last_line = text
                     self._watcher.child_wrote(text)
-
-
-def _write(channel: Channel, outgoing: queue.SimpleQueue[bytes | None]) -> None:
-    with contextlib.suppress(OSError):  # the child died; whoever reads from it finds out
-        while (message := outgoing.get()) is not None:
-            channel.send(message)
 
 
 def _reap(process: subprocess.Popen[bytes]) -> int:

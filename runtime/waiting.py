@@ -24,7 +24,7 @@ Kind = Literal["spin", "brief", "passive"]
 
 BRIEF_SPINS = 1000  # turns of libgomp's loop before a thread sleeps, some microseconds
 _LOOKS, _LOOK_EVERY_S = 8, 0.005
-_LEEWAY = 0.5  # runnable processes on average that are no neighbour yet: short-lived ones
+_LEEWAY = 0.5  # of a CPU: what is less than one thread more is none
 _POLICY, _SPINS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
 
 
@@ -37,7 +37,11 @@ class Waiting:
 
 
 def runnable_neighbours(root: Path = ROOT) -> float | None:
-    """Processes of others that want to run right now, on average over 40 ms; None where the kernel does not tell."""
+    """Threads of others that want to run right now, in the median of some looks over 40 ms: what runs for a moment is
+    no neighbour. None where the kernel does not tell.
+
+    The process that started this one is none either: a server that starts its engine is busy starting itself.
+    """
     counts = []
     for look in range(_LOOKS):
         if look:
@@ -45,8 +49,14 @@ def runnable_neighbours(root: Path = ROOT) -> float | None:
         match = re.search(r"^procs_running (\d+)", text_of(root / "proc/stat"), re.MULTILINE)
         if match is None:
             return None
-        counts.append(max(int(match.group(1)) - 1, 0))  # the reader itself is running
-    return statistics.mean(counts)
+        counts.append(max(int(match.group(1)) - 1 - _running_threads(root, os.getppid()), 0))  # 1: the reader itself
+    return statistics.median(counts)
+
+
+def _running_threads(root: Path, process: int) -> int:
+    """Threads of a process that are running or want to."""
+    states = (text_of(task / "stat").rpartition(")")[2].split() for task in root.glob(f"proc/{process}/task/*"))
+    return sum(state[:1] == ["R"] for state in states)
 
 
 def choose_waiting(threads: int, root: Path = ROOT) -> Waiting:
@@ -66,7 +76,7 @@ def choose_waiting(threads: int, root: Path = ROOT) -> Waiting:
         return Waiting("spin", "nobody tells what else wants to run")
     cpus = os.cpu_count() or 1
     if neighbours > cpus - threads + _LEEWAY:
-        return Waiting("brief", f"{neighbours:.1f} other processes want to run on {cpus} CPUs beside {threads} threads")
+        return Waiting("brief", f"{neighbours:g} threads of others want to run on {cpus} CPUs beside {threads} threads")
     return Waiting("spin", "every thread has an idle core")
 
 

@@ -6,6 +6,7 @@ Bridges the backend's thread and the event loop. Knows nothing of requests' cont
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,9 @@ class Generation:
         takes not all of them."""
         self._backend = backend
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, JobEvent]] = asyncio.Queue()
+        self._thread = threading.get_ident()
+        self._arrived: list[tuple[int, JobEvent]] = []
+        self._waiting: asyncio.Future[None] | None = None
         self._prompt_tokens = len(requests[0].prompt)
         self._choices: list[_Choice] = []
         try:
@@ -87,9 +90,10 @@ class Generation:
         Raises ``ApiError`` when the engine fails and ``ClientLeftError`` when the generation was cancelled.
         """
         while not self.finished:
-            arrived = [await self._events.get()]
-            while not self._events.empty():
-                arrived.append(self._events.get_nowait())
+            if not self._arrived:
+                self._waiting = self._loop.create_future()
+                await self._waiting
+            arrived, self._arrived = self._arrived, []
             tokens: dict[int, list[TokenEvent]] = {}
             for index, event in arrived:
                 if isinstance(event, TokenEvent):
@@ -151,12 +155,20 @@ class Generation:
         return facts | ({"choices": self.choices} if self.choices > 1 else {})
 
     def _receive(self, index: int, event: JobEvent) -> None:
-        """Called in the backend's thread."""
+        """Called in any thread; a backend that reads in the event loop saves waking it."""
+        if threading.get_ident() == self._thread:
+            self._arrive(index, event)
+            return
         try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+            self._loop.call_soon_threadsafe(self._arrive, index, event)
         except RuntimeError:
             # The loop was closed after the drain deadline: nobody listens any more.
             log_event("event after shutdown")
+
+    def _arrive(self, index: int, event: JobEvent) -> None:
+        self._arrived.append((index, event))
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
 
 def _as_api_error(failure: Failure) -> ApiError:

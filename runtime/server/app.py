@@ -249,6 +249,7 @@ def model_routes(service: Service) -> list[Route]:
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
         Route("/v1/completions", service.complete, methods=["POST"]),
         Route("/v1/embeddings", service.embed, methods=["POST"], include_in_schema=False),
+        Route("/api/embed", service.embed, methods=["POST"], include_in_schema=False),
         Route("/tokenize", tokens.tokenize, methods=["POST"]),
         Route("/detokenize", tokens.detokenize, methods=["POST"]),
         Route("/api/chat", ollama.chat, methods=["POST"]),

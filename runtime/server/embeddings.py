@@ -1,4 +1,4 @@
-"""``/v1/embeddings`` and the other routes of a server around an encoder.
+"""``/v1/embeddings``, Ollama's ``/api/embed`` and the other routes of a server around an encoder.
 
 What OpenAI's clients send: a text, a list of texts, a list of token ids or a list of such lists; vectors as numbers or
 as base64 of little-endian float32. Every field that cannot be honoured is refused by name. Knows HTTP and the encoder's
@@ -31,15 +31,14 @@ from runtime.server.embedding_worker import EmbeddingJob, EmbeddingWorker
 from runtime.server.errors import ApiError
 from runtime.server.exposition import CONTENT_TYPE
 from runtime.server.figures import Figures
-from runtime.server.limits import Access, parse_json, prompt_characters_limit
+from runtime.server.limits import INPUT_COUNT_LIMIT, Access, parse_json, prompt_characters_limit
 from runtime.server.metrics import Metrics
+from runtime.server.ollama import EmbedBody, vectors_document
 from runtime.server.openai import INTEGER_LIMIT, Body, ModelName, TokenId, parse_request
 from runtime.server.replies import model_document
 from runtime.server.worker import NotReadyError, QueueFullError
 
 _GENERATING = ("/v1/chat/completions", "/v1/completions", "/api/chat", "/api/generate")
-INPUT_COUNT_LIMIT = 2048
-"""OpenAI's own."""
 
 
 def _inputs(value: Any) -> tuple[str, ...] | tuple[tuple[int, ...], ...]:
@@ -136,9 +135,7 @@ class EmbeddingService:
     async def embeddings(self, request: Request) -> Response:
         wanted = parse_request(EmbeddingRequest, parse_json(await request.body()))
         self._check_model(wanted.model)
-        if wanted.dimensions not in (None, self._info.dimensions):
-            told = f"vectors of this model have {self._info.dimensions} numbers and were not trained to be cut"
-            raise _invalid("dimensions", told)
+        self._check_dimensions(wanted.dimensions)
         loop = asyncio.get_running_loop()
         sequences = await loop.run_in_executor(self._tokenizing, self._sequences, wanted.input)
         vectors = await self._vectors(request, sequences)
@@ -150,12 +147,38 @@ class EmbeddingService:
         )
         return answer
 
-    def _sequences(self, inputs: Sequence[str | tuple[int, ...]]) -> list[Sequence[int]]:
-        """Token ids of every input. Raises ``ApiError`` naming the first that cannot be computed."""
+    async def ollama(self, request: Request) -> Response:
+        """``/api/embed``; Ollama's clients add a tag to every name that has none."""
+        started = time.monotonic()
+        wanted = parse_request(EmbedBody, parse_json(await request.body()))
+        self._check_model(wanted.model.removesuffix(":latest"))
+        self._check_dimensions(wanted.dimensions)
+        loop = asyncio.get_running_loop()
+        sequences = await loop.run_in_executor(
+            self._tokenizing, lambda: self._sequences(wanted.texts, cut=wanted.truncate)
+        )
+        vectors = await self._vectors(request, sequences)
+        tokens = sum(map(len, sequences))
+        request.state.facts.update({"prompt_tokens": tokens, "inputs": len(sequences)})
+
+        def write() -> Response:
+            elapsed_s = time.monotonic() - started
+            return JSONResponse(vectors_document(self._model.name, vectors.tolist(), tokens, elapsed_s))
+
+        return await loop.run_in_executor(self._tokenizing, write)
+
+    def _check_dimensions(self, dimensions: int | None) -> None:
+        if dimensions not in (None, self._info.dimensions):
+            told = f"vectors of this model have {self._info.dimensions} numbers and were not trained to be cut"
+            raise _invalid("dimensions", told)
+
+    def _sequences(self, inputs: Sequence[str | tuple[int, ...]], *, cut: bool = False) -> list[Sequence[int]]:
+        """Token ids of every input; ``cut`` takes the beginning of texts that are too long. Raises ``ApiError`` naming
+        the first that cannot be computed."""
         found: list[Sequence[int]] = []
         for index, item in enumerate(inputs):
             param = "input" if len(inputs) == 1 else f"input.{index}"
-            ids: Sequence[int] = self._text_ids(item, param) if isinstance(item, str) else item
+            ids: Sequence[int] = self._text_ids(item, param, cut=cut) if isinstance(item, str) else item
             if len(ids) > self._info.context:
                 raise _too_long(param, f"{len(ids)} tokens", self._info.context)
             outside = next((token for token in ids if token >= self._info.vocabulary), None)
@@ -166,11 +189,14 @@ class EmbeddingService:
             found.append(ids)
         return found
 
-    def _text_ids(self, text: str, param: str) -> list[int]:
-        if len(text) > prompt_characters_limit(self._info.context):
-            raise _too_long(param, f"{len(text)} characters", self._info.context)
+    def _text_ids(self, text: str, param: str, *, cut: bool) -> list[int]:
+        context = self._info.context
+        if cut:
+            text = text[: prompt_characters_limit(context)]
+        elif len(text) > prompt_characters_limit(context):
+            raise _too_long(param, f"{len(text)} characters", context)
         try:
-            return self._model.text_ids(text)
+            return self._model.text_ids(text, context if cut else None)
         except EdgelmError as error:
             raise _invalid(param, error.message) from error
 
@@ -251,5 +277,6 @@ def embedding_routes(service: EmbeddingService) -> list[Route]:
         Route("/v1/models", service.models, methods=["GET"]),
         Route("/v1/models/{name:path}", service.model, methods=["GET"]),
         Route("/v1/embeddings", service.embeddings, methods=["POST"]),
+        Route("/api/embed", service.ollama, methods=["POST"]),
         *(Route(path, service.generate, methods=["POST"], include_in_schema=False) for path in _GENERATING),
     ]

@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,14 @@ from runtime.server.metrics import Metrics, Observation
 from runtime.server.scheduler import Failure, Job, JobEvent
 from runtime.server.worker import NotReadyError, QueueFullError, Worker
 from runtime.supervisor import Channel, tie_to_parent
+
+TOKENS_EVERY_S = 0.025
+"""Tokens that come faster are sent together. Each message wakes the server and its client on cores that an engine on a
+small board needs for itself; of 40 messages per second nobody sees that they are not 100."""
+OBSERVATIONS_EVERY_S = 0.25
+"""While tokens are computed, what was counted is sent so often: token by token it would cost more than the tokens."""
+LONG_TEXT = 20_000
+"""Characters that take longer than some milliseconds to encode, so that it is worth waking a thread."""
 
 Open = Callable[[Path, EngineOptions], LoadedModel]
 
@@ -54,7 +63,9 @@ class EngineProcess:
         self._lock = threading.Lock()
         self._told_ready = False
         self._told_steps = 0
-        # Encoding a long text must not keep a cancellation waiting.
+        self._told_s = 0.0
+        self._told_observations_s = 0.0
+        # A long text must not keep a cancellation waiting.
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")
 
     def serve(self, open_served: Open) -> int:
@@ -90,8 +101,10 @@ class EngineProcess:
                 self._worker.cancel(job)
         elif isinstance(message, wire.Abort):
             self._worker.abort(message.message)
-        elif isinstance(message, wire.Encode | wire.Decode):
+        elif isinstance(message, wire.Encode) and len(message.text) > LONG_TEXT:
             self._tokenizing.submit(self._answer, message, model)
+        elif isinstance(message, wire.Encode | wire.Decode):
+            self._answer(message, model)
 
     def _submit(self, message: wire.Submit, model: LoadedModel) -> None:
         number, ended = message.job, False
@@ -140,17 +153,36 @@ class EngineProcess:
         self._flush()
 
     def _flush(self) -> None:
-        """Send what came since the last time; one message per step, however many streams there are."""
+        """Send what came since the last time, whatever number of steps and streams it is of."""
         with self._lock:
-            pace = self._worker.pace
-            if not self._deliveries and not self._observations and pace.steps == self._told_steps:
+            now = time.monotonic()
+            if self._can_wait(now):
                 return
-            observations = [self._observations.popleft() for _ in range(len(self._observations))]
-            worker, self._told_steps = self._worker, pace.steps
-            progress = wire.Progress(worker.running, self._deliveries, observations, worker.kv_tokens, pace)
+            pace = self._worker.pace
+            moved = pace.steps != self._told_steps
+            observations = self._due_observations(now)
+            if not self._deliveries and not observations and not moved:
+                return
+            worker, self._told_steps, self._told_s = self._worker, pace.steps, now
+            progress = wire.Progress(
+                worker.running, self._deliveries, observations, worker.kv_tokens, pace if moved else None
+            )
             self._deliveries = []
             # Sent under the lock: events of one job must not overtake one another.
             self._say(progress)
+
+    def _can_wait(self, now: float) -> bool:
+        """Whether all that there is to tell is the middle of answers, which soon goes on, and it was told just now."""
+        if now - self._told_s >= TOKENS_EVERY_S or not self._worker.only_decodes:
+            return False
+        return bool(self._deliveries) and all(map(wire.is_plain, self._deliveries))
+
+    def _due_observations(self, now: float) -> list[Observation]:
+        """What was counted, when nothing is computed any more or some time after the last time."""
+        if self._jobs and now - self._told_observations_s < OBSERVATIONS_EVERY_S:
+            return []
+        self._told_observations_s = now
+        return [self._observations.popleft() for _ in range(len(self._observations))]
 
     def _end_with_worker(self) -> None:
         """An engine that cannot compute ends its process: the server starts another."""

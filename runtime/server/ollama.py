@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic_core
 from pydantic import Field
@@ -19,7 +19,7 @@ from pydantic import Field
 from runtime.generate import LOGPROBS_LIMIT, TokenEvent
 from runtime.sampling import SamplingOptions
 from runtime.server.errors import ApiError
-from runtime.server.limits import MESSAGE_COUNT_LIMIT, TOOL_COUNT_LIMIT
+from runtime.server.limits import INPUT_COUNT_LIMIT, MESSAGE_COUNT_LIMIT, TOOL_COUNT_LIMIT
 from runtime.server.openai import (
     INTEGER_LIMIT,
     NAME_LENGTH_LIMIT,
@@ -184,6 +184,23 @@ class ShowBody(Body):
     name: ModelName | None = None
 
 
+class EmbedBody(Body):
+    """Body of ``POST /api/embed``. As with Ollama, a text that is too long is cut unless ``truncate`` is false."""
+
+    labels: ClassVar[frozenset[str]] = frozenset({"keep_alive"})
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"options": ({},)}
+
+    model: ModelName
+    input: str | Annotated[list[str], Field(min_length=1, max_length=INPUT_COUNT_LIMIT)]
+    truncate: bool = True
+    dimensions: int | None = Field(default=None, ge=1, le=INTEGER_LIMIT)
+
+    @property
+    def texts(self) -> list[str]:
+        """All of them, also when there is one."""
+        return [self.input] if isinstance(self.input, str) else self.input
+
+
 @dataclass(frozen=True, slots=True)
 class OllamaForm:
     """What an answer needs to know beyond the events."""
@@ -263,6 +280,12 @@ class OllamaAnswer:
 def loaded_document(model: str) -> dict[str, Any]:
     """The answer to a generation without a prompt: the model is there."""
     return {"model": model, "created_at": timestamp(), "response": "", "done": True, "done_reason": "load"}
+
+
+def vectors_document(model: str, vectors: list[list[float]], tokens: int, elapsed_s: float) -> dict[str, Any]:
+    """The answer to ``/api/embed``. The encoder is always loaded."""
+    counts = {"total_duration": _nanoseconds(elapsed_s), "load_duration": 0, "prompt_eval_count": tokens}
+    return {"model": model, "embeddings": vectors, **counts}
 
 
 def error_document(error: ApiError) -> dict[str, Any]:

@@ -118,6 +118,9 @@ _OPERATIONS: Mapping[str, Operation] = {
         shapes.OllamaText,
         example={"prompt": "Hello", "options": {"num_predict": 8}, "logprobs": True},
     ),
+    "/api/embed": Operation(
+        "Vectors of texts (Ollama)", shapes.OllamaVectors, ollama.EmbedBody, example={"input": ["a text", "another"]}
+    ),
     "/api/show": Operation("What is known of a model (Ollama)", shapes.OllamaModel, ollama.ShowBody, example={}),
     "/api/tags": Operation("The models that are served (Ollama)", shapes.OllamaTags),
     "/api/version": Operation("The version of Ollama's API that is spoken here", shapes.OllamaVersion),

@@ -113,6 +113,7 @@ class Answer:
         self._readers: dict[int, ChoiceReader] = {}
         self._call_counts: dict[int, int] = {}
         self._offsets: dict[int, int] = {}
+        self._around: dict[int, tuple[bytes, bytes]] = {}
         self._last: dict[str, Any] = {}  # the end of the choice that ended last: the last of all carries timings
         self._base = {
             "id": ("chatcmpl-" if form.chat else "cmpl-") + uuid.uuid4().hex,
@@ -152,15 +153,29 @@ class Answer:
         reader = self._reader(choice)
         for event in events:
             parts = reader.read(event)
-            logprobs = self._logprobs(choice, [event])
+            logprobs = None if event.logprobs is None else self._logprobs(choice, [event])
             if logprobs is not None and not any(isinstance(part, str) for part in parts):
                 parts = ["", *parts]  # a token without text of its own still has a probability
             for part in parts:
+                if logprobs is None and isinstance(part, str):
+                    data += self._text_piece(choice, part)
+                    continue
                 data += server_sent_event(self._piece(choice, self._delta(choice, part), logprobs=logprobs))
                 logprobs = None
             if event.finish_reason is not None:
                 self._last = self._piece(choice, {} if self._form.chat else "", self._finish_reason(choice, event))
         return data
+
+    def _text_piece(self, choice: int, text: str) -> bytes:
+        """What most pieces are: all that differs from one to the next is the text, so the rest is written once."""
+        around = self._around.get(choice)
+        if around is None:
+            mark = uuid.uuid4().hex
+            before, _, behind = server_sent_event(self._piece(choice, self._delta(choice, mark))).partition(
+                f'"{mark}"'.encode()
+            )
+            around = self._around[choice] = before, behind
+        return around[0] + json.dumps(text, ensure_ascii=False).encode() + around[1]
 
     def closing(self, usage: Usage, timings: Timings) -> bytes:
         """The end of the last choice with timings, the counts when they were asked for, and the end mark."""

@@ -111,6 +111,11 @@ class Scheduler:
         return sum(len(session.tokens) for session in sessions)
 
     @property
+    def only_decodes(self) -> bool:
+        """Whether there are runs and all of them have read their prompts."""
+        return bool(self._runs) and all(run.index > 0 for run in self._runs)
+
+    @property
     def has_room(self) -> bool:
         return bool(self._free)
 

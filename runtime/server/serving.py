@@ -42,9 +42,10 @@ from runtime.server.supervised import SupervisedWorker
 from runtime.server.switch import create_switch_app
 from runtime.server.task_worker import TaskWorker
 from runtime.server.tasks import create_task_app
-from runtime.server.worker import QUEUED_PER_SEQUENCE, Backend, Worker
+from runtime.server.worker import QUEUED_PER_SEQUENCE, Backend, LoopReader, Worker
 from runtime.settings import SPARE_SHARE, predicted_bytes
 from runtime.tasks import TaskOptions, holds_task, open_task
+from runtime.turns import ask_for_short_turns
 from targets.host import available_memory
 from targets.predict import PROCESS_BYTES
 
@@ -144,6 +145,9 @@ class _DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        ask_for_short_turns()
+        if isinstance(self._backend, LoopReader):
+            self._backend.lend(asyncio.get_running_loop())
         for listener in sockets or []:
             host, port = listener.getsockname()[:2]
             log_event("listening", {"url": f"http://{f'[{host}]' if ':' in host else host}:{port}"})

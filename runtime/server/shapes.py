@@ -424,6 +424,16 @@ class OllamaTags(Shape):
     models: list[OllamaTag]
 
 
+class OllamaVectors(Shape):
+    """One vector for each text, in order; durations in nanoseconds."""
+
+    model: str
+    embeddings: list[list[float]]
+    total_duration: int
+    load_duration: int
+    prompt_eval_count: int
+
+
 class OllamaModel(Shape):
     """What is known of a model."""
 

@@ -7,6 +7,7 @@ backends by what all have in common; nothing of HTTP, engines or requests' conte
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
@@ -20,7 +21,7 @@ from edgelm.units import format_bytes
 from runtime.server.figures import Shown
 from runtime.server.logs import log_event
 from runtime.server.metrics import Gauge, Metrics
-from runtime.server.worker import KvUse, NotReadyError, State
+from runtime.server.worker import KvUse, LoopReader, NotReadyError, State
 
 LOAD_LIMIT_S = 900.0
 _POLL_S = 0.02
@@ -96,6 +97,7 @@ class Shelf:
         self._one_load = threading.Lock()
         self._stopping = threading.Event()
         self._opened = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.on_refusal: Callable[[], None] = lambda: None
         self.on_unload: Callable[[str], object] = lambda name: None
         self._reaper = threading.Thread(target=self._reap, name="unload", daemon=True)
@@ -143,6 +145,13 @@ class Shelf:
         with self._lock:
             self._begin(self.first)
         self._reaper.start()
+
+    def lend(self, loop: asyncio.AbstractEventLoop) -> None:
+        """See ``LoopReader``: for every model that is loaded, now and later."""
+        with self._lock:
+            self._loop = loop
+            for servant in self._servants():
+                _lend(servant, loop)
 
     def take(self, book: Book) -> Servant | None:
         """The model's backend when it is loaded, to be given back by ``give_back``; None while it is loaded in the
@@ -204,6 +213,8 @@ class Shelf:
                 log_event("model not loaded", facts, level=logging.WARNING)
             with self._lock:
                 book.servant, book.error, book.used_s = servant, error, time.monotonic()
+                if servant is not None and self._loop is not None:
+                    _lend(servant, self._loop)
                 book.loading = False
                 book.attempts += 1
                 self._opened = self._opened or (book is self.first and error is None)
@@ -285,3 +296,8 @@ class Shelf:
         for name, book in self.books.items():
             loaded = book.servant is not None
             yield Gauge("edgelm_model_loaded", "1 while a model is in memory", loaded, (("model", name),))
+
+
+def _lend(servant: Servant, loop: asyncio.AbstractEventLoop) -> None:
+    if isinstance(servant, LoopReader):
+        servant.lend(loop)

@@ -7,6 +7,7 @@ HTTP nor engines: the only thing of the model's that is used here is its chat te
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import logging
@@ -173,6 +174,9 @@ class SupervisedWorker:
         self._supervisor.start()
         self._watchdog.start()
 
+    def lend(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._supervisor.lend(loop)
+
     def submit(self, request: GenerationRequest, deliver: Callable[[JobEvent], None]) -> Job:
         job = Job(request, deliver)
         with self._lock:
@@ -333,9 +337,9 @@ class SupervisedWorker:
     def _progress(self, progress: wire.Progress) -> None:
         self._running, self._kv_tokens = progress.running, progress.kv_tokens
         with self._lock:
-            if progress.deliveries or progress.pace.steps != self._pace.steps:
+            if progress.deliveries or progress.pace is not None:
                 self._silent_s = 0.0
-            self._pace = progress.pace
+            self._pace = progress.pace or self._pace
         try:
             for observation in progress.observations:
                 self._metrics.apply(observation)

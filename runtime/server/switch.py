@@ -48,6 +48,7 @@ BY_MODEL = (
     "/detokenize",
     "/api/chat",
     "/api/generate",
+    "/api/embed",
     "/api/show",
     *(f"/v1/{kind}" for kind in get_args(TaskKind)),
 )

@@ -34,7 +34,14 @@ from runtime.tasks import TOP, TOP_LIMIT, Asked
 
 INPUT_COUNT_LIMIT = 256
 MAX_TOKENS_LIMIT = 65536
-_GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/api/chat", "/api/generate")
+_GENERATING = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/api/chat",
+    "/api/generate",
+    "/api/embed",
+)
 
 
 class _TaskRequest(Body):

@@ -1,13 +1,15 @@
 """What the server and its engine process say to one another: small frozen values, as JSON.
 
 JSON and not pickle: a process that a hostile model file has taken over must not be able to run code in the server.
-The values inside are the project's own dataclasses, so a field added to one of them travels by itself. Knows neither
-sockets nor processes.
+The values inside are the project's own dataclasses, so a field added to one of them travels by itself. The one message
+that comes with every token, and mostly says nothing but the token, has a form of fixed fields beside it: writing,
+reading and checking JSON took a quarter of the time that serving a token takes. Knows neither sockets nor processes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import struct
+from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -145,14 +147,14 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What came of one step: events in order, and what was counted on the way; how many jobs are running now, how many
-    tokens the sequences hold, and how the steps went so far."""
+    """What came of one step: events in order, and what was counted since it was told last; how many jobs are running
+    now, how many tokens the sequences hold, and how the steps went so far, None when there was none."""
 
     running: int
     deliveries: list[Delivery]
     observations: list[Observation]
     kv_tokens: int = 0
-    pace: Pace = field(default_factory=Pace)
+    pace: Pace | None = None
     kind: Literal["progress"] = "progress"
 
 
@@ -160,6 +162,11 @@ ToEngine = Load | Submit | Cancel | Abort | Stop | Encode | Decode
 FromEngine = Loaded | Ready | Refused | Progress | Encoded | Decoded
 
 _Message = TypeVar("_Message")
+# A plain step: a mark that no JSON begins with; running, tokens held, steps, slowest and best time, how many tokens
+# follow. Of each its job, seconds queued, number, index, seconds so far, cached, drafted, accepted, bytes of its text.
+_MARK = b"\0"
+_STEP = struct.Struct("<cIQQddI")
+_TOKEN = struct.Struct("<QdqIdIIII")
 _EXACT = ConfigDict(ser_json_inf_nan="constants")
 _TO_ENGINE: TypeAdapter[ToEngine] = TypeAdapter(Annotated[ToEngine, Field(discriminator="kind")], config=_EXACT)
 _FROM_ENGINE: TypeAdapter[FromEngine] = TypeAdapter(Annotated[FromEngine, Field(discriminator="kind")], config=_EXACT)
@@ -171,7 +178,9 @@ def pack_to_engine(message: ToEngine) -> bytes:
 
 
 def pack_from_engine(message: FromEngine) -> bytes:
-    """A message of the engine process as JSON."""
+    """A message of the engine process: a plain step in fixed fields, everything else as JSON."""
+    if isinstance(message, Progress) and message.pace is not None and _says_only_tokens(message):
+        return _pack_plain(message, message.pace)
     return _FROM_ENGINE.dump_json(message)
 
 
@@ -183,7 +192,66 @@ def unpack_to_engine(frame: bytes) -> ToEngine:
 def unpack_from_engine(frame: bytes) -> FromEngine:
     """The engine process's message in a frame; it may come from a process that was taken over, so nothing is taken for
     granted. Raises ``FrameError``."""
+    if frame[:1] == _MARK:
+        try:
+            return _unpack_plain(frame)
+        except (struct.error, UnicodeDecodeError):
+            raise FrameError(f"{len(frame)} bytes are no step") from None
     return _unpack(_FROM_ENGINE, frame)
+
+
+def is_plain(delivery: Delivery) -> bool:
+    """Whether it says nothing but a token in the middle of its answer."""
+    event = delivery.token
+    if event is None or event.token is None or event.finish_reason is not None:
+        return False
+    return event.prefill_s is None and event.logprobs is None
+
+
+def _says_only_tokens(progress: Progress) -> bool:
+    return not progress.observations and bool(progress.deliveries) and all(map(is_plain, progress.deliveries))
+
+
+def _pack_plain(progress: Progress, pace: Pace) -> bytes:
+    parts = [
+        _STEP.pack(
+            _MARK,
+            progress.running,
+            progress.kv_tokens,
+            pace.steps,
+            pace.slowest_s,
+            pace.token_s,
+            len(progress.deliveries),
+        )
+    ]
+    for delivery in progress.deliveries:
+        event = delivery.token
+        assert event is not None
+        assert event.token is not None
+        text = event.text.encode()
+        counts = event.cached_tokens, event.drafted_tokens, event.accepted_tokens, len(text)
+        parts += (
+            _TOKEN.pack(delivery.job, delivery.queue_s, event.token, event.index, event.elapsed_s, *counts),
+            text,
+        )
+    return b"".join(parts)
+
+
+def _unpack_plain(frame: bytes) -> Progress:
+    """Raises ``struct.error`` and ``UnicodeDecodeError``."""
+    _, running, kv_tokens, steps, slowest_s, token_s, count = _STEP.unpack_from(frame)
+    deliveries: list[Delivery] = []
+    at = _STEP.size
+    for _ in range(count):
+        job, queue_s, token, index, elapsed_s, cached, drafted, accepted, length = _TOKEN.unpack_from(frame, at)
+        at += _TOKEN.size
+        text = frame[at : at + length].decode()
+        at += length
+        event = TokenEvent(token, text, index, elapsed_s, None, cached, None, None, drafted, accepted)
+        deliveries.append(Delivery(job, queue_s, event))
+    if at != len(frame):
+        raise struct.error("what the fields say and how long the frame is do not agree")
+    return Progress(running, deliveries, [], kv_tokens, Pace(steps, slowest_s, token_s))
 
 
 def _unpack(adapter: TypeAdapter[_Message], frame: bytes) -> _Message:

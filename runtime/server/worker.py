@@ -7,6 +7,7 @@ worker like this one in a process of its own (``runtime.server.supervised``).
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import threading
@@ -14,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -106,7 +107,7 @@ class Backend(Protocol):
         ...
 
     def submit(self, request: GenerationRequest, deliver: Callable[[JobEvent], None]) -> Job:
-        """Queue a generation. ``deliver`` gets its events in a thread of the backend and must not block; the last one
+        """Queue a generation. ``deliver`` gets its events in any thread and must not block; the last one
         has a finish reason or is a ``Failure``. Raises ``QueueFullError`` and ``NotReadyError``."""
         ...
 
@@ -120,6 +121,15 @@ class Backend(Protocol):
 
     def stop(self) -> None:
         """Finish what was submitted, free the engine and wait until that is done."""
+        ...
+
+
+@runtime_checkable
+class LoopReader(Protocol):
+    """A backend whose events come from another process: the event loop that waits for them can read them itself."""
+
+    def lend(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Read in ``loop`` as long as it runs, and deliver in its thread, as far as it makes sense."""
         ...
 
 
@@ -182,6 +192,11 @@ class Worker:
     def pace(self) -> Pace:
         """How its steps went so far, that of the first token among them."""
         return self._pace
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether the next step will be a short one: no prompt is being read, and none waits."""
+        return not self._queue and self._scheduler.only_decodes
 
     @property
     def kv_tokens(self) -> int:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,6 +175,40 @@ def test_a_client_that_leaves_frees_the_engine(server: LiveServer) -> None:
     with stream(server, "long", 3000):
         assert wait_until(lambda: server.worker.running == 1)
     assert wait_until(lambda: server.idle)
+
+
+def test_a_working_engine_is_read_in_the_event_loop(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = worker_of(server)
+    threads: list[str] = []
+    heard = worker.child_said
+
+    def child_said(message: bytes) -> None:
+        threads.append(threading.current_thread().name)
+        heard(message)
+
+    assert server.post("/v1/completions", wanted("warm"))[0] == 200
+    monkeypatch.setattr(worker, "child_said", child_said)
+    assert server.post("/v1/completions", wanted("a prompt"))[1]["choices"][0]["text"] == expected("a prompt")
+    assert set(threads) == {"server"}
+
+
+def test_an_engine_that_talks_nonsense_is_ended_and_comes_back(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = worker_of(server)
+    assert server.post("/v1/completions", wanted("warm"))[0] == 200
+    before = figure(server, "edgelm_engine_deaths_total")
+    heard = worker.child_said
+
+    def child_said(message: bytes) -> None:
+        monkeypatch.setattr(worker, "child_said", heard)
+        heard(b"\0nonsense")
+
+    monkeypatch.setattr(worker, "child_said", child_said)
+    assert server.post("/v1/completions", wanted("a prompt"))[0] == 503
+    assert wait_until(lambda: figure(server, "edgelm_engine_deaths_total") == before + 1, START_TIMEOUT_S)
+    assert wait_until(lambda: is_ready(server), START_TIMEOUT_S)
+    assert server.post("/v1/completions", wanted("a prompt"))[1]["choices"][0]["text"] == expected("a prompt")
 
 
 def test_more_than_the_queue_holds_is_refused(server: LiveServer) -> None:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import ollama
 import openai
 import pytest
 from fake_encoder import FakeEncoder, fake_encoder_model, live_embedding_server, vector_of
@@ -266,3 +267,41 @@ def test_parsing_keeps_what_was_asked_for() -> None:
     assert (wanted.input, wanted.model, wanted.encoding_format, wanted.dimensions) == (("a",), "m", "base64", None)
     with pytest.raises(ApiError, match="must be a JSON object"):
         parse_request(EmbeddingRequest, ["a"])
+
+
+@pytest.fixture(scope="module")
+def ollama_client(server: LiveServer) -> Iterator[ollama.Client]:
+    with ollama.Client(host=server.url, timeout=20) as made:
+        yield made
+
+
+def test_the_ollama_client_gets_the_same_vectors(ollama_client: ollama.Client) -> None:
+    answer = ollama_client.embed("fake", ["abc", "a longer text"])
+    assert [list(vector) for vector in answer.embeddings] == [framed("abc"), framed("a longer text")]
+    assert (answer.model, answer.prompt_eval_count) == ("fake", 5 + 15)
+    one = ollama_client.embed("fake:latest", "abc", dimensions=len(framed("abc")))
+    assert list(one.embeddings[0]) == framed("abc")
+
+
+def test_ollama_cuts_what_is_too_long_unless_told_not_to(ollama_client: ollama.Client) -> None:
+    context = FakeEncoder().info.context
+    long = "x" * (20 * context)
+    assert list(ollama_client.embed("fake", long).embeddings[0]) == framed("x" * (context - 2))
+    with pytest.raises(ollama.ResponseError, match="more than fit"):
+        ollama_client.embed("fake", long, truncate=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("options", {"num_ctx": 8}), ("dimensions", 1), ("input", []), ("input", [1]), ("shape", 1)]
+)
+def test_what_ollama_asks_and_cannot_be_done_is_named(server: LiveServer, field: str, value: Any) -> None:
+    status, document = server.post("/api/embed", {"model": "fake", "input": "a", field: value})
+    assert status == 400
+    assert field in document["error"]
+
+
+def test_a_model_that_generates_has_no_vectors_for_ollama_either() -> None:
+    with live_server(fake_model(FakeEngine())) as running:
+        status, document = running.post("/api/embed", {"model": "fake", "input": "a"})
+    assert status == 400
+    assert "makes no vectors" in document["error"]

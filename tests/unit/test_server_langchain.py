@@ -1,11 +1,12 @@
-"""The server through LangChain's OpenAI client, as most applications meet it: chat, stream, tools, JSON schema."""
+"""The server through LangChain's OpenAI client, as most applications meet it: chat, stream, tools, schema, vectors."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
+from fake_encoder import FakeEncoder, fake_encoder_model, live_embedding_server, vector_of
+from fake_engine import BOS, EOS, FakeEngine
 from live_server import TOOL_TEMPLATE, LiveServer, fake_model, live_server
 from pydantic import BaseModel, SecretStr
 
@@ -70,3 +71,16 @@ def test_structured_output(method: str) -> None:
         assert chat_model(server).with_structured_output(Person, method=method).invoke("Who?") == Person(
             name="Ann", age=7
         )
+
+
+def test_vectors() -> None:
+    from langchain_openai import OpenAIEmbeddings
+
+    with live_embedding_server(fake_encoder_model(FakeEncoder())) as server:
+        # Its check of lengths counts tokens of OpenAI's vocabularies, which it would have to download.
+        model = OpenAIEmbeddings(
+            model="fake", base_url=f"{server.url}/v1", api_key=SecretStr("none"), check_embedding_ctx_length=False
+        )
+        texts = ["abc", "another"]
+        assert model.embed_documents(texts) == [vector_of([BOS, *text.encode(), EOS]) for text in texts]
+        assert model.embed_query("abc") == vector_of([BOS, *b"abc", EOS])

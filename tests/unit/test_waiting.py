@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,21 @@ def test_a_neighbour_means_a_brief_wait(host: Path) -> None:
     assert runnable_neighbours(host) == 1
     found = choose_waiting(2, host)
     assert found.kind == "brief"
-    assert "1.0 other processes" in found.reason
+    assert "1 threads of others" in found.reason
+
+
+def test_what_runs_for_a_moment_is_no_neighbour(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = itertools.cycle([9, 9, 9, 1, 1, 1, 1])
+    monkeypatch.setattr(waiting.time, "sleep", lambda _: write(host, {"proc/stat": f"procs_running {next(looks)}\n"}))
+    assert choose_waiting(2, host).kind == "spin"
+
+
+def test_a_server_that_starts_its_engine_is_no_neighbour_of_it(host: Path) -> None:
+    task = f"proc/{os.getppid()}/task"
+    write(host, {"proc/stat": "procs_running 3\n", f"{task}/7/stat": "7 (a) b) R 1", f"{task}/8/stat": "8 (c) S 1"})
+    assert runnable_neighbours(host) == 1
+    write(host, {f"{task}/8/stat": "8 (c) R 1"})
+    assert choose_waiting(2, host).kind == "spin"
 
 
 def test_too_many_threads_and_quotas_mean_a_brief_wait(host: Path) -> None:
