@@ -154,6 +154,11 @@ def image_bytes(image: str = IMAGE) -> int:
     return int(run([*engine(), "image", "inspect", "--format", "{{.Size}}", image]).stdout)
 
 
+def image_id(image: str = IMAGE) -> str:
+    """What an image is called as long as nothing in it changes."""
+    return run([*engine(), "image", "inspect", "--format", "{{.Id}}", image]).stdout.strip()
+
+
 def container_options(*, memory: str, cpu: str | None = None, mounts: Sequence[str] = ()) -> list[str]:
     """Options of ``run`` for a locked-down container: read-only, no capabilities, no network, limited memory.
 

@@ -2,7 +2,8 @@
 
 Runs the image built by ``arm64_image.py`` in locked-down containers, emulated by qemu on other machines, once for every
 processor that stands for a kind of board. Writes what it saw to a JSON file and prints a table; exits 1 when a figure
-misses its limit. Needs an environment with EdgeLM itself (the reference is its engine on this machine).
+misses its limit. Every row is kept as soon as it is there: a run that was cut off goes on where it stopped. Needs an
+environment with EdgeLM itself (the reference is its engine on this machine).
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import numpy as np
@@ -30,8 +35,10 @@ from arm64_image import (
     enable_emulation,
     engine,
     image_bytes,
+    image_id,
     is_arm,
 )
+from arm64_kept import Kept, fingerprint
 
 # qemu's processor, the kernels that must be chosen on it, and the boards it stands for.
 PROCESSORS = {
@@ -59,6 +66,7 @@ KL_LIMIT_QUANTISED = 1e-2
 TINY_TOKENS, REAL_TOKENS = 160, 32
 QUESTION = "What is the capital of France?"
 MEMORY = "1g"
+TIMEOUT_S = 7200.0
 HELPERS = REPOSITORY / "scripts" / "arm64"
 
 
@@ -89,7 +97,7 @@ def tool(*arguments: str) -> list[str]:
 
 def checked(command: Sequence[str], what: str) -> str:
     """Output of a command that has to succeed, within two hours."""
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY, timeout=7200)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY, timeout=TIMEOUT_S)
     if result.returncode != 0:
         sys.exit(f"{result.stdout[-2000:]}{result.stderr[-3000:]}\nerror: {what} failed (exit {result.returncode})")
     return result.stdout
@@ -159,59 +167,101 @@ def fresh(directory: Path) -> Path:
 
 def logits_in_container(
     work: Path, output: Path, bundles: Sequence[Path], processor: str, *, page_bytes: int | None = None
-) -> list[dict[str, Any]]:
-    """Facts about each bundle that was computed in the image; the logits lie in ``output``."""
+) -> Iterator[dict[str, Any]]:
+    """Facts about each bundle as soon as it was computed in the image; its logits lie in ``output`` then."""
     mounts = [f"{work}:/given:ro", f"{CACHE / 'models'}:/models:ro", f"{HELPERS}:/proof:ro", f"{output}:/output"]
     options = options_on(processor, "3g", mounts)
     if page_bytes is not None:
         options += ["--env", f"QEMU_PAGESIZE={page_bytes}"]
     inside = ["/proof/logits.py", "/given/tokens.json", "/output", *(f"/models/{bundle.name}" for bundle in bundles)]
     run = [*engine(), "run", "--rm", *options, "--entrypoint", "python3", IMAGE, *inside]
-    return [json.loads(line) for line in checked(run, f"computing logits on {processor}").splitlines()]
+    log = work / "logits.log"
+    with log.open("wb") as sink, subprocess.Popen(run, stdout=subprocess.PIPE, stderr=sink, text=True) as child:
+        assert child.stdout is not None
+        deadline = Timer(TIMEOUT_S, child.kill)
+        deadline.start()
+        try:
+            yield from (json.loads(line) for line in child.stdout)
+        finally:
+            deadline.cancel()
+    if child.returncode != 0:
+        tail = log.read_text(encoding="utf-8", errors="replace")[-3000:]
+        sys.exit(f"{tail}\nerror: computing logits on {processor} failed (exit {child.returncode})")
 
 
-def compute_reference(work: Path, bundles: Sequence[Path]) -> Path:
-    """This machine's logits of all bundles."""
-    reference = fresh(work / "reference")
-    command = [sys.executable, str(HELPERS / "logits.py"), str(work / "tokens.json"), str(reference)]
-    checked([*command, *map(str, bundles)], "the reference run on this machine")
-    return reference
+@dataclass(frozen=True)
+class Proof:
+    """What every part works with. ``image`` and ``exporter`` are the ids of the images."""
+
+    work: Path
+    bundles: Sequence[Path]
+    kept: Kept
+    image: str
+    exporter: str
+
+    @cached_property
+    def reference(self) -> Path:
+        """This machine's logits of all bundles."""
+        reference = fresh(self.work / "reference")
+        command = [sys.executable, str(HELPERS / "logits.py"), str(self.work / "tokens.json"), str(reference)]
+        checked([*command, *map(str, self.bundles)], "the reference run on this machine")
+        return reference
+
+    def origins(self, bundle: Path) -> tuple[str, ...]:
+        """What the logits of a bundle depend on, here and in the image."""
+        files = (bundle / "manifest.json", self.work / "tokens.json", HELPERS / "logits.py")
+        engines = (f"{name} {version(name)}" for name in ("llama_cpp_python", "onnxruntime"))
+        return (self.image, bundle.name, fingerprint(files), *engines)
+
+    def once(self, part: str, compute: Callable[[], dict[str, Any]], *origins: str) -> dict[str, Any]:
+        """The row that was kept, or a new one, which is kept when nothing in it misses its limit."""
+        row = self.kept.find(part, *origins)
+        if row is None:
+            started = time.perf_counter()
+            row = compute()
+            row = {"seconds": round(time.perf_counter() - started, 1), **row}
+            if not failures({part: [row] if part in MANY else row}):
+                self.kept.add(row, part, *origins)
+        return row
 
 
-def prove_logits(
-    work: Path, reference: Path, bundles: Sequence[Path], processors: Sequence[str]
-) -> list[dict[str, Any]]:
+def prove_logits(proof: Proof, bundles: Sequence[Path], processors: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of (processor, model): kernels that were chosen, agreement with this machine, time."""
     rows: list[dict[str, Any]] = []
     for processor in processors:
-        output = fresh(work / f"logits-{processor.replace('=', '-').replace(',', '-')}")
-        for facts in logits_in_container(work, output, bundles, processor):
+        output = fresh(proof.work / f"logits-{processor.replace('=', '-').replace(',', '-')}")
+        known = {bundle.name: proof.kept.find("logits", processor, *proof.origins(bundle)) for bundle in bundles}
+        missing = {bundle.name: bundle for bundle in bundles if known[bundle.name] is None}
+        for facts in logits_in_container(proof.work, output, [*missing.values()], processor) if missing else ():
             name, kernels = facts["model"], facts["versions"].get("kernels")
-            row = {"processor": processor, "model": name, "kernels": kernels, "seconds": facts["seconds"]}
-            rows.append({**row, **agreement(reference / f"{name}.npy", output / f"{name}.npy")})
-            print(f"{processor:14} {name:20} {kernels} KL {rows[-1]['kl_mean']:.2e}", file=sys.stderr, flush=True)
+            row = {"processor": processor, "model": name, "kernels": kernels}
+            row |= {"seconds": facts["seconds"], "cpu_s": facts["cpu_s"]}
+            row |= agreement(proof.reference / f"{name}.npy", output / f"{name}.npy")
+            proof.kept.add(row, "logits", processor, *proof.origins(missing[name]))
+            known[name] = row
+        rows += [row for row in known.values() if row is not None]
+        for row in rows[-len(bundles) :]:
+            print(f"{processor:14} {row['model']:20} {row['kernels']} KL {row['kl_mean']:.2e}", file=sys.stderr)
     return rows
 
 
-def prove_doctor(processors: Sequence[str]) -> list[dict[str, Any]]:
-    """What ``edgelm doctor`` says in the image, on each processor."""
-    rows: list[dict[str, Any]] = []
-    for processor in processors:
-        run = [*engine(), "run", "--rm", *container_options(memory=MEMORY, cpu=processor), IMAGE, "doctor", "--json"]
-        result = subprocess.run(run, capture_output=True, text=True, check=False)
-        document = json.loads(result.stdout) if result.stdout.startswith("{") else {}
-        broken = [
-            f"{item['name']}: {item['detail']}" for item in document.get("findings", []) if item["status"] == "broken"
-        ]
-        rows.append({"processor": processor, "healthy": document.get("healthy", False), "broken": broken})
-        said = {item["name"]: item for item in document.get("findings", [])}
-        rows[-1]["cpu"] = said.get("cpu", {}).get("detail")
-        rows[-1]["features"] = said.get("cpu features", {})
-        rows[-1]["engine"] = document.get("engine")
-        if not document:
-            rows[-1]["broken"] = [result.stderr[-500:]]
-        print(f"{processor:14} doctor healthy: {rows[-1]['healthy']} {broken or ''}", file=sys.stderr, flush=True)
-    return rows
+def ask_doctor(processor: str) -> dict[str, Any]:
+    """What ``edgelm doctor`` says in the image, on one processor."""
+    run = [*engine(), "run", "--rm", *options_on(processor, MEMORY, []), IMAGE, "doctor", "--json"]
+    result = subprocess.run(run, capture_output=True, text=True, check=False)
+    document = json.loads(result.stdout) if result.stdout.startswith("{") else {}
+    findings = document.get("findings", [])
+    broken = [f"{item['name']}: {item['detail']}" for item in findings if item["status"] == "broken"]
+    said = {item["name"]: item for item in findings}
+    print(f"{processor:14} doctor healthy: {document.get('healthy', False)} {broken or ''}", file=sys.stderr)
+    return {
+        "processor": processor,
+        "healthy": document.get("healthy", False),
+        "broken": broken if document else [result.stderr[-500:]],
+        "cpu": said.get("cpu", {}).get("detail"),
+        "features": said.get("cpu features", {}),
+        "engine": document.get("engine"),
+    }
 
 
 def prove_chat(bundle: Path, processor: str, memory: str) -> dict[str, Any]:
@@ -264,7 +314,7 @@ def prove_wrong_kernels(work: Path) -> dict[str, str]:
     return {"exit_code": str(result.returncode), "said": said[0] if said else result.stderr[-500:]}
 
 
-def prove_large_pages(work: Path, reference: Path) -> dict[str, Any]:
+def prove_large_pages(proof: Proof) -> dict[str, Any]:
     """Segments of every ELF file in the image; a GGUF and an ONNX model mapped and computed with pages of 16 KiB.
 
     qemu imitates the page size for what a program asks and maps; loading by a kernel with such pages is what the
@@ -275,11 +325,12 @@ def prove_large_pages(work: Path, reference: Path) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads(checked(run, "reading the segments of the image"))
     if is_arm():
         return facts
-    output = fresh(work / "logits-large-pages")
+    output = fresh(proof.work / "logits-large-pages")
     bundles = [CACHE / "models" / name for name in SERVED if name.startswith("tiny")]
-    for row in logits_in_container(work, output, bundles, "cortex-a76", page_bytes=16384):
+    for row in logits_in_container(proof.work, output, bundles, "cortex-a76", page_bytes=16384):
         name = row["model"]
-        facts[name] = {"page_bytes": row["page_bytes"], **agreement(reference / f"{name}.npy", output / f"{name}.npy")}
+        same = agreement(proof.reference / f"{name}.npy", output / f"{name}.npy")
+        facts[name] = {"page_bytes": row["page_bytes"], **same}
     return facts
 
 
@@ -342,6 +393,7 @@ def _page_failures(facts: dict[str, Any]) -> list[str]:
     return found
 
 
+MANY = ("doctor", "chat", "logits")  # parts of several rows
 PARTS = ("doctor", "wrong_kernels", "large_pages", "chat", "exporter", "logits")
 
 
@@ -350,34 +402,43 @@ def main() -> None:
     parser.add_argument("--processor", action="append", choices=PROCESSORS, help="only this one; repeatable")
     parser.add_argument("--family", choices=["tiny", "smollm2"], help="only the logits of this model")
     parser.add_argument("--part", action="append", choices=PARTS, help="only this one; repeatable")
+    parser.add_argument("--anew", action="store_true", help="compute again what earlier runs have kept")
     parser.add_argument("-o", "--output", type=Path, default=CACHE / "report.json", help="where the figures go")
     arguments = parser.parse_args()
     processors = arguments.processor or list(PROCESSORS)
     wanted = arguments.part or PARTS
     enable_emulation()
     bundles = prepare_models()
-    work = CACHE / "proof"
-    work.mkdir(parents=True, exist_ok=True)
-    write_tokens(work, bundles)
+    proof = Proof(CACHE / "proof", bundles, Kept(CACHE / "rows.jsonl"), image_id(), image_id(EXPORTER_IMAGE))
+    proof.work.mkdir(parents=True, exist_ok=True)
+    if arguments.anew:
+        proof.kept.forget()
+    write_tokens(proof.work, bundles)
     compared = [bundle for bundle in bundles if bundle.name.startswith(arguments.family or "")]
-    report: dict[str, Any] = {"image_bytes": image_bytes(), "emulated": not is_arm()}
-    if {"logits", "large_pages"} & set(wanted):
-        reference = compute_reference(work, bundles)
+    served = [CACHE / "models" / name for name in SERVED]
+    report: dict[str, Any] = {"image": proof.image, "image_bytes": image_bytes(), "emulated": not is_arm()}
+
+    def chat(bundle: Path) -> dict[str, Any]:
+        origins = (proof.image, bundle.name, fingerprint([bundle / "manifest.json", HELPERS / "chat.py"]))
+        return proof.once("chat", lambda: prove_chat(bundle, "cortex-a76", MEMORY), *origins)
+
+    def doctor(processor: str) -> dict[str, Any]:
+        return proof.once("doctor", lambda: ask_doctor(processor), proof.image, processor)
+
     parts: dict[str, Callable[[], Any]] = {
-        "doctor": lambda: prove_doctor(processors),
-        "wrong_kernels": lambda: {} if is_arm() else prove_wrong_kernels(work),
-        "large_pages": lambda: prove_large_pages(work, reference),
-        "chat": lambda: [prove_chat(CACHE / "models" / name, "cortex-a76", MEMORY) for name in SERVED],
-        "exporter": lambda: prove_exporter(work),
-        "logits": lambda: prove_logits(work, reference, compared, processors),
+        "doctor": lambda: [doctor(processor) for processor in processors],
+        "wrong_kernels": lambda: (
+            {} if is_arm() else proof.once("wrong_kernels", lambda: prove_wrong_kernels(proof.work), proof.image)
+        ),
+        "large_pages": lambda: proof.once("large_pages", lambda: prove_large_pages(proof), proof.image),
+        "chat": lambda: [chat(bundle) for bundle in served],
+        "exporter": lambda: proof.once("exporter", lambda: prove_exporter(proof.work), proof.exporter),
+        "logits": lambda: prove_logits(proof, compared, processors),
     }
     for part in PARTS:
-        if part not in wanted:
-            continue
-        started = time.perf_counter()
-        report[part] = parts[part]()
-        report[f"{part}_s"] = round(time.perf_counter() - started, 1)
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        if part in wanted:
+            report[part] = parts[part]()
+            arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for row in report.get("chat", ()):
         print(f"{row['model']}: {row['answer']['message']['content']!r} (ready after {row['ready_s']} s)")
     missed = failures(report)

@@ -155,6 +155,31 @@ def test_the_proof_names_what_misses_its_limit(scripts: None) -> None:
     assert len(proof.failures({"doctor": [warned]})) == 1
 
 
+def test_a_proof_that_was_cut_off_goes_on_where_it_stopped(scripts: None, tmp_path: Path) -> None:
+    kept = importlib.import_module("arm64_kept").Kept
+    path = tmp_path / "rows.jsonl"
+    kept(path).add({"kl_mean": 1e-5}, "logits", "image", "cortex-a53")
+    with path.open("a") as stream:
+        stream.write('{"key": "logits|image|cortex-a72", "row": {"kl_')
+    again = kept(path)
+    assert again.find("logits", "image", "cortex-a53") == {"kl_mean": 1e-5}
+    assert again.find("logits", "image", "cortex-a72") is None
+    assert again.find("logits", "another image", "cortex-a53") is None
+    again.add({"kl_mean": 2e-5}, "logits", "image", "cortex-a72")
+    assert kept(path).find("logits", "image", "cortex-a72") == {"kl_mean": 2e-5}
+    again.forget()
+    assert kept(path).find("logits", "image", "cortex-a53") is None
+
+
+def test_what_misses_its_limit_is_computed_again(scripts: None, tmp_path: Path) -> None:
+    proof = importlib.import_module("arm64_proof")
+    work = proof.Proof(tmp_path, [], proof.Kept(tmp_path / "rows.jsonl"), "image", "exporter")
+    row = {"processor": "cortex-a72", "healthy": False, "broken": ["engine: SIGILL"], "features": {"status": "ok"}}
+    assert work.once("doctor", lambda: row, "image", "cortex-a72")["healthy"] is False
+    assert work.once("doctor", lambda: {**row, "healthy": True}, "image", "cortex-a72")["healthy"] is True
+    assert work.once("doctor", lambda: row, "image", "cortex-a72")["healthy"] is True
+
+
 def test_segments_of_an_elf_file_are_read(scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS / "arm64"))
     segments = importlib.import_module("segments")
