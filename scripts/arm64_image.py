@@ -85,6 +85,17 @@ def enable_emulation() -> None:
         sys.exit(f"error: cannot register qemu for ARM programs: {error}\nhint: run this as root, once")
 
 
+def check_tools() -> None:
+    """Exit with everything that building and running the images lacks here, before the first of it is needed."""
+    wanted = {} if docker_runs() else {"podman": "podman runc", "debootstrap": "debootstrap"}
+    if not is_arm() and not (BINFMT / "qemu-aarch64").exists():
+        wanted["qemu-aarch64-static"] = "qemu-user-static"
+    missing = [program for program in wanted if shutil.which(program) is None]
+    if missing:
+        packages = " ".join(wanted[program] for program in missing)
+        sys.exit(f"error: missing: {', '.join(missing)}\nhint: on Debian and Ubuntu: apt-get install {packages}")
+
+
 def ensure_base(command: list[str]) -> None:
     """The base image of the building stages for this machine, made from Debian's packages when it is not stored."""
     if subprocess.run([*command, "image", "exists", BASE], check=False).returncode == 0:
@@ -181,8 +192,13 @@ def container_options(*, memory: str, cpu: str | None = None, mounts: Sequence[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--target", choices=IMAGES, default="runtime", help="which image to build")
+    parser.add_argument("--ready", action="store_true", help="only check what building and running need, emulation too")
     parser.add_argument("--wheel", type=Path, metavar="DIR", help="write the llama-cpp-python wheel alone into DIR")
     arguments = parser.parse_args()
+    if arguments.ready:
+        check_tools()
+        enable_emulation()
+        return
     os.environ.setdefault("BUILDKIT_PROGRESS", "plain")
     if arguments.wheel is not None:
         arguments.wheel.mkdir(parents=True, exist_ok=True)

@@ -116,6 +116,23 @@ def test_a_build_gets_the_machines_index_and_certificates(
     ]
 
 
+def test_everything_that_is_missing_is_named_at_once(
+    image_script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_script, "is_arm", lambda: False)
+    monkeypatch.setattr(image_script, "BINFMT", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="apt-get install podman runc debootstrap qemu-user-static"):
+        image_script.check_tools()
+    for program in ("podman", "debootstrap"):
+        (tmp_path / program).write_text("#!/bin/sh\n")
+        (tmp_path / program).chmod(0o755)
+    with pytest.raises(SystemExit, match=r"missing: qemu-aarch64-static\n.*apt-get install qemu-user-static$"):
+        image_script.check_tools()
+    (tmp_path / "qemu-aarch64").write_text("enabled\n")
+    image_script.check_tools()
+
+
 def test_containers_are_locked_down(image_script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_script, "engine", lambda: ["podman"])
     monkeypatch.setattr(image_script, "is_arm", lambda: False)
