@@ -56,6 +56,13 @@ def docker_runs() -> bool:
     return subprocess.run(["docker", "info"], capture_output=True, check=False, timeout=30).returncode == 0
 
 
+def docker_builder(*, load: bool) -> list[str]:
+    """Docker's words for building. Without the buildx plug-in its engine's own BuildKit does it, which always loads."""
+    if subprocess.run(["docker", "buildx", "version"], capture_output=True, check=False).returncode == 0:
+        return ["docker", "buildx", "build", *(["--load"] if load else [])]
+    return ["docker", "build"]
+
+
 def engine() -> list[str]:
     """The container engine's command with its global options."""
     if docker_runs():
@@ -142,9 +149,10 @@ def build(target: str, *, output: Path | None = None) -> float:
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         arguments = ["--file", "Dockerfile.arm64", "--target", target, *secrets(Path(directory))]
+        environment = dict(os.environ)
         if command[0] == "docker":
-            built = ["docker", "buildx", "build", "--platform", "linux/arm64", *arguments]
-            built += ["--load", "--tag", IMAGES[target]] if output is None else ["--output", str(output)]
+            built = docker_builder(load=output is None)
+            environment["DOCKER_BUILDKIT"] = "1"
         else:
             ensure_base(command)
             started = time.perf_counter()
@@ -152,10 +160,10 @@ def build(target: str, *, output: Path | None = None) -> float:
             built = [*command, "build", "--isolation", "chroot", "--pull=never", "--format", "docker", "--layers"]
             here = "arm64" if is_arm() else "amd64"  # old versions do not know what they run on
             built += ["--build-arg", f"BUILDPLATFORM=linux/{here}", "--build-arg", f"BUILDARCH={here}"]
-            built += ["--platform", "linux/arm64", *arguments]
-            built += ["--tag", IMAGES[target]] if output is None else ["--output", str(output)]
-        code = subprocess.run([*built, "."], cwd=REPOSITORY, stdout=sys.stderr, check=False).returncode
-    if code != 0:
+        built += ["--platform", "linux/arm64", *arguments]
+        built += ["--tag", IMAGES[target]] if output is None else ["--output", str(output)]
+        done = subprocess.run([*built, "."], cwd=REPOSITORY, stdout=sys.stderr, check=False, env=environment)
+    if done.returncode != 0:
         sys.exit("error: the image was not built")
     return time.perf_counter() - started
 

@@ -78,15 +78,14 @@ exec "$HOME/edgelm/venv/bin/edgelm" "$@"
 RELAY = f"""#!{sys.executable}
 import os, socket, sys, threading
 line = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
-left = float(sys.argv[2])
-def down():
-    while data := line.recv(65536):
-        os.write(1, data)
-    os._exit(1)
-threading.Thread(target=down, daemon=True).start()
-while left > 0 and (data := os.read(0, 65536)):
-    line.sendall(data[: int(min(left, len(data)))])
-    left -= len(data)
+def up(left):
+    while left > 0 and (data := os.read(0, 65536)):
+        line.sendall(data[: int(min(left, len(data)))])
+        left -= len(data)
+    line.shutdown(socket.SHUT_WR)  # what was sent arrives: closing at once would take it back
+threading.Thread(target=up, args=[float(sys.argv[2])], daemon=True).start()
+while data := line.recv(65536):
+    os.write(1, data)
 os._exit(1)
 """
 # A new network namespace's loopback is down; SIOCSIFFLAGS with IFF_UP changes that.

@@ -133,6 +133,29 @@ def test_everything_that_is_missing_is_named_at_once(
     image_script.check_tools()
 
 
+@pytest.mark.parametrize("buildx", [True, False])
+def test_docker_builds_the_same_file_where_its_engine_runs(
+    image_script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buildx: bool
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    lines = ["#!/bin/sh", f'[ "$1" != buildx ] || {str(buildx).lower()} || exit 1']
+    lines.append(f'echo "$DOCKER_BUILDKIT $*" >> {tmp_path}/said')
+    (programs / "docker").write_text("\n".join([*lines, ""]))
+    (programs / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    monkeypatch.setattr(image_script, "CACHE", tmp_path / "cache")
+    image_script.build("exporter")
+    image_script.build("wheel", output=tmp_path / "wheels")
+    said = [line for line in (tmp_path / "said").read_text().splitlines() if "--platform" in line]
+    start = "1 buildx build --load" if buildx else "1 build"
+    common = "--platform linux/arm64 --file Dockerfile.arm64 --target"
+    assert said[0].startswith(f"{start} {common} exporter --secret ")
+    assert said[0].endswith(" --tag edgelm-exporter:arm64 .")
+    assert said[1].startswith(f"{start.removesuffix(' --load')} {common} wheel --secret ")
+    assert said[1].endswith(f" --output {tmp_path}/wheels .")
+
+
 def test_containers_are_locked_down(image_script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_script, "engine", lambda: ["podman"])
     monkeypatch.setattr(image_script, "is_arm", lambda: False)
