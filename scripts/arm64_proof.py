@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from threading import Timer
@@ -209,9 +210,24 @@ class Proof:
 
     def origins(self, bundle: Path) -> tuple[str, ...]:
         """What the logits of a bundle depend on, here and in the image."""
-        files = (bundle / "manifest.json", self.work / "tokens.json", HELPERS / "logits.py")
+        files = (bundle / "manifest.json", self.work / "tokens.json", HELPERS / "logits.py", *self.computing)
         engines = (f"{name} {version(name)}" for name in ("llama_cpp_python", "onnxruntime"))
-        return (self.image, bundle.name, fingerprint(files), *engines)
+        return (bundle.name, fingerprint(files), *engines)
+
+    @cached_property
+    def computing(self) -> Sequence[Path]:
+        """Files that decide what logits come out of the image: its recipe, and every module that an engine loads.
+
+        Not the whole image: a change of the command line would have hours of emulation done again for nothing.
+        """
+        for name in ("runtime.engines.llamacpp", "runtime.engines.onnx", "runtime.model"):
+            import_module(name)
+        loaded = (module.__file__ for module in list(sys.modules.values()) if getattr(module, "__file__", None))
+        modules = {Path(name) for name in loaded if name is not None}
+        rooms = [REPOSITORY / name for name in ("edgelm", "runtime", "targets")]
+        own = [path for path in modules if any(room in path.parents for room in rooms)]
+        recipe = ["Dockerfile.arm64", "constraints.txt", "scripts/build_arm64_wheel.py", "scripts/build_llama_wheel.py"]
+        return sorted([*own, *(REPOSITORY / name for name in recipe), *(REPOSITORY / "docker").iterdir()])
 
     def once(self, part: str, compute: Callable[[], dict[str, Any]], *origins: str) -> dict[str, Any]:
         """The row that was kept, or a new one, which is kept when nothing in it misses its limit."""
