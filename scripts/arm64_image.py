@@ -65,15 +65,14 @@ def docker_builder(*, load: bool) -> list[str]:
 
 def engine() -> list[str]:
     """The container engine's command with its global options."""
-    if docker_runs():
-        return ["docker"]
-    command = [need("podman", "podman")]
+    return ["docker"] if docker_runs() else [need("podman", "podman"), *podman_options()]
+
+
+def podman_options() -> list[str]:
+    """What Podman has to be told about this machine."""
     # runc knows every layout of control groups, crun refuses mixed ones; without systemd nobody else manages them.
-    if shutil.which("runc"):
-        command += ["--runtime", "runc"]
-    if not Path("/run/systemd/system").is_dir():
-        command += ["--cgroup-manager", "cgroupfs"]
-    return command
+    options = ["--runtime", "runc"] if shutil.which("runc") else []
+    return options if Path("/run/systemd/system").is_dir() else [*options, "--cgroup-manager", "cgroupfs"]
 
 
 def enable_emulation() -> None:

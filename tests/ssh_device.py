@@ -60,19 +60,23 @@ if verb in ("start", "restart"):
     pid_file.write_text(str(child.pid))
 """
 JOURNALCTL = '#!/bin/sh\ntail -n 5 "$HOME/service.log"\n'
-# Stands in for the container engine: knows one image by name and by id, and runs its command on the device itself.
+# Stands in for the container engine: a file per image, and commands that run on the device itself. What it loads is a
+# compressed line with a name and an id.
 DOCKER = """#!/bin/sh
 echo "$*" >> "$HOME/docker.log"
-if [ "$1 $2" = "image inspect" ]; then
-  for last; do :; done
-  [ "$last" = edgelm:test ] && echo sha256:0123abcd && exit
-  echo "no such image" >&2
-  exit 1
-fi
-[ "$1" = run ] || exit 2
-while [ "$1" != sha256:0123abcd ]; do shift || exit 125; done
-shift
-exec "$HOME/edgelm/venv/bin/edgelm" "$@"
+cd "$HOME/images"
+for last; do :; done
+case "$1 $2" in
+"--version ") cat "$HOME/version" ;;
+"image inspect") cat "$last" ;;
+"load --input") gunzip -c "$3" | { read -r name id; echo "$id" > "$name"; echo "Loaded image: $name"; } ;;
+"tag "*) cp "$2" "$3" ;;
+"run "*)
+  while :; do case "$1" in sha256:*) break ;; esac; shift || exit 125; done
+  shift
+  exec "$HOME/edgelm/venv/bin/edgelm" "$@" ;;
+*) exit 2 ;;
+esac
 """
 # Relays a connection, and drops it after a number of bytes sent (or "inf"): a cable that is pulled.
 RELAY = f"""#!{sys.executable}
@@ -115,9 +119,16 @@ class Device:
     def root(self) -> Path:
         return self.home / "edgelm"
 
-    def with_docker(self) -> None:
+    def add_program(self, name: str, text: str) -> None:
+        """A program on the device, before others of that name."""
+        _program(self.home / "bin" / name, text)
+
+    def with_engine(self, version: str = "Docker version 28.2.2, build e6534b4") -> None:
         """Give the device a container engine that knows the image ``edgelm:test``."""
-        _program(self.home / "bin/docker", DOCKER)
+        self.add_program("docker", DOCKER)
+        (self.home / "version").write_text(f"{version}\n", encoding="ascii")
+        (self.home / "images").mkdir()
+        (self.home / "images/edgelm:test").write_text("sha256:0123abcd\n", encoding="ascii")
 
     def cut_after(self, sent_bytes: int) -> Path:
         """An ssh configuration whose connections break after so many bytes towards the device."""
