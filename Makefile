@@ -104,7 +104,7 @@ arm64-exporter: $(VENV)/.created
 
 arm64-wheels: $(VENV)/.created
 	$(BIN)/python scripts/arm64_image.py --wheel dist/arm64
-	$(PIP) wheel $(QUIET) --no-deps -w dist/arm64 .
+	$(PIP) wheel --quiet --no-deps -w dist/arm64 .
 
 clean:
 	rm -rf $(VENV)
