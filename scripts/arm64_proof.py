@@ -64,7 +64,10 @@ SERVED = ("tiny-gguf-q8_0", "tiny-onnx-int8", "smollm2-gguf-q4_k_m", "smollm2-on
 KL_LIMIT_EXACT = 1e-4
 # Kernels of different width add int8 products in different order and group scales differently.
 KL_LIMIT_QUANTISED = 1e-2
+SAME_BYTES = 0.99
 TINY_TOKENS, REAL_TOKENS = 160, 32
+# qemu computes SVE at a fourteenth of its speed without: SmolLM2 sees the first tokens only there.
+SLOW, REAL_TOKENS_SLOW = ("max,sve256=on",), 8
 QUESTION = "What is the capital of France?"
 MEMORY = "1g"
 TIMEOUT_S = 7200.0
@@ -125,6 +128,11 @@ def prepare_models() -> list[Path]:
     return bundles
 
 
+def tokens_for(processor: str | None) -> str:
+    """Name of the file with the tokens that a processor computes, None for this machine's own."""
+    return "tokens-slow.json" if processor in SLOW else "tokens.json"
+
+
 def write_tokens(work: Path, bundles: Sequence[Path]) -> None:
     """The same tokens for every run: a plain English text in each family's vocabulary."""
     from pydoc_data.topics import topics
@@ -132,11 +140,12 @@ def write_tokens(work: Path, bundles: Sequence[Path]) -> None:
     from runtime.tokenizer import JsonTokenizer
 
     text = topics["assert"]
-    tokens = {}
-    for family, count in (("tiny", TINY_TOKENS), ("smollm2", REAL_TOKENS)):
-        bundle = next(path for path in bundles if path.name.startswith(family))
-        tokens[family] = JsonTokenizer(bundle / "tokenizer.json").encode(text)[:count]
-    (work / "tokens.json").write_text(json.dumps(tokens), encoding="ascii")
+    for name, real in ((tokens_for(None), REAL_TOKENS), (tokens_for(SLOW[0]), REAL_TOKENS_SLOW)):
+        tokens = {}
+        for family, count in (("tiny", TINY_TOKENS), ("smollm2", real)):
+            bundle = next(path for path in bundles if path.name.startswith(family))
+            tokens[family] = JsonTokenizer(bundle / "tokenizer.json").encode(text)[:count]
+        (work / name).write_text(json.dumps(tokens), encoding="ascii")
 
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
@@ -146,11 +155,16 @@ def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
 
 
 def agreement(reference: Path, measured: Path) -> dict[str, float]:
-    """Mean and largest KL divergence (nats per token), share of equal first choices, largest difference of a logit."""
-    expected, got = np.load(reference), np.load(measured)
+    """Mean and largest KL divergence (nats per token), share of equal first choices, largest difference of a logit.
+
+    Over the tokens that were measured; what a token's logits are does not depend on those after it.
+    """
+    got = np.load(measured)
+    expected = np.load(reference)[: len(got)]
     p, q = log_softmax(expected), log_softmax(got)
     kl = (np.exp(p) * (p - q)).sum(axis=1)
     return {
+        "tokens": len(got),
         "kl_mean": float(kl.mean()),
         "kl_max": float(kl.max()),
         "top1_agreement": float((p.argmax(axis=1) == q.argmax(axis=1)).mean()),
@@ -174,7 +188,12 @@ def logits_in_container(
     options = options_on(processor, "3g", mounts)
     if page_bytes is not None:
         options += ["--env", f"QEMU_PAGESIZE={page_bytes}"]
-    inside = ["/proof/logits.py", "/given/tokens.json", "/output", *(f"/models/{bundle.name}" for bundle in bundles)]
+    inside = [
+        "/proof/logits.py",
+        f"/given/{tokens_for(processor)}",
+        "/output",
+        *(f"/models/{bundle.name}" for bundle in bundles),
+    ]
     run = [*engine(), "run", "--rm", *options, "--entrypoint", "python3", IMAGE, *inside]
     log = work / "logits.log"
     with log.open("wb") as sink, subprocess.Popen(run, stdout=subprocess.PIPE, stderr=sink, text=True) as child:
@@ -204,15 +223,16 @@ class Proof:
     def reference(self) -> Path:
         """This machine's logits of all bundles."""
         reference = fresh(self.work / "reference")
-        command = [sys.executable, str(HELPERS / "logits.py"), str(self.work / "tokens.json"), str(reference)]
+        command = [sys.executable, str(HELPERS / "logits.py"), str(self.work / tokens_for(None)), str(reference)]
         checked([*command, *map(str, self.bundles)], "the reference run on this machine")
         return reference
 
-    def origins(self, bundle: Path) -> tuple[str, ...]:
+    def origins(self, bundle: Path, processor: str) -> tuple[str, ...]:
         """What the logits of a bundle depend on, here and in the image."""
-        files = (bundle / "manifest.json", self.work / "tokens.json", HELPERS / "logits.py", *self.computing)
+        tokens = self.work / tokens_for(processor)
+        files = (bundle / "manifest.json", tokens, HELPERS / "logits.py", *self.computing)
         engines = (f"{name} {version(name)}" for name in ("llama_cpp_python", "onnxruntime"))
-        return (bundle.name, fingerprint(files), *engines)
+        return (processor, bundle.name, fingerprint(files), *engines)
 
     @cached_property
     def computing(self) -> Sequence[Path]:
@@ -246,14 +266,14 @@ def prove_logits(proof: Proof, bundles: Sequence[Path], processors: Sequence[str
     rows: list[dict[str, Any]] = []
     for processor in processors:
         output = fresh(proof.work / f"logits-{processor.replace('=', '-').replace(',', '-')}")
-        known = {bundle.name: proof.kept.find("logits", processor, *proof.origins(bundle)) for bundle in bundles}
+        known = {bundle.name: proof.kept.find("logits", *proof.origins(bundle, processor)) for bundle in bundles}
         missing = {bundle.name: bundle for bundle in bundles if known[bundle.name] is None}
         for facts in logits_in_container(proof.work, output, [*missing.values()], processor) if missing else ():
             name, kernels = facts["model"], facts["versions"].get("kernels")
             row = {"processor": processor, "model": name, "kernels": kernels}
             row |= {"seconds": facts["seconds"], "cpu_s": facts["cpu_s"]}
             row |= agreement(proof.reference / f"{name}.npy", output / f"{name}.npy")
-            proof.kept.add(row, "logits", processor, *proof.origins(missing[name]))
+            proof.kept.add(row, "logits", *proof.origins(missing[name], processor))
             known[name] = row
         rows += [row for row in known.values() if row is not None]
         for row in rows[-len(bundles) :]:
@@ -354,17 +374,20 @@ def prove_exporter(work: Path) -> dict[str, Any]:
     """A bundle made and proven in the exporter's image, then checked by this machine; without torch."""
     output = fresh(work / "exported")
     source = CACHE / "models" / "tiny-checkpoint"
-    options = container_options(memory=MEMORY, cpu="cortex-a76", mounts=[f"{source}:/source:ro", f"{output}:/output"])
-    arguments = ["export", "/source", "--quant", "Q4_K_M", "-o", "/output/bundle", "--json"]
+    options = container_options(
+        memory=MEMORY, cpu="cortex-a76", mounts=[f"{source}:/{source.name}:ro", f"{output}:/output"]
+    )
+    arguments = ["export", f"/{source.name}", "--quant", "Q4_K_M", "-o", "/output/bundle", "--json"]
     started = time.perf_counter()
     made = checked([*engine(), "run", "--rm", *options, EXPORTER_IMAGE, *arguments], "exporting in the image")
     seconds = time.perf_counter() - started
     checked(tool("verify", str(output / "bundle")), "checking what was exported")
-    same = (output / "bundle/model.gguf").read_bytes() == (
-        CACHE / "models" / "tiny-gguf-q4_k_m/model.gguf"
-    ).read_bytes()
+    # Quantisers of two machines round a scale differently here and there: their compilers fuse other multiplications.
+    files = (output / "bundle", CACHE / "models" / "tiny-gguf-q4_k_m")
+    there, here = (np.fromfile(bundle / "model.gguf", np.uint8) for bundle in files)
+    same = float((there == here).mean()) if there.size == here.size else 0.0
     quality = json.loads(made)["quality"]
-    facts = {"image_bytes": image_bytes(EXPORTER_IMAGE), "seconds": round(seconds, 1), "identical_to_here": same}
+    facts = {"image_bytes": image_bytes(EXPORTER_IMAGE), "seconds": round(seconds, 1), "share_of_bytes_as_here": same}
     return {**facts, "kl_mean": quality["kl_mean"], "token_identity": quality["token_identity"]}
 
 
@@ -394,8 +417,9 @@ def failures(report: dict[str, Any]) -> list[str]:
     crash = report.get("wrong_kernels")
     if crash and "SIGILL" not in crash["said"]:
         found.append(f"wrong kernels were not recognised: {crash}")
-    if "exporter" in report and not report["exporter"]["token_identity"]["identical"]:
-        found.append(f"the exporter's image: {report['exporter']}")
+    exported = report.get("exporter")
+    if exported and not (exported["token_identity"]["identical"] and exported["share_of_bytes_as_here"] >= SAME_BYTES):
+        found.append(f"the exporter's image: {exported}")
     return found + (_page_failures(report["large_pages"]) if "large_pages" in report else [])
 
 

@@ -85,9 +85,10 @@ df -Pk . | awk 'NR == 2 { print $4 }'
                 remote.append(path, f"{root}/incoming/{path.name}", offset, stage)
     remote.check_files(f"{root}/incoming", [record])
     say("loading the image on the device")
-    # Podman gives a name without a registry one of its own, so the name that was loaded gets the asked one as well.
+    # Unpacked here: Podman 4.3 takes no compressed file. It gives a name without a registry one of its own, so what was
+    # loaded gets the asked name as well.
     script = """
-loaded=$("$2" load --input "$1/incoming/$3" | sed -n 's/^Loaded image[^:]*: *//p' | tail -n 1)
+loaded=$(gunzip -c "$1/incoming/$3" | "$2" load | sed -n 's/^Loaded image[^:]*: *//p' | tail -n 1)
 [ -n "$loaded" ] || { echo "$2 did not say what it loaded" >&2; exit 1; }
 "$2" tag "$loaded" "$4"
 rm -f "$1/incoming/$3"

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -65,8 +66,9 @@ def board(image_script: ModuleType, tmp_path: Path) -> Iterator[Device]:
     """A device with a container engine of its own that has no image yet: podman with an empty store."""
     if SSHD is None or os.geteuid() != 0 or shutil.which("podman") is None or shutil.which("catatonit") is None:
         pytest.skip("root makes this device, with apt-get install openssh-server podman catatonit")
-    with ssh_device(tmp_path / "device") as made:
-        engine = ["podman", "--root", str(tmp_path / "images"), "--runroot", str(tmp_path / "run")]
+    # Podman wants a short path for what it keeps while it runs.
+    with ssh_device(tmp_path / "device") as made, TemporaryDirectory(prefix="edgelm-podman-") as run_root:
+        engine = ["podman", "--root", str(tmp_path / "images"), "--runroot", run_root]
         engine += image_script.podman_options()
         # Where ARM is emulated, the processor of a Raspberry Pi 5, and threads that do not spin while they wait.
         run = ["run", "--env", "QEMU_CPU=cortex-a76", "--env", "OMP_WAIT_POLICY=passive"]
