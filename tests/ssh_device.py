@@ -78,16 +78,20 @@ case "$1 $2" in
 *) exit 2 ;;
 esac
 """
-# Relays a connection, and drops it after a number of bytes sent (or "inf"): a cable that is pulled.
+# Relays a connection, and drops it after a number of bytes sent (or "inf"): a cable that is pulled. Before it does, it
+# waits until some of a model lies below a directory of the device.
 RELAY = f"""#!{sys.executable}
-import os, socket, sys, threading
+import os, pathlib, socket, sys, threading, time
 line = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
-def up(left):
+def up(left, places):
     while left > 0 and (data := os.read(0, 65536)):
         line.sendall(data[: int(min(left, len(data)))])
         left -= len(data)
-    line.shutdown(socket.SHUT_WR)  # what was sent arrives: closing at once would take it back
-threading.Thread(target=up, args=[float(sys.argv[2])], daemon=True).start()
+    for place in places:
+        while not any(path.is_file() and path.stat().st_size for path in pathlib.Path(place).rglob("*.gguf")):
+            time.sleep(0.05)
+    line.shutdown(socket.SHUT_WR)
+threading.Thread(target=up, args=[float(sys.argv[2]), sys.argv[3:]], daemon=True).start()
 while data := line.recv(65536):
     os.write(1, data)
 os._exit(1)
@@ -135,7 +139,9 @@ class Device:
         lines = self.config.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if "ProxyCommand" not in line]
         cut = self.config.with_name("ssh_config_cut")
-        cut.write_text("\n".join([*kept, f"  ProxyCommand {self.relay} {sent_bytes}", ""]), encoding="utf-8")
+        cut.write_text(
+            "\n".join([*kept, f"  ProxyCommand {self.relay} {sent_bytes} {self.root}/incoming", ""]), encoding="utf-8"
+        )
         return cut
 
     def current(self) -> str:
