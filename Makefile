@@ -15,7 +15,8 @@ TESTS5 := $(addprefix tests/tiny/test_,architectures.py onnx_architectures.py on
           automatic.py compress.py)
 DEMO_BUNDLE ?= bundles/demo
 
-.PHONY: help demo test test-transformers5 check lint types unit docs peers clean arm64 arm64-image arm64-exporter arm64-wheels
+.PHONY: help demo test test-transformers5 check lint types unit docs peers clean
+.PHONY: arm64 arm64-ready arm64-image arm64-exporter arm64-wheels
 help:
 	@echo "make demo    export, prove, run, measure and compare SmolLM2-135M (about 6 minutes on a fresh 2-core machine)"
 	@echo "make test    the whole suite; make check: lint, types and unit tests"
@@ -107,8 +108,12 @@ $(VENV)/.onnx: $(VENV)/.demo
 	$(PIP) install $(QUIET) $(PINS) onnx
 	@touch $@
 
-arm64: $(VENV)/.onnx arm64-image arm64-exporter
+arm64: arm64-ready $(VENV)/.onnx arm64-image arm64-exporter
 	$(BIN)/python scripts/arm64_proof.py
+
+# First, so that nobody learns after half an hour of building that the emulator is missing.
+arm64-ready: $(VENV)/.created
+	$(BIN)/python scripts/arm64_image.py --ready
 
 arm64-image: $(VENV)/.created
 	$(BIN)/python scripts/arm64_image.py
@@ -118,7 +123,7 @@ arm64-exporter: $(VENV)/.created
 
 arm64-wheels: $(VENV)/.created
 	$(BIN)/python scripts/arm64_image.py --wheel dist/arm64
-	$(PIP) wheel $(QUIET) --no-deps -w dist/arm64 .
+	$(PIP) wheel --quiet --no-deps -w dist/arm64 .
 
 clean:
 	rm -rf $(VENV) $(VENV5)

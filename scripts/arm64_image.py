@@ -56,17 +56,23 @@ def docker_runs() -> bool:
     return subprocess.run(["docker", "info"], capture_output=True, check=False, timeout=30).returncode == 0
 
 
+def docker_builder(*, load: bool) -> list[str]:
+    """Docker's words for building. Without the buildx plug-in its engine's own BuildKit does it, which always loads."""
+    if subprocess.run(["docker", "buildx", "version"], capture_output=True, check=False).returncode == 0:
+        return ["docker", "buildx", "build", *(["--load"] if load else [])]
+    return ["docker", "build"]
+
+
 def engine() -> list[str]:
     """The container engine's command with its global options."""
-    if docker_runs():
-        return ["docker"]
-    command = [need("podman", "podman")]
+    return ["docker"] if docker_runs() else [need("podman", "podman"), *podman_options()]
+
+
+def podman_options() -> list[str]:
+    """What Podman has to be told about this machine."""
     # runc knows every layout of control groups, crun refuses mixed ones; without systemd nobody else manages them.
-    if shutil.which("runc"):
-        command += ["--runtime", "runc"]
-    if not Path("/run/systemd/system").is_dir():
-        command += ["--cgroup-manager", "cgroupfs"]
-    return command
+    options = ["--runtime", "runc"] if shutil.which("runc") else []
+    return options if Path("/run/systemd/system").is_dir() else [*options, "--cgroup-manager", "cgroupfs"]
 
 
 def enable_emulation() -> None:
@@ -83,6 +89,17 @@ def enable_emulation() -> None:
         (BINFMT / "register").write_text(rule.read_text(encoding="ascii"), encoding="ascii")
     except OSError as error:
         sys.exit(f"error: cannot register qemu for ARM programs: {error}\nhint: run this as root, once")
+
+
+def check_tools() -> None:
+    """Exit with everything that building and running the images lacks here, before the first of it is needed."""
+    wanted = {} if docker_runs() else {"podman": "podman runc", "debootstrap": "debootstrap"}
+    if not is_arm() and not (BINFMT / "qemu-aarch64").exists():
+        wanted["qemu-aarch64-static"] = "qemu-user-static"
+    missing = [program for program in wanted if shutil.which(program) is None]
+    if missing:
+        packages = " ".join(wanted[program] for program in missing)
+        sys.exit(f"error: missing: {', '.join(missing)}\nhint: on Debian and Ubuntu: apt-get install {packages}")
 
 
 def ensure_base(command: list[str]) -> None:
@@ -131,9 +148,10 @@ def build(target: str, *, output: Path | None = None) -> float:
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         arguments = ["--file", "Dockerfile.arm64", "--target", target, *secrets(Path(directory))]
+        environment = dict(os.environ)
         if command[0] == "docker":
-            built = ["docker", "buildx", "build", "--platform", "linux/arm64", *arguments]
-            built += ["--load", "--tag", IMAGES[target]] if output is None else ["--output", str(output)]
+            built = docker_builder(load=output is None)
+            environment["DOCKER_BUILDKIT"] = "1"
         else:
             ensure_base(command)
             started = time.perf_counter()
@@ -141,10 +159,10 @@ def build(target: str, *, output: Path | None = None) -> float:
             built = [*command, "build", "--isolation", "chroot", "--pull=never", "--format", "docker", "--layers"]
             here = "arm64" if is_arm() else "amd64"  # old versions do not know what they run on
             built += ["--build-arg", f"BUILDPLATFORM=linux/{here}", "--build-arg", f"BUILDARCH={here}"]
-            built += ["--platform", "linux/arm64", *arguments]
-            built += ["--tag", IMAGES[target]] if output is None else ["--output", str(output)]
-        code = subprocess.run([*built, "."], cwd=REPOSITORY, stdout=sys.stderr, check=False).returncode
-    if code != 0:
+        built += ["--platform", "linux/arm64", *arguments]
+        built += ["--tag", IMAGES[target]] if output is None else ["--output", str(output)]
+        done = subprocess.run([*built, "."], cwd=REPOSITORY, stdout=sys.stderr, check=False, env=environment)
+    if done.returncode != 0:
         sys.exit("error: the image was not built")
     return time.perf_counter() - started
 
@@ -152,6 +170,11 @@ def build(target: str, *, output: Path | None = None) -> float:
 def image_bytes(image: str = IMAGE) -> int:
     """Size of an image's files, unpacked."""
     return int(run([*engine(), "image", "inspect", "--format", "{{.Size}}", image]).stdout)
+
+
+def image_id(image: str = IMAGE) -> str:
+    """What an image is called as long as nothing in it changes."""
+    return run([*engine(), "image", "inspect", "--format", "{{.Id}}", image]).stdout.strip()
 
 
 def container_options(*, memory: str, cpu: str | None = None, mounts: Sequence[str] = ()) -> list[str]:
@@ -176,8 +199,13 @@ def container_options(*, memory: str, cpu: str | None = None, mounts: Sequence[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--target", choices=IMAGES, default="runtime", help="which image to build")
+    parser.add_argument("--ready", action="store_true", help="only check what building and running need, emulation too")
     parser.add_argument("--wheel", type=Path, metavar="DIR", help="write the llama-cpp-python wheel alone into DIR")
     arguments = parser.parse_args()
+    if arguments.ready:
+        check_tools()
+        enable_emulation()
+        return
     os.environ.setdefault("BUILDKIT_PROGRESS", "plain")
     if arguments.wheel is not None:
         arguments.wheel.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ import hashlib
 import ipaddress
 import shlex
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,27 +22,24 @@ from edgelm.bundle import MANIFEST_NAME, Bundle, FileRecord, file_record, open_b
 from edgelm.errors import DeployError, EdgelmError, ProfileError
 from edgelm.progress import Progress
 from edgelm.report import Report, parse_report
-from edgelm.units import format_bytes
-from targets.remote import Remote
+from targets.image import bring_image
+from targets.remote import Remote, Say, check_room
 from targets.unit import Unit, unit_text
 
 UNIT = "edgelm.service"
 READY_PATH = "/health/ready"
-SPARE_BYTES = 64 * 2**20
 BENCH_TIMEOUT_S = 3600.0
 INSTALL_TIMEOUT_S = 1800.0
 BACK_READY_S = 300.0  # what served before gets its time, however impatient the caller is
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class DeployOptions:
     """What was asked for. ``directory`` is absolute or below the home directory on the device.
 
-    ``image`` names a container image that the device has; without it EdgeLM runs from the software of the current
-    release (else from ``DIRECTORY/venv``), or from a new environment made of the wheels in ``wheels``. ``ready_s`` is
-    how long the service may take to be ready.
+    ``image`` names a container image that the device or this machine has; without it EdgeLM runs from the software of
+    the current release (else from ``DIRECTORY/venv``), or from a new environment made of the wheels in ``wheels``.
+    ``ready_s`` is how long the service may take to be ready.
     """
 
     directory: str = "edgelm"
@@ -73,6 +69,7 @@ class _Device:
     free_bytes: int
     runner: Literal["docker", "podman", ""]
     user: str
+    is_podman: bool  # under its own name or as docker
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +90,7 @@ def deploy(remote: Remote, path: Path, options: DeployOptions, progress: Progres
     identity = bundle_identity(bundle)
     sent = _send(remote, bundle, f"{device.root}/incoming/{identity}", device, progress)
     software = None if options.wheels is None else _install(remote, device, options.wheels, progress, say)
-    program = _program(remote, device, options, software)
+    program = _program(remote, device, options, software, progress, say)
     was_running = _stop(remote)
     try:
         report = _bench(remote, program.words, f"{device.root}/incoming/{identity}", say) if options.bench else None
@@ -157,13 +154,16 @@ chmod 700 "$1/state"
 cd "$1"
 pwd
 df -Pk . | awk 'NR == 2 { print $4 }'
-command -v docker > /dev/null 2>&1 && echo docker || { command -v podman > /dev/null 2>&1 && echo podman || echo none; }
+runner=none
+for name in podman docker; do ! command -v "$name" > /dev/null || runner=$name; done
+echo "$runner"
 echo "$(id -u):$(id -g)"
 command -v systemctl > /dev/null || { echo "there is no systemctl; EdgeLM deploys to systemd" >&2; exit 1; }
+[ "$runner" = none ] || "$runner" --version 2> /dev/null || true
 """
-    root, free, runner, user = remote.run(script, options.directory).splitlines()
+    root, free, runner, user, *version = remote.run(script, options.directory).splitlines()
     known: dict[str, Literal["docker", "podman", ""]] = {"docker": "docker", "podman": "podman"}
-    return _Device(root, int(free) * 1024, known.get(runner, ""), user)
+    return _Device(root, int(free) * 1024, known.get(runner, ""), user, any("podman" in line for line in version))
 
 
 def _send(remote: Remote, bundle: Bundle, target: str, device: _Device, progress: Progress) -> int:
@@ -172,16 +172,12 @@ def _send(remote: Remote, bundle: Bundle, target: str, device: _Device, progress
     held = _held_sizes(remote, target, device.root, records)
     offsets = {record.name: min(held.get(record.name, 0), record.size_bytes) for record in records}
     missing = sum(record.size_bytes - offsets[record.name] for record in records)
-    if missing + SPARE_BYTES > device.free_bytes:
-        raise DeployError(
-            f"{remote.destination} has {format_bytes(device.free_bytes)} free, {format_bytes(missing)} are to be sent",
-            hint=f"make room there, {format_bytes(SPARE_BYTES)} beyond the bundle",
-        )
+    check_room(remote, device.free_bytes, missing)
     with progress.stage("sending", missing, unit="bytes") as stage:
         for record in records:
             if offsets[record.name] < record.size_bytes:
                 remote.append(bundle.path / record.name, f"{target}/{record.name}", offsets[record.name], stage)
-    _check_arrival(remote, target, records)
+    remote.check_files(target, records)
     return missing
 
 
@@ -199,25 +195,6 @@ for name in "$@"; do [ ! -f "$name" ] || stat -c '%s %n' "$name"; done
     return {name: int(size) for size, name in (line.split(" ", 1) for line in listed.splitlines())}
 
 
-def _check_arrival(remote: Remote, target: str, records: tuple[FileRecord, ...]) -> None:
-    """Compare hashes on the device; what is wrong is removed there, so that the next try sends it anew."""
-    script = """
-cd "$1"
-printf '%s' "$2" | sha256sum --check --strict 2> /dev/null | sed -n 's/: FAILED.*$//p' | while read -r name; do
-  rm -f "$name"
-  echo "$name"
-done
-sync
-"""
-    lines = "".join(f"{record.sha256}  {record.name}\n" for record in records)
-    wrong = remote.run(script, target, lines, timeout_s=1800.0).split()
-    if wrong:
-        raise DeployError(
-            f"{', '.join(wrong)} arrived damaged on {remote.destination} and was removed there",
-            hint="deploy again: only what is missing is sent",
-        )
-
-
 def _install(remote: Remote, device: _Device, wheels: Path, progress: Progress, say: Say) -> str:
     """A new virtual environment with EdgeLM from wheels, and its path; what was installed before stays as it is."""
     files = sorted(wheels.glob("*.whl"))
@@ -228,7 +205,7 @@ def _install(remote: Remote, device: _Device, wheels: Path, progress: Progress, 
     with progress.stage("sending wheels", sum(path.stat().st_size for path in files), unit="bytes") as stage:
         for path in files:
             remote.append(path, f"{target}/{path.name}", 0, stage)
-    _check_arrival(remote, target, tuple(file_record(path) for path in files))
+    remote.check_files(target, [file_record(path) for path in files])
     say("installing EdgeLM on the device")
     script = """
 cd "$1"
@@ -244,10 +221,12 @@ echo "$1/$new"
     return remote.run(script, device.root, timeout_s=INSTALL_TIMEOUT_S).splitlines()[-1]
 
 
-def _program(remote: Remote, device: _Device, options: DeployOptions, software: str | None) -> _Program:
+def _program(
+    remote: Remote, device: _Device, options: DeployOptions, software: str | None, progress: Progress, say: Say
+) -> _Program:
     """What will run EdgeLM: a container, a new environment, or the one that serves now."""
     if options.image is not None:
-        return _Program(_container(remote, device, options.image), None)
+        return _Program(_container(remote, device, options.image, progress, say), None)
     script = """
 for place in "$2" "$1/current/software" "$1/venv"; do
   if [ -n "$place" ] && [ -x "$place/bin/edgelm" ]; then cd -P "$place"; pwd; exit; fi
@@ -262,20 +241,16 @@ done
     return _Program(shlex.quote(f"{found}/bin/edgelm"), found)
 
 
-def _container(remote: Remote, device: _Device, image: str) -> str:
+def _container(remote: Remote, device: _Device, image: str, progress: Progress, say: Say) -> str:
     """The words that run a container; paths are the same inside it."""
     if not device.runner:
         raise DeployError(f"{remote.destination} has neither docker nor podman", hint="leave --image out")
     # By its id: a name may mean another image tomorrow, and going back has to find this one.
-    script = '"$1" image inspect --format "{{.Id}}" "$2" 2> /dev/null || true'
-    image_id = remote.run(script, device.runner, image).strip()
-    if not image_id:
-        raise DeployError(
-            f"{remote.destination} has no image {image}",
-            hint=f"docker save {image} | ssh {remote.destination} {device.runner} load",
-        )
+    image_id = bring_image(remote, device.root, device.runner, image, progress, say)
     words = [device.runner, "run", "--rm", "--init", "--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL"]  # noqa: S108
     words += ["--security-opt", "no-new-privileges", "--network", "host", "--user", device.user]
+    if device.is_podman and not device.user.startswith("0:"):
+        words += ["--userns", "keep-id"]  # else this user's files belong to root inside
     words += ["--volume", f"{device.root}:{device.root}", image_id]
     return " ".join(shlex.quote(word) for word in words)
 

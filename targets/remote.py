@@ -12,18 +12,24 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgelm.bundle import FileRecord
 from edgelm.errors import DeployError, UsageError
 from edgelm.progress import Stage
+from edgelm.units import format_bytes
 
 _DESTINATION = re.compile(r"(?:[A-Za-z0-9._-]+@)?[A-Za-z0-9_][A-Za-z0-9._:-]*")
 _CHUNK_BYTES = 2**20
 _SSH_FAILED = 255
 _PORT_TIMEOUT_S = 15.0
+SPARE_BYTES = 64 * 2**20
+
+Say = Callable[[str], None]
+"""Tells the caller's user what happens next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,27 @@ class Remote:
         if code != 0:
             raise self._failure(code, errors)
 
+    def check_files(self, directory: str, records: Sequence[FileRecord]) -> None:
+        """Compare the hashes of what was sent into ``directory``.
+
+        What is wrong is removed there, so that the next try sends it anew, and named by a ``DeployError``.
+        """
+        script = """
+cd "$1"
+printf '%s' "$2" | sha256sum --check --strict 2> /dev/null | sed -n 's/: FAILED.*$//p' | while read -r name; do
+  rm -f "$name"
+  echo "$name"
+done
+sync
+"""
+        lines = "".join(f"{record.sha256}  {record.name}\n" for record in records)
+        wrong = self.run(script, directory, lines, timeout_s=1800.0).split()
+        if wrong:
+            raise DeployError(
+                f"{', '.join(wrong)} arrived damaged on {self.destination} and was removed there",
+                hint="deploy again: only what is missing is sent",
+            )
+
     def http_get(self, host: str, port: int, path: str, key: str | None = None) -> int:
         """Status of an HTTP request to a port of the device, through ssh; 0 when nobody answers."""
         request = [f"GET {path} HTTP/1.1", f"Host: {host}:{port}", "Connection: close"]
@@ -124,6 +151,15 @@ class Remote:
                 f"{self.destination} cannot be reached: {reason}", hint=f"does this work: ssh {self.destination} true"
             )
         return DeployError(f"{self.destination}: {reason}")
+
+
+def check_room(remote: Remote, free_bytes: int, wanted_bytes: int) -> None:
+    """Raises ``DeployError`` when a device has no room for what is to be sent."""
+    if wanted_bytes + SPARE_BYTES > free_bytes:
+        raise DeployError(
+            f"{remote.destination} has {format_bytes(free_bytes)} free, {format_bytes(wanted_bytes)} are to be sent",
+            hint=f"make room there, {format_bytes(SPARE_BYTES)} beyond that",
+        )
 
 
 @contextmanager

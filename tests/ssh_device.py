@@ -1,7 +1,8 @@
-"""A device to deploy to: a real sshd on loopback, a home directory of its own, and a stand-in for systemd's tools.
+"""A device to deploy to: a real sshd with a network and a home of its own, and a stand-in for systemd's tools.
 
-The stand-in reads the unit file that was written and starts its ExecStart line, no more. Everything is below one
-temporary directory, processes included.
+The network is a namespace with nothing but loopback where this user may make one (root), else this machine's. So what
+asks a port of this machine instead of the device's finds nobody, and what wants the internet there fails. The stand-in
+for systemctl reads the unit file that was written and starts its ExecStart line, no more.
 """
 
 from __future__ import annotations
@@ -59,63 +60,88 @@ if verb in ("start", "restart"):
     pid_file.write_text(str(child.pid))
 """
 JOURNALCTL = '#!/bin/sh\ntail -n 5 "$HOME/service.log"\n'
-# Stands in for the container engine: knows one image by name and by id, and runs its command on the device itself.
+# Stands in for the container engine: a file per image, and commands that run on the device itself. What it loads is a
+# line with a name and an id.
 DOCKER = """#!/bin/sh
 echo "$*" >> "$HOME/docker.log"
-if [ "$1 $2" = "image inspect" ]; then
-  for last; do :; done
-  [ "$last" = edgelm:test ] && echo sha256:0123abcd && exit
-  echo "no such image" >&2
-  exit 1
-fi
-[ "$1" = run ] || exit 2
-while [ "$1" != sha256:0123abcd ]; do shift || exit 125; done
-shift
-exec "$HOME/edgelm/venv/bin/edgelm" "$@"
+cd "$HOME/images"
+for last; do :; done
+case "$1 $2" in
+"--version ") cat "$HOME/version" ;;
+"image inspect") cat "$last" ;;
+"load ") read -r name id && echo "$id" > "$name" && echo "Loaded image: $name" ;;
+"tag "*) cp "$2" "$3" ;;
+"run "*)
+  while :; do case "$1" in sha256:*) break ;; esac; shift || exit 125; done
+  shift
+  exec "$HOME/edgelm/venv/bin/edgelm" "$@" ;;
+*) exit 2 ;;
+esac
 """
-# Relays a connection and drops it after a number of bytes sent: a cable that is pulled.
-CUTTER = f"""#!{sys.executable}
-import os, socket, sys, threading
+# Relays a connection, and drops it after a number of bytes sent (or "inf"): a cable that is pulled. Before it does, it
+# waits until some of a model lies below a directory of the device.
+RELAY = f"""#!{sys.executable}
+import os, pathlib, socket, sys, threading, time
 line = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
-left = int(sys.argv[2])
-def down():
-    while data := line.recv(65536):
-        os.write(1, data)
-    os._exit(1)
-threading.Thread(target=down, daemon=True).start()
-while (data := os.read(0, 65536)) and left > 0:
-    line.sendall(data[:left])
-    left -= len(data)
+def up(left, places):
+    while left > 0 and (data := os.read(0, 65536)):
+        line.sendall(data[: int(min(left, len(data)))])
+        left -= len(data)
+    for place in places:
+        while not any(path.is_file() and path.stat().st_size for path in pathlib.Path(place).rglob("*.gguf")):
+            time.sleep(0.05)
+    line.shutdown(socket.SHUT_WR)
+threading.Thread(target=up, args=[float(sys.argv[2]), sys.argv[3:]], daemon=True).start()
+while data := line.recv(65536):
+    os.write(1, data)
 os._exit(1)
+"""
+# A new network namespace's loopback is down; SIOCSIFFLAGS with IFF_UP changes that.
+LOOPBACK_UP = """
+import fcntl, os, socket, struct, sys
+with socket.socket() as any_socket:
+    fcntl.ioctl(any_socket, 0x8914, struct.pack("16sH22x", b"lo", 1))
+os.execv(sys.argv[1], sys.argv[1:])
 """
 EDGELM = f'#!/bin/sh\nPYTHONPATH={REPOSITORY} exec {sys.executable} -m edgelm "$@"\n'
 
 
 @dataclass(frozen=True)
 class Device:
-    """``destination`` and ``config`` (for ssh -F) reach it; ``home`` is its home directory, ``port`` free on it."""
+    """``destination`` and ``config`` (for ssh -F) reach it; ``home`` is its home directory, ``port`` free on it.
+
+    ``relay`` is the command that reaches its sshd, up to the number of bytes that may be sent.
+    """
 
     destination: str
     config: Path
     home: Path
     port: int
+    relay: str
 
     @property
     def root(self) -> Path:
         return self.home / "edgelm"
 
-    def with_docker(self) -> None:
+    def add_program(self, name: str, text: str) -> None:
+        """A program on the device, before others of that name."""
+        _program(self.home / "bin" / name, text)
+
+    def with_engine(self, version: str = "Docker version 28.2.2, build e6534b4") -> None:
         """Give the device a container engine that knows the image ``edgelm:test``."""
-        _program(self.home / "bin/docker", DOCKER)
+        self.add_program("docker", DOCKER)
+        (self.home / "version").write_text(f"{version}\n", encoding="ascii")
+        (self.home / "images").mkdir()
+        (self.home / "images/edgelm:test").write_text("sha256:0123abcd\n", encoding="ascii")
 
     def cut_after(self, sent_bytes: int) -> Path:
         """An ssh configuration whose connections break after so many bytes towards the device."""
-        directory = self.config.parent
-        text = self.config.read_text(encoding="utf-8")
-        port = next(line.split()[1] for line in text.splitlines() if line.split()[:1] == ["Port"])
-        _program(directory / "cutter", CUTTER)
-        cut = directory / "ssh_config_cut"
-        cut.write_text(f"{text}  ProxyCommand {directory}/cutter {port} {sent_bytes}\n", encoding="utf-8")
+        lines = self.config.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if "ProxyCommand" not in line]
+        cut = self.config.with_name("ssh_config_cut")
+        cut.write_text(
+            "\n".join([*kept, f"  ProxyCommand {self.relay} {sent_bytes} {self.root}/incoming", ""]), encoding="utf-8"
+        )
         return cut
 
     def current(self) -> str:
@@ -163,6 +189,9 @@ def _write_configuration(directory: Path, home: Path, ssh_port: int) -> None:
     (directory / "sshd_config").write_text(textwrap.dedent(server), encoding="utf-8")
     host_key = (directory / "host_key.pub").read_text(encoding="ascii").strip()
     (directory / "known_hosts").write_text(f"[127.0.0.1]:{ssh_port} {host_key}\n", encoding="ascii")
+
+
+def _write_client(directory: Path, ssh_port: int, relay: str) -> None:
     client = f"""\
         Host board
           HostName 127.0.0.1
@@ -173,6 +202,7 @@ def _write_configuration(directory: Path, home: Path, ssh_port: int) -> None:
           UserKnownHostsFile {directory}/known_hosts
           StrictHostKeyChecking yes
           BatchMode yes
+          ProxyCommand {relay} inf
         """
     (directory / "ssh_config").write_text(textwrap.dedent(client), encoding="utf-8")
 
@@ -186,14 +216,22 @@ def ssh_device(directory: Path) -> Iterator[Device]:
     _furnish(home)
     ssh_port = free_port()
     _write_configuration(directory, home, ssh_port)
+    _program(directory / "relay", RELAY)
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)  # sshd insists on it when root starts it
+    own_network = _may_make_networks()
+    command = [SSHD, "-D", "-e", "-f", str(directory / "sshd_config")]
+    if own_network:
+        command = ["unshare", "--net", "--", sys.executable, "-c", LOOPBACK_UP, *command]
     with (directory / "sshd.log").open("wb") as log:
-        command = [SSHD, "-D", "-e", "-f", str(directory / "sshd_config")]
         sshd = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    relay = f"{directory}/relay {ssh_port}"
+    if own_network:
+        relay = f"nsenter --net=/proc/{sshd.pid}/ns/net -- {relay}"
     try:
-        _wait_for(ssh_port, sshd, directory / "sshd.log")
-        yield Device("board", directory / "ssh_config", home, free_port())
+        _wait_for(relay, sshd, directory / "sshd.log")
+        _write_client(directory, ssh_port, relay)
+        yield Device("board", directory / "ssh_config", home, free_port(), relay)
     finally:
         sshd.terminate()
         sshd.wait()
@@ -201,11 +239,24 @@ def ssh_device(directory: Path) -> Iterator[Device]:
             os.kill(int((home / "service.pid").read_text(encoding="ascii")), signal.SIGTERM)
 
 
-def _wait_for(port: int, sshd: subprocess.Popen[bytes], log: Path) -> None:
+def _may_make_networks() -> bool:
+    if shutil.which("unshare") is None or shutil.which("nsenter") is None:
+        return False
+    return subprocess.run(["unshare", "--net", "--", "true"], capture_output=True, check=False).returncode == 0
+
+
+def _wait_for(relay: str, sshd: subprocess.Popen[bytes], log: Path) -> None:
+    """Until something that speaks ssh answers through the relay: no port of this machine's own does by chance."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and sshd.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
+        command = [*relay.split(), "inf"]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as probe:
+            assert probe.stdout is not None
+            greeting = probe.stdout.readline()
+            probe.kill()
+        if greeting.startswith(b"SSH-2.0"):
+            return
         time.sleep(0.05)
     raise RuntimeError(f"sshd does not listen: {log.read_text(encoding='utf-8', errors='replace')}")

@@ -16,7 +16,7 @@ from edgelm.cli.console import print_json, stderr_progress
 @click.option(
     "--wheels", type=click.Path(path_type=Path, file_okay=False, exists=True), help="Install from these first."
 )
-@click.option("--image", metavar="NAME", help="Run in this container image, which the device has.")
+@click.option("--image", metavar="NAME", help="Run in this container image; it is sent when the device lacks it.")
 @click.option(
     "--listen", default="127.0.0.1", show_default=True, help="Address to serve on; beyond loopback with a key."
 )

@@ -27,6 +27,7 @@ def main() -> None:
     for bundle in bundles:
         tokens = by_family[bundle.name.split("-")[0]]
         options = EngineOptions(context=256, threads_decode=2, threads_prefill=2, batch=64, all_logits=True)
+        used_s = time.process_time()
         engine = load_engine(artifact_of(bundle, check_hashes=False)[0], options)
         started = time.perf_counter()
         logits = engine.forward([Chunk(0, tokens, "all")])
@@ -34,7 +35,8 @@ def main() -> None:
         np.save(output / f"{bundle.name}.npy", logits.astype(np.float32))
         info = engine.info
         facts = {"model": bundle.name, "seconds": round(seconds, 2), "versions": info.versions, "system": info.system}
-        print(json.dumps({**facts, "page_bytes": os.sysconf("SC_PAGESIZE")}), flush=True)
+        facts |= {"cpu_s": round(time.process_time() - used_s, 1), "page_bytes": os.sysconf("SC_PAGESIZE")}
+        print(json.dumps(facts), flush=True)
         engine.close()
 
 

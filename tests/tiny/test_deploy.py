@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 import shutil
 import threading
 import zipfile
@@ -171,9 +173,9 @@ def test_going_back_takes_the_software_along(
 
     assert deploy(device, str(bundles[1]), "--image", "edgelm:test") == 1
     assert "has neither docker nor podman" in capfd.readouterr().err or shutil.which("docker") or shutil.which("podman")
-    device.with_docker()
+    device.with_engine()
     assert deploy(device, str(bundles[1]), "--image", "other:test") == 1
-    assert "board has no image other:test" in capfd.readouterr().err
+    assert "neither board nor this machine has an image other:test" in capfd.readouterr().err
     report = tmp_path / "report.json"
     assert deploy(device, str(bundles[1]), "--image", "edgelm:test", "-o", str(report)) == 0
     assert read_report(report).decode_tps is not None
@@ -191,6 +193,55 @@ def test_going_back_takes_the_software_along(
     assert f"ExecStart={device.root}/current/start\n" in unit
     assert "Type=exec\n" in unit  # what serves there may be too old to tell that it is ready
     assert deploy(device, str(bundles[0]), "--image", "edgelm:test", "--wheels", str(tmp_path)) == 2
+
+
+def test_an_image_that_the_device_lacks_is_sent(
+    device: Device,
+    bundles: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Sent once, not again, and anew when this machine's image of that name has become another one."""
+    machine = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
+
+    def image_here(identity: str, architecture: str) -> None:
+        lines = ["#!/bin/sh", 'case "$1" in', f"image) echo {architecture} {identity} ;;"]
+        lines += [f"save) echo built:here {identity} ;;", "esac", ""]
+        (tmp_path / "docker").write_text("\n".join(lines), encoding="ascii")
+        (tmp_path / "docker").chmod(0o755)
+
+    def commands() -> list[str]:
+        lines = (device.home / "docker.log").read_text().splitlines()
+        (device.home / "docker.log").write_text("")
+        return [line.split()[0] for line in lines if line != "--version"]
+
+    device.with_engine()
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    image_here("sha256:aaaa", "s390x")
+    assert deploy(device, str(bundles[0]), "--image", "built:asked", "--no-bench") == 1
+    assert f"has an image built:asked for {platform.machine()}" in capfd.readouterr().err
+    commands()
+    image_here("sha256:aaaa", machine)
+    assert deploy(device, str(bundles[0]), "--image", "built:asked", "--no-bench") == 0
+    assert commands() == ["image", "load", "tag", "image", "run"]
+    assert "sha256:aaaa serve" in (device.root / "current/start").read_text()
+    assert not list((device.root / "incoming").glob("image-*"))
+    assert deploy(device, str(bundles[0]), "--image", "built:asked", "--no-bench") == 0
+    assert commands() == ["image", "run"]
+    image_here("sha256:bbbb", machine)
+    assert deploy(device, str(bundles[0]), "--image", "built:asked", "--no-bench") == 0
+    assert "load" in commands()
+    assert "sha256:bbbb serve" in (device.root / "current/start").read_text()
+    assert deploy(device, "--rollback") == 0
+    assert "sha256:aaaa serve" in (device.root / "current/start").read_text()
+
+
+def test_podman_without_root_gives_the_user_its_own_files(device: Device, bundles: tuple[Path, Path]) -> None:
+    device.with_engine("podman version 4.3.1")  # Debian's podman-docker calls it docker
+    device.add_program("id", "#!/bin/sh\ncase $1 in -[ug]) echo 1000 ;; *) exec /usr/bin/id ;; esac\n")
+    assert deploy(device, str(bundles[0]), "--image", "edgelm:test", "--no-bench") == 0
+    assert "--user 1000:1000 --userns keep-id " in (device.root / "current/start").read_text()
 
 
 def test_a_damaged_file_is_named_and_never_becomes_current(

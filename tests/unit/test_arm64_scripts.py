@@ -116,6 +116,46 @@ def test_a_build_gets_the_machines_index_and_certificates(
     ]
 
 
+def test_everything_that_is_missing_is_named_at_once(
+    image_script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_script, "is_arm", lambda: False)
+    monkeypatch.setattr(image_script, "BINFMT", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="apt-get install podman runc debootstrap qemu-user-static"):
+        image_script.check_tools()
+    for program in ("podman", "debootstrap"):
+        (tmp_path / program).write_text("#!/bin/sh\n")
+        (tmp_path / program).chmod(0o755)
+    with pytest.raises(SystemExit, match=r"missing: qemu-aarch64-static\n.*apt-get install qemu-user-static$"):
+        image_script.check_tools()
+    (tmp_path / "qemu-aarch64").write_text("enabled\n")
+    image_script.check_tools()
+
+
+@pytest.mark.parametrize("buildx", [True, False])
+def test_docker_builds_the_same_file_where_its_engine_runs(
+    image_script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buildx: bool
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    lines = ["#!/bin/sh", f'[ "$1" != buildx ] || {str(buildx).lower()} || exit 1']
+    lines.append(f'echo "$DOCKER_BUILDKIT $*" >> {tmp_path}/said')
+    (programs / "docker").write_text("\n".join([*lines, ""]))
+    (programs / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    monkeypatch.setattr(image_script, "CACHE", tmp_path / "cache")
+    image_script.build("exporter")
+    image_script.build("wheel", output=tmp_path / "wheels")
+    said = [line for line in (tmp_path / "said").read_text().splitlines() if "--platform" in line]
+    start = "1 buildx build --load" if buildx else "1 build"
+    common = "--platform linux/arm64 --file Dockerfile.arm64 --target"
+    assert said[0].startswith(f"{start} {common} exporter --secret ")
+    assert said[0].endswith(" --tag edgelm-exporter:arm64 .")
+    assert said[1].startswith(f"{start.removesuffix(' --load')} {common} wheel --secret ")
+    assert said[1].endswith(f" --output {tmp_path}/wheels .")
+
+
 def test_containers_are_locked_down(image_script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_script, "engine", lambda: ["podman"])
     monkeypatch.setattr(image_script, "is_arm", lambda: False)
@@ -153,6 +193,31 @@ def test_the_proof_names_what_misses_its_limit(scripts: None) -> None:
     assert len(proof.failures({"large_pages": pages})) == 2
     warned = {"processor": "cortex-a72", "healthy": True, "broken": [], "features": {"status": "warning"}}
     assert len(proof.failures({"doctor": [warned]})) == 1
+
+
+def test_a_proof_that_was_cut_off_goes_on_where_it_stopped(scripts: None, tmp_path: Path) -> None:
+    kept = importlib.import_module("arm64_kept").Kept
+    path = tmp_path / "rows.jsonl"
+    kept(path).add({"kl_mean": 1e-5}, "logits", "image", "cortex-a53")
+    with path.open("a") as stream:
+        stream.write('{"key": "logits|image|cortex-a72", "row": {"kl_')
+    again = kept(path)
+    assert again.find("logits", "image", "cortex-a53") == {"kl_mean": 1e-5}
+    assert again.find("logits", "image", "cortex-a72") is None
+    assert again.find("logits", "another image", "cortex-a53") is None
+    again.add({"kl_mean": 2e-5}, "logits", "image", "cortex-a72")
+    assert kept(path).find("logits", "image", "cortex-a72") == {"kl_mean": 2e-5}
+    again.forget()
+    assert kept(path).find("logits", "image", "cortex-a53") is None
+
+
+def test_what_misses_its_limit_is_computed_again(scripts: None, tmp_path: Path) -> None:
+    proof = importlib.import_module("arm64_proof")
+    work = proof.Proof(tmp_path, [], proof.Kept(tmp_path / "rows.jsonl"), "image", "exporter")
+    row = {"processor": "cortex-a72", "healthy": False, "broken": ["engine: SIGILL"], "features": {"status": "ok"}}
+    assert work.once("doctor", lambda: row, "image", "cortex-a72")["healthy"] is False
+    assert work.once("doctor", lambda: {**row, "healthy": True}, "image", "cortex-a72")["healthy"] is True
+    assert work.once("doctor", lambda: row, "image", "cortex-a72")["healthy"] is True
 
 
 def test_segments_of_an_elf_file_are_read(scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
