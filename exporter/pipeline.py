@@ -36,7 +36,7 @@ from edgelm.bundle import (
 )
 from edgelm.errors import CheckpointError, DoesNotFitError, EngineError, ProofError, UsageError
 from edgelm.progress import SILENT, Progress
-from exporter import automatic, cache, damage, embedding_quality, ggml, optimum_tasks, quality, task_quality, tokenizer
+from exporter import automatic, cache, damage, embedding_quality, optimum_tasks, quality, task_quality, tokenizer
 from exporter.analysis import Analysis, analyse
 from exporter.architectures import describe
 from exporter.architectures.base import ModelDescription
@@ -49,7 +49,7 @@ from exporter.format_choice import other_format, settle_format
 from exporter.gguf import RowQuantizer, check_room, write_errors, write_head, write_tensors
 from exporter.importance import importance, importance_of_file
 from exporter.options import ExportOptions, check_options
-from exporter.plan import COPY, Candidate, candidates, choose, file_type, form_of, paced, resolve, unchanged
+from exporter.plan import Candidate, candidates, choose, file_type, form_of, paced, resolve, rounds, unchanged
 from exporter.preflight import check_checkpoint
 from exporter.reference import torch_obstacle
 from exporter.resume import Writer, hash_of_metadata, key_of_artifact, write_in_parts
@@ -219,7 +219,7 @@ def _prepared(options: ExportOptions, checkpoint: Checkpoint, profile: TargetPro
         measured = measure_types(options, checkpoint, progress)
         return Prepared(checkpoint, measured.choose(options, profile).plan, measured)
     plan = _with_note(resolve(options, checkpoint, profile), f"types were not measured: {obstacle}")
-    if options.format == "onnx" or not _rounds(plan):
+    if options.format == "onnx" or not rounds(plan):
         return Prepared(checkpoint, plan)
     try:
         return _weighed(options, checkpoint, plan, progress)
@@ -229,27 +229,24 @@ def _prepared(options: ExportOptions, checkpoint: Checkpoint, profile: TargetPro
         return Prepared(checkpoint, _with_note(plan, f"importance was not measured either: {error.message}"))
 
 
-def _rounds(plan: ExportPlan) -> bool:
-    return plan.quant != COPY and any(ggml.TYPES[item.type].is_quantized for item in plan.tensors)
-
-
 def _with_note(plan: ExportPlan, note: str) -> ExportPlan:
     return plan.model_copy(update={"notes": (*plan.notes, note)})
 
 
 def _weighed(options: ExportOptions, checkpoint: Checkpoint, plan: ExportPlan, progress: Progress) -> Prepared:
     """A plan whose rounding is weighed by importance. Raises as ``measure_types``, and ``DoesNotFitError``."""
-    if not _rounds(plan):
-        given = "--imatrix" if options.imatrix is not None else "--calibration"
-        raise UsageError(f"{given} has no use here: {plan.quant} rounds nothing", hint="leave it out")
+    if not rounds(plan):
+        given = "calibration" if options.imatrix is None else "imatrix"
+        raise UsageError(f"--{given} has no use here: {plan.quant} rounds nothing", hint="leave it out")
     if options.imatrix is not None:
         record, weights = importance_of_file(options.imatrix, plan)
-        plan = _with_note(plan, f"rounding weighed by {record.text}")
-        return Prepared(checkpoint, plan.model_copy(update={"calibration": record}), importance=weights)
-    text, hashes = _calibration(options, checkpoint, progress)
-    found = importance(checkpoint, text, tuple(record.sha256 for record in hashes), progress)
-    plan = _with_note(plan, f"rounding weighed by importance over {text.record.tokens} tokens, measured by the engine")
-    return Prepared(checkpoint, plan.model_copy(update={"calibration": text.record}), importance=found)
+        what = record.text
+    else:
+        text, hashes = _calibration(options, checkpoint, progress)
+        weights = importance(checkpoint, text, tuple(item.sha256 for item in hashes), progress)
+        record, what = text.record, f"importance over {text.record.tokens} tokens, measured by the engine"
+    plan = _with_note(plan, f"rounding weighed by {what}")
+    return Prepared(checkpoint, plan.model_copy(update={"calibration": record}), importance=weights)
 
 
 def export(

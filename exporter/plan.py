@@ -502,3 +502,8 @@ def file_type(plan: ExportPlan) -> int:
     most = max(held, key=lambda name: held[name])
     by_default = {mix.default: mix.file_type for mix in reversed(list(mixes.MIXES.values()))}
     return _FLOAT_FILE_TYPES.get(most, by_default.get(most, 1024))
+
+
+def rounds(plan: ExportPlan) -> bool:
+    """Whether any tensor of a GGUF plan is quantised, and not copied as it is."""
+    return plan.quant != COPY and any(ggml.TYPES[item.type].is_quantized for item in plan.tensors)
