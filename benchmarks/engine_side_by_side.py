@@ -1,6 +1,8 @@
 """Decode and prefill of our engine against llama-bench on the same files, in turn, same threads.
 
-Needs ``make peers`` and GGUF files (any bundle's ``model.gguf``).
+Needs ``make peers`` and GGUF files (any bundle's ``model.gguf``). Both sides keep weights in huge pages, ours by
+itself, llama-bench by a setting of glibc; ``--small-pages`` gives neither any. Without that, which is faster depends on
+the memory that a process happens to get.
 
     python benchmarks/engine_side_by_side.py a.gguf b.gguf --peers .cache/peers --rounds 15 --depths 0,2048
 """
@@ -11,12 +13,32 @@ import argparse
 import json
 import os
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from measure import edgelm, run, save
 
 PROMPT, GENERATED = 512, 128
+
+
+# What a side finds in its environment, with huge pages and without.
+PAGES = {
+    "huge": {"edgelm": {}, "llama-bench": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}},
+    "small": {"edgelm": {"EDGELM_HUGE_PAGES": "off"}, "llama-bench": {}},
+}
+
+
+@contextmanager
+def surroundings(settings: dict[str, str]) -> Iterator[None]:
+    """The environment with ``settings``, for the processes that are started meanwhile."""
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name in settings:
+            del os.environ[name]
 
 
 def ours(model: Path, depth: int, threads: int, repetitions: int) -> dict[str, float]:
@@ -41,6 +63,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--repetitions", type=int, default=1, help="inside one process; its median is one sample")
     parser.add_argument("--depths", default="0")
+    parser.add_argument("--small-pages", dest="pages", action="store_const", const="small", default="huge")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     binary = arguments.peers / "build" / "bin" / "llama-bench"
@@ -54,13 +77,14 @@ def main() -> None:
         for model, depth in cases:
             # Who goes first alternates, so that a drifting machine favours neither.
             for side in ("edgelm", "llama-bench") if number % 2 else ("llama-bench", "edgelm"):
-                rates = (
-                    ours(model, depth, threads, repetitions)
-                    if side == "edgelm"
-                    else llama_bench(binary, model, depth, threads, repetitions)
-                )
-                case = f"{names[model]} @ d{depth}"
-                rows.append({"round": number, "model": case, "side": side, "threads": threads, **rates})
+                with surroundings(PAGES[arguments.pages][side]):
+                    rates = (
+                        ours(model, depth, threads, repetitions)
+                        if side == "edgelm"
+                        else llama_bench(binary, model, depth, threads, repetitions)
+                    )
+                facts = {"model": f"{names[model]} @ d{depth}", "pages": arguments.pages, "threads": threads}
+                rows.append({"round": number, "side": side, **facts, **rates})
         path = save("engine_side_by_side", rows)
     summarise(rows, [f"{names[model]} @ d{depth}" for model, depth in cases])
     print(f"raw rows: {path}")
