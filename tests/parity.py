@@ -101,7 +101,8 @@ with `use_sliding_window`) gets a context that ends where the window begins, wit
 convolutions keep a state that forgets nothing: a chat goes on from it, but another beginning is computed anew, and
 nothing is guessed ahead.
 
-Not here: mixtures of experts, Mamba and delta-net layers (Qwen 3.5, Granite 4 H, Falcon H1), Gemma 3n and 4, and
+Not here: mixtures of experts, Mamba and delta-net layers (Qwen 3.5, Granite 4 H, Falcon H1), Gemma 3n and 4, the text
+in models that see, Gemma 3's apart (Ministral 3 is published so: its text part has to be saved on its own first), and
 families that transformers knows only by code of the checkpoint (EXAONE 3, InternLM, MiniCPM).
 
 | model | model_type | GGUF | KL | logits | KL, plain | logits, plain | spread |
