@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -225,8 +225,11 @@ def _transformers_obstacle(checkpoint: Checkpoint, description: ModelDescription
         return f"it needs {format_bytes(needed_bytes)} of memory, there are {format_bytes(int(available.value))}"
     if description.dimensions.differing:
         return "its layers differ in width, which transformers cannot load"
-    if checkpoint.source.kind == "huggingface" and not _knows(checkpoint.architecture):
-        return f"the installed version does not know models of type '{checkpoint.architecture}'"
+    if checkpoint.source.kind == "huggingface":
+        part = checkpoint.config.get("text_config")
+        for kind in (checkpoint.architecture, part.get("model_type") if isinstance(part, Mapping) else None):
+            if isinstance(kind, str) and not _knows(kind):
+                return f"the installed version does not know models of type '{kind}'"
     if checkpoint.source.kind == "gguf":
         unknown = [item.name for item in description.tensors if _transformers_name(item.name) is None]
         if description.architecture != "llama" or unknown:
@@ -275,12 +278,18 @@ def _load_transformers(checkpoint: Checkpoint, description: ModelDescription, pl
         if checkpoint.source.kind == "gguf":
             model = _llama_from_gguf(checkpoint, description)
         else:
-            from transformers import AutoModelForCausalLM
-
-            model = load_directory(checkpoint.source.path, AutoModelForCausalLM)
+            model = load_directory(checkpoint.source.path, decoder_class(checkpoint.architecture))
         model.eval().to(place)
         stage.advance()
     return model
+
+
+def decoder_class(model_type: str) -> Any:
+    """The class of transformers that loads decoders of a type, some of which also see."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return AutoModelForCausalLM if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
 
 
 def load_directory(directory: Path, kind: Any) -> Any:

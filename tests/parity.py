@@ -27,6 +27,7 @@ from exporter.architectures import describe
 from exporter.architectures.base import ModelDescription
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
 from exporter.gguf import write_gguf
+from exporter.reference import decoder_class
 from exporter.tokenizer import read_tokenizer
 from runtime.engine import Chunk, EngineOptions
 from runtime.engines.llamacpp import load_engine, load_library
@@ -101,8 +102,9 @@ with `use_sliding_window`) gets a context that ends where the window begins, wit
 convolutions keep a state that forgets nothing: a chat goes on from it, but another beginning is computed anew, and
 nothing is guessed ahead.
 
-Not here: mixtures of experts, Mamba and delta-net layers (Qwen 3.5, Granite 4 H, Falcon H1), Gemma 3n and 4, and
-families that transformers knows only by code of the checkpoint (EXAONE 3, InternLM, MiniCPM).
+Not here: mixtures of experts, Mamba and delta-net layers (Qwen 3.5, Granite 4 H, Falcon H1), Gemma 3n and 4, weights
+of 8 bits (Ministral 3 has them beside those of 16), the text in models that see apart from Gemma 3 and Ministral 3,
+and families that transformers knows only by code of the checkpoint (EXAONE 3, InternLM, MiniCPM).
 
 | model | model_type | GGUF | KL | logits | KL, plain | logits, plain | spread |
 |---|---|---|---|---|---|---|---|
@@ -238,6 +240,12 @@ ROWS = (
     Row("smollm3", "smollm3", {**COMMON, "num_hidden_layers": 8}),
     Row("olmo3, yarn rotation", "olmo3", {**COMMON, "sliding_window": 48, "rope_scaling": YARN}),
     Row("phi", "phi", {**COMMON, "partial_rotary_factor": 0.5}),
+    Row(
+        "mistral3, text of a model that sees",
+        "mistral3",
+        {"text_config": {**COMMON, "head_dim": 24, "model_type": "mistral", "sliding_window": None}}
+        | {"vision_config": {**VISION, "model_type": "pixtral"}, "bos_token_id": 1, "eos_token_id": 2},
+    ),
     Row("ministral3", "ministral3", {**COMMON, "head_dim": 24, "rope_parameters": MINISTRAL}),
     Row("nemotron", "nemotron", {**COMMON, "partial_rotary_factor": 0.5}, norm_offset=-1.0),
     Row("nemotron, biases", "nemotron", {**COMMON, "attention_bias": True, "mlp_bias": True}, norm_offset=-1.0),
@@ -295,13 +303,13 @@ def make_checkpoint(row: Row, directory: Path, seed: int = 0, gain: float | None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         config = AutoConfig.for_model(
             row.model_type, **copy.deepcopy(dict(row.config))
         )  # which changes what it is given
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+        model = decoder_class(row.model_type).from_config(config, attn_implementation="eager").float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, values in model.named_parameters() if gain is not None else ():

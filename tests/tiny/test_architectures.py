@@ -74,7 +74,7 @@ def test_document_has_every_row_and_no_other() -> None:
             "gpt_neox",
             "llama, layers of different widths",
         ),
-        *("phi", "nemotron", "cohere2", "lfm2"),
+        *("phi", "nemotron", "cohere2", "lfm2", "mistral3, text of a model that sees"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

@@ -77,8 +77,9 @@ class _Source:
         return config_count(self.checkpoint, self.family.settings.get(name, name), default)
 
     def head_name(self) -> str:
-        """The output matrix stands outside of the prefix."""
-        return f"{self.family.head}.weight"
+        """The output matrix stands outside of the prefix, or inside where a text is part of a model that sees."""
+        inside = f"{self.prefix}{self.family.head}.weight"
+        return inside if inside in self.checkpoint.tensors else f"{self.family.head}.weight"
 
 
 def describe_checkpoint(checkpoint: Checkpoint, family: Family, *, own_graph: bool = False) -> ModelDescription:
@@ -146,7 +147,13 @@ def _text_part(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     if not isinstance(settings, Mapping):
         raise CheckpointError(f"{checkpoint.source.location}: config.json: {family.text_config} is no table")
     tensors = {name: item for name, item in checkpoint.tensors.items() if not name.startswith(family.left_out)}
-    return replace(checkpoint, config={**family.defaults, **settings}, tensors=tensors)
+    config = {**family.defaults, **settings}
+    # Both parts have it, and transformers 5 goes by the whole model's, earlier ones by the text's.
+    if checkpoint.config.get("tie_word_embeddings") and not any(
+        name.endswith(f"{family.head}.weight") for name in tensors
+    ):
+        config["tie_word_embeddings"] = True
+    return replace(checkpoint, config=config, tensors=tensors)
 
 
 # --- settings and sizes
