@@ -175,6 +175,7 @@ def measure_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     theirs = presets(arguments, work) if arguments.presets else []
     sizes = [path.stat().st_size for head, path in theirs if head["name"] in arguments.at]
     artefacts = theirs + own_points(arguments, work, sizes)
+    artefacts.sort(key=lambda item: "kl_predicted" not in item[0] and item[0]["name"] not in arguments.at)
     texts = windows_of(checkpoint, arguments.chat, arguments.tokens)
     with open_reference(checkpoint, quality.WINDOW, "auto", SILENT) as original:
         references: dict[str, tuple[ScoringModel, list[quality.Window]]] = {
@@ -210,11 +211,17 @@ def perplexity(arguments: argparse.Namespace, path: Path) -> dict[str, float]:
             base = arguments.work / "bf16" / "model.gguf"
             with made(logits) as part:
                 run([*tool, "-m", str(base), "-f", str(text), "--chunks", "12", "--kl-divergence-base", str(part)])
-        told = run([*tool, "-m", str(path), "--kl-divergence", "--kl-divergence-base", str(logits)]).stdout
-        match = re.search(r"Mean\s+KLD:\s+([\d.e+-]+)", told)
-        assert match is not None, told[-2000:]
-        found[f"perplexity_kl_{name}"] = float(match[1])
+        found[f"perplexity_kl_{name}"] = told_kl([*tool, "-m", str(path), "--kl-divergence-base", str(logits)])
     return found
+
+
+def told_kl(command: Sequence[str]) -> float:
+    """What llama-perplexity says. It now and then ends before its last lines are written: then once more."""
+    for _ in range(6):
+        match = re.search(r"Mean\s+KLD:\s+([\d.e+-]+)", run([*command, "--kl-divergence"]).stdout)
+        if match is not None:
+            return float(match[1])
+    raise SystemExit(f"{' '.join(command)} told no mean KL divergence")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -248,6 +255,8 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         if "kl_predicted" in row:
             errors.append(100 * (row["kl_predicted"] / row["kl_documentation"] - 1))
             cells += [f"{row['kl_predicted']:.5f}", f"{errors[-1]:+.0f} %"]
+        else:
+            cells += ["", ""]
         print("| " + " | ".join(cells) + " |")
     if errors:
         print(f"prediction: worst {max(map(abs, errors)):.0f} %, {sum(abs(error) <= 25 for error in errors)} of")

@@ -41,7 +41,8 @@ def other_format(options: ExportOptions, checkpoint: Checkpoint, profile: Target
     if options.format != "auto" or options.quant.lower() != "auto" or options.type_overrides:
         return []
     try:
-        return candidates(replace(options, format="onnx"), checkpoint, profile)
+        # What a mix of GGUF is as fast as stands in the options as numbers by now.
+        return candidates(replace(options, format="onnx", as_fast_as=None), checkpoint, profile)
     except CheckpointError:  # a graph that cannot be drawn
         return []
 

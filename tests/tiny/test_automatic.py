@@ -56,6 +56,10 @@ def test_auto_keeps_its_limit_and_comes_from_the_cache_again(
     on_board = ExportOptions(str(model), target="raspberry-pi-5")
     mix = prepare(replace(on_board, quant="Q4_K_M")).plan.predicted
     fast = prepare(replace(on_board, as_fast_as="Q4_K_M")).plan
+    listed = choices(replace(on_board, as_fast_as="Q4_K_M"), SILENT)
+    assert listed[2] is not None
+    assert listed[2].plan.tensors == fast.tensors
+    assert {item.plan.format for item in listed[1]} == {"gguf", "onnx"}
     assert (fast.quant, mix.decode_tps is None, mix.prefill_tps is None) == ("MIXED", False, False)
     assert fast.predicted.decode_tps is not None
     assert fast.predicted.prefill_tps is not None
