@@ -21,7 +21,8 @@ import numpy.typing as npt
 from exporter.architectures.base import TensorDescription
 from exporter.onnx_layout import Decoder, Layer, Part
 
-Floats, Doubles = npt.NDArray[np.float32], npt.NDArray[np.float64]
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 _LARGEST = 2.0**6  # of a factor, and the inverse of the smallest: dead channels have no say
 
 
@@ -76,7 +77,7 @@ def balanced(decoder: Decoder, factors: Mapping[str, Floats]) -> Decoder:
     """The decoder with every factor in what carries it and its inverse in the matrices behind."""
     layers = tuple(_balanced_layer(decoder, layer, factors) for layer in decoder.layers)
     last = factors[decoder.output_matrix.name]
-    final_norm, table = _rows(decoder.final_norm, last), _columns(decoder.output_matrix, 1 / last)
+    final_norm, table = _rows(decoder.final_norm, last), _columns(decoder.output_matrix, last)
     if decoder.head is not None:
         return replace(decoder, layers=layers, final_norm=final_norm, head=table)
     return replace(decoder, layers=layers, final_norm=final_norm, embedding=table, embedding_factors=last)
@@ -141,7 +142,7 @@ def _last_rows(part: Part, factors: Floats) -> Part:
 
 
 def _part_columns(part: Part, factors: Floats) -> Part:
-    return Part(_columns(part.weight, 1 / factors), part.bias)
+    return Part(_columns(part.weight, factors), part.bias)
 
 
 def _row_factors(tensor: TensorDescription, factors: Floats) -> TensorDescription:
@@ -149,4 +150,5 @@ def _row_factors(tensor: TensorDescription, factors: Floats) -> TensorDescriptio
 
 
 def _columns(tensor: TensorDescription, factors: Floats) -> TensorDescription:
-    return replace(tensor, column_factors=factors)
+    """What reads channels that carry factors has their inverse."""
+    return replace(tensor, column_factors=(1 / factors).astype(np.float32))
