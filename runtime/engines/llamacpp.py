@@ -26,7 +26,7 @@ from runtime.engines.llamacpp_inputs import InputSquares
 from runtime.gguf_header import read_gguf_header, workload_from_gguf
 from runtime.libllama import import_declarations
 from runtime.tokenizer import ends_added
-from runtime.waiting import decided, prepare_openmp
+from runtime.waiting import decided, let_helpers_go, prepare_openmp
 from targets.host import default_threads
 
 _KV_BYTES_PER_ELEMENT = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}  # ggml blocks: q8_0 is 32 int8 and one f16 scale
@@ -244,9 +244,9 @@ def load_engine(path: Path, options: EngineOptions, observer: InputSquares | Non
     except EngineError:
         library.llama_model_free(model)
         raise
-    loaded = Loaded(library, model, context)
-    info = _describe(loaded, path, options, threads, kv_elements_per_token, time.perf_counter() - started)
-    return LlamaCppEngine(loaded, info, options)
+    let_helpers_go()
+    loaded, load_s = Loaded(library, model, context), time.perf_counter() - started
+    return LlamaCppEngine(loaded, _describe(loaded, path, options, threads, kv_elements_per_token, load_s), options)
 
 
 def check_file(path: Path) -> None:
