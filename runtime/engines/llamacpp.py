@@ -244,7 +244,6 @@ def load_engine(path: Path, options: EngineOptions, observer: InputSquares | Non
     except EngineError:
         library.llama_model_free(model)
         raise
-    let_helpers_go()
     loaded, load_s = Loaded(library, model, context), time.perf_counter() - started
     return LlamaCppEngine(loaded, _describe(loaded, path, options, threads, kv_elements_per_token, load_s), options)
 
@@ -271,6 +270,7 @@ def load_weights(library: Any, path: Path, options: EngineOptions) -> Any:
     parameters = library.llama_model_default_params()
     parameters.load_mode = library.LLAMA_LOAD_MODE_MMAP if options.mmap else library.LLAMA_LOAD_MODE_NONE
     model = library.llama_model_load_from_file(os.fsencode(path), parameters)
+    let_helpers_go()
     if not model:
         raise load_error(f"llama.cpp cannot load {path}")
     trained = int(library.llama_model_n_ctx_train(model))
