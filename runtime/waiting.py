@@ -9,6 +9,7 @@ engine.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import statistics
@@ -25,6 +26,7 @@ Kind = Literal["spin", "brief", "passive"]
 BRIEF_SPINS = 1000  # turns of libgomp's loop before a thread sleeps, some microseconds
 _LOOKS, _LOOK_EVERY_S = 8, 0.005
 _LEEWAY = 0.5  # of a CPU: what is less than one thread more is none
+_PAUSE_SOFT = 1  # omp_pause_soft of OpenMP 5.0
 _POLICY, _SPINS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
 
 
@@ -111,6 +113,20 @@ def prepare_openmp(root: Path = ROOT) -> Waiting:
         os.environ[_SPINS] = _ours = str(BRIEF_SPINS)
     _decided = waiting
     return waiting
+
+
+def let_helpers_go(root: Path = ROOT) -> bool:
+    """Give back the threads that libgomp keeps for the calling thread; whether there is a libgomp that can.
+
+    Whoever loads a model leaves helpers behind (weights are repacked by all threads). When another thread computes,
+    it gets helpers of its own, libgomp counts more threads than CPUs, and none of them spins any more: decoding on two
+    cores took five times as long. Other packages may bring a libgomp of their own, so all are asked.
+    """
+    done = False
+    for path in set(re.findall(r"\s(/\S*/libgomp\S*)$", text_of(root / "proc/self/maps"), re.MULTILINE)):
+        pause = getattr(ctypes.CDLL(path), "omp_pause_resource_all", None)  # from gcc 9 on
+        done = (pause is not None and pause(_PAUSE_SOFT) == 0) or done
+    return done
 
 
 def decided() -> Waiting | None:

@@ -28,7 +28,7 @@ from runtime.gguf_header import has_single_blocks, read_gguf_header, workload_fr
 from runtime.huge_pages import collapse_resident
 from runtime.libllama import import_declarations, kernel_set, load_kernels
 from runtime.tokenizer import ends_added
-from runtime.waiting import decided, prepare_openmp
+from runtime.waiting import decided, let_helpers_go, prepare_openmp
 from targets.host import default_threads
 
 _KV_BYTES_PER_ELEMENT = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}  # ggml blocks: q8_0 is 32 int8 and one f16 scale
@@ -249,6 +249,7 @@ def load_weights(library: Any, path: Path, options: EngineOptions, *, repack: bo
     parameters.use_extra_bufts = repack
     parameters.load_mode = library.LLAMA_LOAD_MODE_MMAP if options.mmap else library.LLAMA_LOAD_MODE_NONE
     model = library.llama_model_load_from_file(os.fsencode(path), parameters)
+    let_helpers_go()
     if not model:
         raise load_error(f"llama.cpp cannot load {path}")
     trained = int(library.llama_model_n_ctx_train(model))

@@ -16,6 +16,7 @@ from edgelm.errors import BundleError, ContextOverflowError, EngineError, UsageE
 from runtime.engine import Chunk, EngineInterruptedError, EngineOptions, Logits
 from runtime.engines.llamacpp import LlamaCppEngine, load_engine, load_vocabulary
 from runtime.probe import write_tiny_gguf
+from runtime.waiting import let_helpers_go
 
 pytestmark = pytest.mark.tiny
 
@@ -330,3 +331,20 @@ def test_a_decode_step_costs_little_python(gguf: Path) -> None:
     assert min(seconds() for _ in range(15)) < 100e-6  # usually 15 to 20 microseconds
     engine._decode = decode
     engine.close()
+
+
+def test_helpers_of_one_thread_are_let_go_for_another(gguf: Path) -> None:
+    """libgomp counts what every thread keeps; with more than there are CPUs nobody spins."""
+    two = load_engine(gguf, EngineOptions(context=64, batch=16, threads_decode=2, threads_prefill=2))
+    tasks = Path("/proc/self/task")
+    try:
+        before = len(list(tasks.iterdir()))
+        first = two.forward([Chunk(0, TOKENS[:5], "last")]).copy()
+        assert len(list(tasks.iterdir())) == before + 1
+        assert let_helpers_go()
+        assert len(list(tasks.iterdir())) == before
+        two.truncate(0)
+        assert np.array_equal(two.forward([Chunk(0, TOKENS[:5], "last")]), first)
+    finally:
+        two.close()
+        let_helpers_go()

@@ -104,6 +104,10 @@ def test_a_loaded_libgomp_keeps_its_own_mind(host: Path) -> None:
     assert "loaded before" in prepare_openmp(host).reason
 
 
+def test_without_libgomp_there_are_no_helpers_to_let_go(host: Path) -> None:
+    assert not waiting.let_helpers_go(host)
+
+
 def test_doctor_sees_why_a_board_is_slow(tmp_path: Path) -> None:
     root = pi(tmp_path, "50005")
     tree = {
