@@ -159,7 +159,8 @@ def test_sensitivity_is_measured_where_the_model_is(meta_model: Any, monkeypatch
         "blk.1.ffn_up.weight": "model.layers.1.mlp.up_proj",
         "blk.0.attn_q.weight": "model.layers.0.self_attn.q_proj",
     }
-    run = sensitivity._Pass(meta_model, sensitivity._Collector(names), "token_embd.weight")
+    modules = {name: (meta_model.get_submodule(place), slice(None)) for name, place in names.items()}
+    run = sensitivity._Pass(meta_model, sensitivity._Collector(modules), "token_embd.weight")
     with SILENT.stage("measuring", 1) as stage:
         run.over([range(3, 35), range(60, 92)], stage)
     sums = [*run.collector.sums.values(), run.head_sums]
