@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -110,7 +111,7 @@ def measured(path: Path, references: dict[str, tuple[ScoringModel, list[quality.
 @contextmanager
 def made(path: Path) -> Iterator[Path]:
     """Where to write a file that is there complete or not at all: a run may be killed, and the next one goes on."""
-    part = path.with_name(f"part-{path.name}")
+    part = path.with_name(f"part-{os.getpid()}-{path.name}")  # two runs may share a directory
     yield part
     part.replace(path)
 
