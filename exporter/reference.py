@@ -86,7 +86,8 @@ class TransformersModel:
     """A transformers causal language model in float32 as a ``ScoringModel``, its keys and values cached.
 
     Models with short convolutions compute all tokens again every time: after the first call their state takes one token
-    only (transformers 4.57; with more the logits are wrong without a word).
+    only (transformers 4.57; with more the logits are wrong without a word). So do models that give no cache back (dense
+    Granite 4 there).
     """
 
     def __init__(self, model: Any, version: str) -> None:
@@ -105,12 +106,12 @@ class TransformersModel:
     def append(self, tokens: Sequence[int]) -> Logits:
         import torch
 
-        if not self._cached:
-            self._held += tokens
+        self._held += tokens
         with torch.inference_mode():
             ids = torch.tensor([list(tokens) if self._cached else self._held], device=self.model.device)
             output = self.model(ids, use_cache=self._cached, **{self._cache_name: self._cache})
-        self._cache = output[self._cache_name] if self._cached else None
+        self._cache = output.get(self._cache_name) if self._cached else None
+        self._cached = self._cache is not None
         logits: Logits = output.logits[0, -len(tokens) :].float().cpu().numpy()
         return logits
 
