@@ -109,7 +109,7 @@ def reserved_cache(model: Any, length: int) -> Any:
 
         _room: tuple[Any, Any]
 
-        def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
+        def update(self, key_states: Any, value_states: Any, *_: Any) -> tuple[Any, Any]:
             start = self.get_seq_length()
             if start == 0:
                 kind = torch.bfloat16 if on_gpu else key_states.dtype

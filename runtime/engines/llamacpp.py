@@ -27,6 +27,7 @@ from runtime.engines.llamacpp_inputs import InputSquares
 from runtime.gguf_header import has_single_blocks, read_gguf_header, workload_from_gguf
 from runtime.huge_pages import collapse_resident
 from runtime.libllama import import_declarations, kernel_set, load_kernels
+from runtime.tiles import apart
 from runtime.tokenizer import ends_added
 from runtime.waiting import decided, let_helpers_go, prepare_openmp
 from targets.host import default_threads
@@ -490,7 +491,7 @@ class LlamaCppEngine:
         """Run what the batch holds. On failure the sequences are cleared; interrupted, they are what they were."""
         batch = self._batch.c
         batch.n_tokens = count
-        status = self._decode(self._context, batch)
+        status = apart(self._decode, self._context, batch)
         if status == 0:
             self._synchronize(self._context)
             return

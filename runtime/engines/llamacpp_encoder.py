@@ -40,6 +40,7 @@ from runtime.engines.llamacpp import (
 from runtime.gguf_header import has_single_blocks, read_gguf_header
 from runtime.huge_pages import collapse_resident
 from runtime.libllama import kernel_set
+from runtime.tiles import apart
 from targets.host import default_threads
 
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
@@ -177,7 +178,7 @@ class LlamaCppEncoder:
             filled = end
         batch.c.n_tokens = filled
         library, context = loaded.library, loaded.context
-        status = library.llama_encode(context, batch.c)
+        status = apart(library.llama_encode, context, batch.c)
         if status == ABORTED:
             take_messages()
             raise EngineInterruptedError("the computation was interrupted")
