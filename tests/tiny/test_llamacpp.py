@@ -338,7 +338,7 @@ def test_helpers_of_one_thread_are_let_go_for_another(gguf: Path) -> None:
     """libgomp counts what every thread keeps; with more than there are CPUs nobody spins."""
     two = load_engine(gguf, EngineOptions(context=64, batch=16, threads_decode=2, threads_prefill=2))
     tasks = Path("/proc/self/task")
-    # Helpers belong to the thread that computes, which is another one beside ONNX Runtime on AMX; earlier models left some.
+    # Helpers belong to the thread that computes, another one beside ONNX Runtime on AMX; earlier models left some.
     apart(let_helpers_go)
     try:
         before = len(list(tasks.iterdir()))
