@@ -146,7 +146,8 @@ def test_a_missing_bundle_is_one_error(tmp_path: Path, command: str, capfd: pyte
 
 def test_ctrl_c_ends_a_long_answer_at_once(chat_gguf: Path) -> None:
     code = "import sys; from edgelm.cli.app import run_cli; sys.exit(run_cli(sys.argv[1:]))"
-    arguments = ["run", str(chat_gguf), "hello", "-n", "4000", "--threads", "1", "--raw", "--temperature", "1"]
+    # Greedily this model repeats itself to the limit; a sampled answer can end before the signal arrives.
+    arguments = ["run", str(chat_gguf), "hello", "-n", "4000", "--threads", "1", "--raw"]
     child = subprocess.Popen(
         [sys.executable, "-u", "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
