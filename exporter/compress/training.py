@@ -2,8 +2,9 @@
 
 Loss: T^2 KL(teacher || student) of logits divided by the temperature T (Hinton et al. 2015, arXiv:1503.02531), the
 mean over positions; optionally the relative squared distance of hidden states and of attention outputs of the layers
-that stayed. AdamW in float32 (bfloat16 for matrix products on a GPU), linear warm-up, cosine decay. State is kept on
-disk without pickle, so that a killed run goes on with the same numbers. Does not know where data comes from.
+that stayed. AdamW in float32 (bfloat16 for matrix products where the processor has units for it), linear warm-up,
+cosine decay. State is kept on disk without pickle, so that a killed run goes on with the same numbers. Does not know
+where data comes from.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from edgelm.units import format_bytes
 from exporter.compress.data import Corpus, Indices, batches
 from exporter.compress.divergence import divergence
 from exporter.compress.fake_quant import FakeQuantizer
-from exporter.device import computing_in_bfloat16, is_out_of_memory
+from exporter.device import computing_in_bfloat16, is_out_of_memory, rounded_products
 from targets.host import available_memory
 
 _BETAS = (0.9, 0.95)
@@ -146,7 +147,7 @@ class Trainer:
             group["lr"] = rate
         applied: AbstractContextManager[None] = self._quantizer.applied() if self._quantizer else nullcontext()
         try:
-            with applied:
+            with applied, rounded_products(self._device):
                 loss, kl = self._gradients(rows)
             # A finite loss can have gradients that are not: they would spoil the weights that are saved next.
             norm = float(torch.nn.utils.clip_grad_norm_(state.student.parameters(), _CLIP))

@@ -12,6 +12,7 @@ import pytest
 from edgelm.cli.app import run_cli
 from edgelm.errors import DoesNotFitError, MissingDependencyError
 from edgelm.progress import SILENT
+from exporter import device as devices
 from exporter import onnx_moments, sensitivity
 from exporter.checkpoint import open_checkpoint, open_source
 from exporter.compress import importance, surgery, writing
@@ -20,7 +21,7 @@ from exporter.compress.divergence import divergence
 from exporter.compress.pipeline import CompressOptions, compress
 from exporter.compress.shape import shape_of, wanted_shape
 from exporter.compress.training import Trainer, TrainingOptions
-from exporter.device import DeviceChoice, memory_errors, resolve_device
+from exporter.device import DeviceChoice, memory_errors, resolve_device, rounded_products
 from exporter.reference import TransformersModel, open_reference
 from tests.tiny_models import make_tiny_llama
 
@@ -46,6 +47,29 @@ def model() -> Any:
 
 
 # --- without a GPU
+
+
+@pytest.mark.parametrize("isa", [("avx2", "amx_int8"), ("avx2",)])
+def test_training_rounds_factors_where_the_cpu_has_units_for_it(
+    model: Any, isa: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    def gradient() -> Any:
+        weight = model.model.layers[1].mlp.up_proj.weight.requires_grad_(True)
+        ids = torch.arange(64).reshape(2, 32)
+        torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), ids.flatten()).backward()
+        found, weight.grad = weight.grad.clone(), None
+        return found
+
+    products = torch.backends.mkldnn.matmul
+    before, exact = products.fp32_precision, gradient()
+    monkeypatch.setattr(devices, "instruction_set", lambda: isa)
+    with rounded_products(torch.device("cpu")):
+        assert products.fp32_precision == ("bf16" if "amx_int8" in isa else before)
+        assert float((gradient() - exact).norm() / exact.norm()) < 0.02
+    assert products.fp32_precision == before
+    assert torch.equal(gradient(), exact)
 
 
 def test_a_cpu_build_of_torch_is_named_when_a_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
