@@ -176,5 +176,5 @@ def check_chunks(engine: Engine, chunks: Sequence[Chunk], options: EngineOptions
                 f"logits of all {len(tokens)} positions need an engine loaded with all_logits: "
                 f"this one has room for {options.logits_rows}"
             )
-    if len({chunk.sequence for chunk in chunks}) != len(chunks):
+    if len(chunks) > 1 and len({chunk.sequence for chunk in chunks}) != len(chunks):
         raise EngineError("a sequence was given twice in one call")

@@ -192,11 +192,13 @@ class TokenText:
         self._spelled = {token: text.encode() for token, text in spelled}
         self._decoder = TextDecoder()
         self._scanner = StopScanner(stop)
+        self._stops = bool(stop)
 
     def push(self, token: int) -> tuple[str, bool]:
         """Text that became certain with ``token``, and whether a stop string was reached."""
         piece = self._spelled.get(token) or self._tokenizer.token_bytes(token)
-        return self._scanner.push(self._decoder.push(piece))
+        text = self._decoder.push(piece)
+        return self._scanner.push(text) if self._stops else (text, False)
 
     def finish(self) -> tuple[str, bool]:
         """The rest when no token follows: an incomplete character shows as U+FFFD."""
@@ -235,6 +237,15 @@ class Continuation:
         self._sampler = Sampler(request.sampling, self._constraint)
         self._text = TokenText(tokenizer, request.stop, request.spelled)
         self._generated = 0
+        self._rows: Logits | None = None
+        self._only_row: Logits | None = None
+
+    def only_row(self, rows: Logits) -> Logits:
+        """``rows[0]`` of logits of shape (1, vocabulary). Engines hand out the same array again and again, then the row
+        is the one of the last time: making it takes a while when a step has left nothing in the caches."""
+        if rows is not self._rows or self._only_row is None:
+            self._rows, self._only_row = rows, rows[0]
+        return self._only_row
 
     def take(self, row: Logits, held: Sequence[int]) -> Step:
         """Choose a token from a row of shape (vocabulary,); ``held`` are all tokens before it, the prompt included.
@@ -294,6 +305,9 @@ def take_rows(
     first guess that differs from the choice are of no use; the sequence forgets their tokens. Raises what
     ``Continuation.take`` raises.
     """
+    if len(chunk.tokens) == 1 and drafts is None:
+        session.tokens.append(chunk.tokens[0])
+        return [continuation.take(continuation.only_row(rows), session.tokens)]
     certain = len(chunk.tokens) - len(rows)
     session.tokens.extend(chunk.tokens[:certain])
     steps: list[Step] = []

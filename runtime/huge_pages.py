@@ -3,7 +3,8 @@
 A decoded token reads all weights once. In 4 KiB pages that is a miss of the translation buffer every 4 KiB, and in a
 virtual machine each miss walks two page tables. glibc's allocator does not ask for huge pages, nor does llama.cpp.
 Moving costs one copy, so it is done once, after loading, and only for whole huge pages whose every small page is in
-use already: memory does not grow. Knows the kernel's interface, no engine. Other systems: nothing happens.
+use already: memory does not grow. Buffers that are not in use yet get huge pages as they are touched, which rounds
+each run of touched pages up to 2 MiB. Knows the kernel's interface, no engine. Other systems: nothing happens.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,35 @@ def collapse_resident(least_bytes: int = 0) -> int:
             elif ctypes.get_errno() == errno.EINVAL:
                 return moved  # this kernel does not know the call
     return moved
+
+
+@contextmanager
+def from_first_use() -> Iterator[None]:
+    """What is mapped meanwhile, in pieces of a huge page or more, comes in huge pages where nothing touched it yet."""
+    size = huge_page_bytes()
+    if not size or not wanted():
+        yield
+        return
+    before = list(_anonymous(0))
+    yield
+    libc = ctypes.CDLL(None, use_errno=True)
+    for start, end in _anonymous(size):
+        for piece_start, piece_end in without((start, end), before):
+            if piece_end - piece_start >= size:
+                libc.madvise(ctypes.c_void_p(piece_start), ctypes.c_size_t(piece_end - piece_start), mmap.MADV_HUGEPAGE)
+
+
+def without(whole: tuple[int, int], parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What is left of a range of addresses when others, in ascending order, are taken out of it."""
+    left = []
+    start, end = whole
+    for part_start, part_end in parts:
+        if part_end <= start or part_start >= end:
+            continue
+        if part_start > start:
+            left.append((start, part_start))
+        start = part_end
+    return [*left, (start, end)] if start < end else left
 
 
 def _anonymous(least_bytes: int) -> Iterator[tuple[int, int]]:

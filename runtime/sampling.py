@@ -92,6 +92,9 @@ class Sampler:
         self._picked: Counter[int] = Counter()
         # Seeding takes as long as some tokens' choices.
         self._random = np.random.default_rng(options.seed) if options.temperature else None
+        self._counts = bool(options.presence_penalty or options.frequency_penalty)
+        repeats = options.repetition_penalty != 1.0
+        self._adjusts = bool(options.logit_bias) or repeats or self._counts or constraint is not None
 
     def pick(self, logits_row: npt.NDArray[np.float32], recent_tokens: Sequence[int] = ()) -> int:
         """The next token for logits of shape (vocabulary,), which are not written.
@@ -99,10 +102,11 @@ class Sampler:
         ``recent_tokens`` are the tokens so far, the latest last; only the repetition penalty looks at them. Raises
         ``EngineError`` when the logits hold NaN, or nothing but minus infinity.
         """
-        token = self._choose(self._adjusted(logits_row, recent_tokens))
+        row = self._adjusted(logits_row, recent_tokens) if self._adjusts else logits_row
+        token = self._choose(row)
         if self._constraint is not None:
             self._constraint.accept(token)
-        if self.options.presence_penalty or self.options.frequency_penalty:
+        if self._counts:
             self._picked[token] += 1
         return token
 
@@ -124,7 +128,7 @@ class Sampler:
     def _choose(self, logits_row: npt.NDArray[np.float32]) -> int:
         options = self.options
         best = int(logits_row.argmax())
-        highest = float(logits_row[best])
+        highest: float = logits_row.item(best)
         if not math.isfinite(highest):  # argmax returns the first NaN when there is one
             raise EngineError("the model computed no finite logits", hint="check the file with: edgelm verify")
         if options.temperature == 0.0:

@@ -70,7 +70,8 @@ class Sensors:
     def __init__(self, root: Path = ROOT, command: Command | None = None) -> None:
         self._root = root
         self._command = command or (vcgencmd if root == ROOT else no_command)
-        self._proc = root / "proc"
+        names = ("stat", "vmstat", "loadavg", "meminfo", "pressure/cpu", "pressure/memory", "pressure/io")
+        self._proc = {name: root / "proc" / name for name in names}
         self.zone, self._temperature = _temperature_source(root)
         cpus = root / "sys/devices/system/cpu"
         online = cpu_list(text_of(cpus / "online")) or set(range(os.cpu_count() or 1))
@@ -100,8 +101,8 @@ class Sensors:
         """One reading; ``thorough`` asks the firmware's tool even if it was asked a moment ago."""
         now = time.perf_counter()
         busy, stolen, runnable = self._cpu_times()
-        vmstat = text_of(self._proc / "vmstat")
-        load = text_of(self._proc / "loadavg").split()
+        vmstat = text_of(self._proc["vmstat"])
+        load = text_of(self._proc["loadavg"]).split()
         return Reading(
             at_s=now,
             temperature_c=self._temperature(),
@@ -149,7 +150,7 @@ class Sensors:
 
     def _cpu_times(self) -> tuple[float | None, float | None, int | None]:
         """Seconds that all CPUs computed, seconds stolen by a hypervisor, processes that want to run now."""
-        text = text_of(self._proc / "stat")
+        text = text_of(self._proc["stat"])
         words = text.partition("\n")[0].split()
         runnable = _counter(text, "procs_running")
         if len(words) < 8 or words[0] != "cpu":
@@ -162,7 +163,7 @@ class Sensors:
     def _pressure(self) -> dict[str, float]:
         found = {}
         for kind in ("cpu", "memory", "io"):
-            match = re.search(r"^some .*total=(\d+)", text_of(self._proc / "pressure" / kind), re.MULTILINE)
+            match = re.search(r"^some .*total=(\d+)", text_of(self._proc[f"pressure/{kind}"]), re.MULTILINE)
             if match:
                 found[kind] = int(match.group(1)) / 1e6
         return found
@@ -180,7 +181,7 @@ class Sensors:
         return max(held, default=None)
 
     def _available_bytes(self) -> int | None:
-        match = re.search(r"^MemAvailable:\s+(\d+) kB", text_of(self._proc / "meminfo"), re.MULTILINE)
+        match = re.search(r"^MemAvailable:\s+(\d+) kB", text_of(self._proc["meminfo"]), re.MULTILINE)
         return int(match.group(1)) * 1024 if match else None
 
     def _energy_j(self, now: float, *, thorough: bool) -> float | None:

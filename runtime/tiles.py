@@ -18,7 +18,7 @@ from typing import TypeVar
 from targets.host import instruction_set
 
 Result = TypeVar("Result")
-OTHERS = ("onnxruntime",)
+OTHER = "onnxruntime"
 
 
 @functools.cache
@@ -28,7 +28,7 @@ def _has_tiles() -> bool:
 
 def shared() -> bool:
     """Whether this process has another library that sets the tiles of a thread."""
-    return _has_tiles() and any(name in sys.modules for name in OTHERS)
+    return OTHER in sys.modules and _has_tiles()
 
 
 @functools.cache

@@ -40,15 +40,19 @@ class TextDecoder:
     """UTF-8 bytes that arrive in pieces to text: never half a character, what cannot be one becomes U+FFFD."""
 
     def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = b""
 
     def push(self, piece: bytes) -> str:
         """Characters that are complete with ``piece``."""
-        return self._decoder.decode(piece)
+        data = self._held + piece
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        self._held = data[used:]
+        return text
 
     def finish(self) -> str:
         """U+FFFD for a character that was never completed, else nothing."""
-        return self._decoder.decode(b"", final=True)
+        data, self._held = self._held, b""
+        return data.decode("utf-8", "replace")
 
 
 @lru_cache(maxsize=1)

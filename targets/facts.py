@@ -18,6 +18,7 @@ _GPU_MODEL = re.compile(r"^Model:\s*(.+)$", re.MULTILINE)
 _VENDORS = {"0x1002": "AMD", "0x8086": "Intel", "0x10de": "NVIDIA"}
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 _USUAL_PAGE = 4096
+_TEXT_LIMIT, _TEXT_PIECE = 2**20, 2**14
 ROOT = Path("/")
 
 
@@ -115,8 +116,18 @@ def number(path: Path) -> float | None:
 
 def text_of(path: Path) -> str:
     """A small kernel file as text, empty when it is not there or not readable."""
+    # The sensors come here ten times for a reading, beside what is measured. One read of _TEXT_LIMIT bytes would make
+    # room for all of them first: memory that the kernel maps, and takes away again on every core.
+    pieces: list[bytes] = []
+    room = _TEXT_LIMIT
     try:
-        with path.open("rb") as stream:
-            return stream.read(2**20).decode("utf-8", errors="replace").strip()
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            while room and (piece := os.read(descriptor, min(room, _TEXT_PIECE))):
+                pieces.append(piece)
+                room -= len(piece)
+        finally:
+            os.close(descriptor)
     except OSError:
         return ""
+    return b"".join(pieces).decode("utf-8", errors="replace").strip()

@@ -23,9 +23,10 @@ import numpy as np
 
 from edgelm.errors import BundleError, EngineError, UsageError
 from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits, check_chunks
+from runtime.engines.llamacpp_batch import AbortSwitch, Batch
 from runtime.engines.llamacpp_inputs import InputSquares
 from runtime.gguf_header import has_single_blocks, read_gguf_header, workload_from_gguf
-from runtime.huge_pages import collapse_resident
+from runtime.huge_pages import collapse_resident, from_first_use
 from runtime.libllama import import_declarations, kernel_set, load_kernels
 from runtime.tiles import apart
 from runtime.tokenizer import ends_added
@@ -292,7 +293,8 @@ def _create_context(
     parameters.no_perf = True
     if observer is not None:
         observer.attach(library, parameters)
-    context = library.llama_init_from_model(model, parameters)
+    with from_first_use():  # buffers of intermediate results, which are not in use before the first call
+        context = library.llama_init_from_model(model, parameters)
     if not context:
         raise load_error(
             f"llama.cpp cannot make a context of {options.context} tokens x {options.sequences} for {path}"
@@ -365,52 +367,6 @@ def _describe(
     )
 
 
-class Batch:
-    """A ``llama_batch`` whose C arrays are numpy arrays, allocated once."""
-
-    def __init__(self, library: Any, capacity: int, sequences: int) -> None:
-        self.tokens = np.zeros(capacity, np.int32)
-        self.positions = np.zeros(capacity, np.int32)
-        self.wanted = np.zeros(capacity, np.int8)
-        self._sequence_counts = np.ones(capacity, np.int32)
-        # A token's list of sequences is a pointer; each points at one element of a table that holds its own index.
-        self._sequence_ids = np.arange(sequences, dtype=np.int32)
-        self.sequence_pointers = np.zeros(capacity, np.uintp)
-        self.address_of_sequence = self._sequence_ids.ctypes.data + 4 * np.arange(sequences, dtype=np.uintp)
-        batch = library.llama_batch()
-        for name, array in (
-            ("token", self.tokens),
-            ("pos", self.positions),
-            ("n_seq_id", self._sequence_counts),
-            ("seq_id", self.sequence_pointers),
-            ("logits", self.wanted),
-        ):
-            field = getattr(batch, name)
-            setattr(batch, name, ctypes.cast(array.ctypes.data, type(field)))
-        self.c = batch
-
-
-class AbortSwitch:
-    """Stops what a context computes.
-
-    llama.cpp asks it before every graph node, hundreds of times per token: a Python function would cost more than the
-    node. strlen of a two-byte buffer is the same question in C: "" is false, "!" true.
-    """
-
-    def __init__(self, library: Any, context: Any) -> None:
-        self._buffer = ctypes.create_string_buffer(2)
-        self._callback = ctypes.cast(ctypes.CDLL(None).strlen, library.ggml_abort_callback)
-        library.llama_set_abort_callback(context, self._callback, ctypes.cast(self._buffer, ctypes.c_void_p))
-
-    def set(self) -> None:
-        """From the next node on; callable from any thread."""
-        self._buffer[0] = b"!"
-
-    def clear(self) -> None:
-        """Let the next computation run."""
-        self._buffer[0] = b"\0"
-
-
 class LlamaCppEngine:
     """``runtime.engine.Engine`` over one ``llama_context``. Not thread-safe, except for ``interrupt``."""
 
@@ -440,6 +396,8 @@ class LlamaCppEngine:
 
     def forward(self, chunks: Sequence[Chunk]) -> Logits:
         """See ``Engine.forward``. More tokens than ``batch`` are computed in several calls of llama.cpp."""
+        if len(chunks) == 1 and len(chunks[0].tokens) == 1 and self._takes(chunks[0]):
+            return self._step(chunks[0])
         self._check(chunks)
         self._abort.clear()
         before = {chunk.sequence: self._lengths[chunk.sequence] for chunk in chunks}
@@ -465,6 +423,25 @@ class LlamaCppEngine:
             parts.append(self._view(rows))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def _takes(self, chunk: Chunk) -> bool:
+        """Whether nothing is wrong with one token for one sequence. What is wrong, ``_check`` says at length."""
+        lengths, sequence, info = self._lengths, chunk.sequence, self._info
+        known = self._loaded is not None and 0 <= sequence < len(lengths)
+        return known and lengths[sequence] < info.context and 0 <= chunk.tokens[0] < info.vocabulary
+
+    def _step(self, chunk: Chunk) -> Logits:
+        """``forward`` for one token of one sequence, which is what decoding waits for: every line here counts.
+
+        A token's weights leave nothing of Python in the caches, so that its code takes ten times as long as in a loop.
+        """
+        sequence, wanted = chunk.sequence, chunk.logits != "none"
+        before = self._lengths[sequence]
+        self._batch.put(0, chunk.tokens[0], before, sequence, wanted=wanted)
+        self._lengths[sequence] = before + 1
+        self._abort.clear()
+        self._compute(1, {sequence: before})
+        return self._view(int(wanted))
+
     def _check(self, chunks: Sequence[Chunk]) -> None:
         if self._loaded is None:
             raise EngineError("the engine is closed")
@@ -474,6 +451,11 @@ class LlamaCppEngine:
         """Write ``take`` tokens of a chunk into the batch from row ``at`` on; tell how many logits are wanted."""
         batch, sequence = self._batch, chunk.sequence
         end, start = at + take, self._lengths[sequence]
+        if take == 1:
+            wanted = chunk.logits == "all" or (chunk.logits == "last" and done + 1 == len(chunk.tokens))
+            batch.put(at, chunk.tokens[done], start, sequence, wanted=wanted)
+            self._lengths[sequence] = start + 1
+            return int(wanted)
         batch.tokens[at:end] = chunk.tokens if take == len(chunk.tokens) else chunk.tokens[done : done + take]
         batch.positions[at:end] = self._offsets[:take]
         batch.positions[at:end] += start
@@ -493,7 +475,6 @@ class LlamaCppEngine:
         batch.n_tokens = count
         status = apart(self._decode, self._context, batch)
         if status == 0:
-            self._synchronize(self._context)
             return
         if status == ABORTED:
             for sequence, length in before.items():
@@ -506,7 +487,9 @@ class LlamaCppEngine:
         raise EngineError(f"llama.cpp failed to compute {count} tokens (status {status}): {reason}")
 
     def _view(self, rows: int) -> Logits:
+        """The latest ``rows`` rows of logits; whoever reads them waits for llama.cpp to have them."""
         if rows == 0:
+            self._synchronize(self._context)
             return np.empty((0, self._info.vocabulary), np.float32)
         address = self._logits_address(self._context)
         view = self._views.get((address, rows))

@@ -27,8 +27,6 @@ from runtime.encoder import (
 from runtime.engine import EngineInterruptedError, EngineOptions
 from runtime.engines.llamacpp import (
     ABORTED,
-    AbortSwitch,
-    Batch,
     LlamaVocabulary,
     Loaded,
     check_file,
@@ -37,8 +35,9 @@ from runtime.engines.llamacpp import (
     load_weights,
     take_messages,
 )
+from runtime.engines.llamacpp_batch import AbortSwitch, Batch
 from runtime.gguf_header import has_single_blocks, read_gguf_header
-from runtime.huge_pages import collapse_resident
+from runtime.huge_pages import collapse_resident, from_first_use
 from runtime.libllama import kernel_set
 from runtime.tiles import apart
 from targets.host import default_threads
@@ -91,7 +90,8 @@ def _create_context(library: Any, model: Any, path: Path, options: EncoderOption
     parameters.embeddings = True
     parameters.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_ENABLED
     parameters.no_perf = True
-    context = library.llama_init_from_model(model, parameters)
+    with from_first_use():
+        context = library.llama_init_from_model(model, parameters)
     if not context:
         raise load_error(f"llama.cpp cannot make a context for batches of {batch} tokens of {path}")
     return context

@@ -78,6 +78,20 @@ def test_no_wanted_logits_give_no_rows(engine: LlamaCppEngine) -> None:
     assert engine.length() == 20
 
 
+def test_a_single_step_is_what_the_general_way_computes(engine: LlamaCppEngine) -> None:
+    """One token of one sequence goes a shorter way; a second chunk beside it makes the same token go the long one."""
+    for wanted in ("last", "all", "none"):
+        for sequence in range(3):
+            engine.truncate(0, sequence)
+            engine.forward([Chunk(sequence, TOKENS[: 5 + sequence], "none")])
+        alone = engine.forward([Chunk(1, [7], wanted)]).copy()  # type: ignore[arg-type]
+        assert alone.shape == (0 if wanted == "none" else 1, 320)
+        assert [engine.length(sequence) for sequence in range(3)] == [5, 7, 7]
+        engine.truncate(6, 1)
+        beside = engine.forward([Chunk(1, [7]), Chunk(2, [9])])
+        assert wanted == "none" or close_to(alone[0], beside[0])
+
+
 def test_the_view_is_not_writable(engine: LlamaCppEngine) -> None:
     view = engine.forward([Chunk(0, TOKENS[:3])])
     with pytest.raises(ValueError, match="read-only"):
@@ -143,6 +157,9 @@ def test_overflow_is_refused_before_anything_is_computed(engine: LlamaCppEngine)
         engine.forward([Chunk(1, TOKENS[:5]), Chunk(0, TOKENS[:41])])
     assert (engine.length(0), engine.length(1)) == (60, 0)
     assert engine.forward([Chunk(0, TOKENS[:40])]).shape == (1, 320)
+    with pytest.raises(ContextOverflowError, match="holds 100 tokens and cannot take 1 more"):
+        engine.forward([Chunk(0, [1])])
+    assert engine.length(0) == 100
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
@@ -12,6 +13,7 @@ from edgelm.errors import ContextOverflowError, EngineError, UsageError
 from runtime.engine import EngineInfo
 from runtime.generate import (
     PREFILL_STEP_TOKENS,
+    Continuation,
     GenerationRequest,
     LikelyToken,
     Session,
@@ -312,3 +314,14 @@ def test_a_bias_outside_the_vocabulary_is_refused_before_anything_is_computed() 
     with pytest.raises(UsageError, match="logit_bias"):
         generate(Session(engine), FakeTokenizer(), request)
     assert engine.forward_calls == 0
+
+
+def test_a_row_is_taken_again_only_from_the_same_array() -> None:
+    continuation = Continuation(GenerationRequest(prompt(), 5), TOKENIZER, FakeEngine("Paris.").info)
+    first, second = (np.full((1, VOCABULARY), value, np.float32) for value in (1, 2))
+    row = continuation.only_row(first)
+    assert continuation.only_row(first) is row
+    assert continuation.only_row(second)[0] == 2
+    assert continuation.only_row(first)[0] == 1
+    first[0, 0] = 3  # the engine writes the next step's logits to the same place
+    assert continuation.only_row(first)[0] == 3

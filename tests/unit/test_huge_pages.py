@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from runtime import huge_pages
-from runtime.huge_pages import collapse_resident, huge_page_bytes
+from runtime.huge_pages import collapse_resident, from_first_use, huge_page_bytes, without
 
 
 def anonymous_huge_kib() -> int:
@@ -61,6 +61,38 @@ def test_memory_does_not_grow(block: mmap.mmap) -> None:
     before = resident_kib()
     collapse_resident(8 * 2**20)
     assert resident_kib() - before < 1024
+
+
+def new_block() -> mmap.mmap:
+    return mmap.mmap(-1, 16 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+@needs_huge_pages
+def test_memory_mapped_meanwhile_is_huge_from_its_first_use(block: mmap.mmap) -> None:
+    with from_first_use():
+        new = new_block()
+    before = anonymous_huge_kib()
+    new[8 * 2**20] = 1
+    assert anonymous_huge_kib() - before == huge_page_bytes() // 1024
+    block[8 * 2**20] = 1  # was there before
+    assert anonymous_huge_kib() - before == huge_page_bytes() // 1024
+
+
+@needs_huge_pages
+def test_first_use_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGELM_HUGE_PAGES", "off")
+    with from_first_use():
+        new = new_block()
+    before = anonymous_huge_kib()
+    new[8 * 2**20] = 1
+    assert anonymous_huge_kib() == before
+
+
+def test_ranges_without_others() -> None:
+    assert without((10, 20), []) == [(10, 20)]
+    assert without((10, 20), [(0, 5), (20, 30)]) == [(10, 20)]
+    assert without((10, 20), [(0, 12), (14, 15), (18, 30)]) == [(12, 14), (15, 18)]
+    assert without((10, 20), [(5, 25)]) == []
 
 
 def test_switched_off(block: mmap.mmap, monkeypatch: pytest.MonkeyPatch) -> None:
