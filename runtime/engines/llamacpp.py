@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from edgelm.errors import BundleError, EngineError, UsageError
-from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits, check_chunks
+from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits, State, check_chunks
+from runtime.engines.llamacpp_batch import AbortSwitch, Batch
 from runtime.engines.llamacpp_inputs import InputSquares
 from runtime.gguf_header import has_single_blocks, read_gguf_header, workload_from_gguf
 from runtime.huge_pages import collapse_resident
@@ -365,50 +366,9 @@ def _describe(
     )
 
 
-class Batch:
-    """A ``llama_batch`` whose C arrays are numpy arrays, allocated once."""
-
-    def __init__(self, library: Any, capacity: int, sequences: int) -> None:
-        self.tokens = np.zeros(capacity, np.int32)
-        self.positions = np.zeros(capacity, np.int32)
-        self.wanted = np.zeros(capacity, np.int8)
-        self._sequence_counts = np.ones(capacity, np.int32)
-        # A token's list of sequences is a pointer; each points at one element of a table that holds its own index.
-        self._sequence_ids = np.arange(sequences, dtype=np.int32)
-        self.sequence_pointers = np.zeros(capacity, np.uintp)
-        self.address_of_sequence = self._sequence_ids.ctypes.data + 4 * np.arange(sequences, dtype=np.uintp)
-        batch = library.llama_batch()
-        for name, array in (
-            ("token", self.tokens),
-            ("pos", self.positions),
-            ("n_seq_id", self._sequence_counts),
-            ("seq_id", self.sequence_pointers),
-            ("logits", self.wanted),
-        ):
-            field = getattr(batch, name)
-            setattr(batch, name, ctypes.cast(array.ctypes.data, type(field)))
-        self.c = batch
-
-
-class AbortSwitch:
-    """Stops what a context computes.
-
-    llama.cpp asks it before every graph node, hundreds of times per token: a Python function would cost more than the
-    node. strlen of a two-byte buffer is the same question in C: "" is false, "!" true.
-    """
-
-    def __init__(self, library: Any, context: Any) -> None:
-        self._buffer = ctypes.create_string_buffer(2)
-        self._callback = ctypes.cast(ctypes.CDLL(None).strlen, library.ggml_abort_callback)
-        library.llama_set_abort_callback(context, self._callback, ctypes.cast(self._buffer, ctypes.c_void_p))
-
-    def set(self) -> None:
-        """From the next node on; callable from any thread."""
-        self._buffer[0] = b"!"
-
-    def clear(self) -> None:
-        """Let the next computation run."""
-        self._buffer[0] = b"\0"
+def _bytes_of(state: State) -> Any:
+    """A buffer as llama.cpp wants it."""
+    return state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 class LlamaCppEngine:
@@ -431,6 +391,8 @@ class LlamaCppEngine:
         prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
         self._logits_address = prototype(ctypes.cast(library.llama_get_logits, ctypes.c_void_p).value or 0)
         self._views: dict[tuple[int, int], Logits] = {}
+        # Sequences whose cells llama.cpp copies or turns only when it computes the next time.
+        self._unsettled: set[int] = set()
         self._abort = AbortSwitch(library, loaded.context)
         self.vocabulary = LlamaVocabulary(library, loaded.model)
 
@@ -494,6 +456,7 @@ class LlamaCppEngine:
         status = apart(self._decode, self._context, batch)
         if status == 0:
             self._synchronize(self._context)
+            self._unsettled.clear()
             return
         if status == ABORTED:
             for sequence, length in before.items():
@@ -545,8 +508,53 @@ class LlamaCppEngine:
         library = self._loaded.library
         library.llama_memory_seq_rm(self._memory, target, -1, -1)
         library.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        self._unsettled.add(target)
         self._lengths[target] = held
         self._forget(length, target)
+
+    def discard(self, start: int, end: int, sequence: int = 0) -> bool:
+        """See ``runtime.engine.Shifter``. Keys behind the gap are turned to their new positions."""
+        held = self.length(sequence)
+        if self._loaded is None:
+            raise EngineError("the engine is closed")
+        if not 0 <= start < end <= held:
+            raise EngineError(f"cannot forget tokens {start} to {end} of sequence {sequence}, which holds {held}")
+        library = self._loaded.library
+        if not self._info.truncates or not library.llama_memory_can_shift(self._memory):
+            return False
+        if not library.llama_memory_seq_rm(self._memory, sequence, start, end):
+            return False
+        library.llama_memory_seq_add(self._memory, sequence, end, -1, start - end)
+        self._unsettled.add(sequence)
+        self._lengths[sequence] = held - (end - start)
+        return True
+
+    def state(self, sequence: int = 0) -> State:
+        """See ``runtime.engine.StateKeeper``: cells as llama.cpp writes them, keys and values in the cache's type."""
+        library = self._settled(sequence)
+        state = np.empty(library.llama_state_seq_get_size(self._context, sequence), np.uint8)
+        if library.llama_state_seq_get_data(self._context, _bytes_of(state), len(state), sequence) != len(state):
+            raise EngineError(f"llama.cpp gave no state of sequence {sequence}: {_log.take() or 'no reason given'}")
+        return state
+
+    def restore(self, state: State, length: int, sequence: int = 0) -> None:
+        """See ``runtime.engine.StateKeeper``."""
+        library = self._settled(sequence)
+        read = library.llama_state_seq_set_data(self._context, _bytes_of(state), len(state), sequence)
+        last = library.llama_memory_seq_pos_max(self._memory, sequence)
+        self._lengths[sequence] = length
+        if read != len(state) or last != length - 1 or not 0 < length <= self._info.context:
+            self._forget(0, sequence)
+            raise EngineError(f"these bytes are no state of {length} tokens: {_log.take() or f'it ends at {last}'}")
+
+    def _settled(self, sequence: int) -> Any:
+        """The library, when the cells of a sequence are what they are said to be. Raises ``EngineError``."""
+        self.length(sequence)
+        if self._loaded is None:
+            raise EngineError("the engine is closed")
+        if sequence in self._unsettled:
+            raise EngineError(f"sequence {sequence} is to be copied or moved with the next computation")
+        return self._loaded.library
 
     def _forget(self, length: int, sequence: int) -> None:
         self._lengths[sequence] = length

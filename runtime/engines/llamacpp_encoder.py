@@ -27,8 +27,6 @@ from runtime.encoder import (
 from runtime.engine import EngineInterruptedError, EngineOptions
 from runtime.engines.llamacpp import (
     ABORTED,
-    AbortSwitch,
-    Batch,
     LlamaVocabulary,
     Loaded,
     check_file,
@@ -37,6 +35,7 @@ from runtime.engines.llamacpp import (
     load_weights,
     take_messages,
 )
+from runtime.engines.llamacpp_batch import AbortSwitch, Batch
 from runtime.gguf_header import has_single_blocks, read_gguf_header
 from runtime.huge_pages import collapse_resident
 from runtime.libllama import kernel_set
