@@ -154,19 +154,19 @@ class Preparer:
         return cuts[high] - lead, found[high]
 
     def _shared_tokens(self, ids: list[int], messages: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> int:
-        """Tokens at the beginning of a conversation that do not depend on what anybody says in it: those of tools and
-        of leading system messages. Found by comparison with another conversation, since only the template knows."""
+        """Tokens at the beginning of a conversation that do not depend on what anybody says in it: those of tools, of
+        leading system messages, and of the template itself. Found by comparison with another conversation, since only
+        the template knows."""
         lead = list(messages[: _leading(messages)])
-        if not lead and not tools:
-            return 0
-        key = f"{lead}{tools}"
-        if self._shared[0] != key:
+        key, known = self._shared
+        if key != f"{lead}{tools}" or common_prefix(known, ids) < len(known):  # the template may tell the date
             try:
                 other = self.chat_ids([*lead, {"role": "user", "content": OTHER_WORDS}], tools)
             except ApiError:  # a template that refuses it
                 return 0
-            self._shared = key, other[: common_prefix(other, ids)]
-        return min(common_prefix(self._shared[1], ids), len(ids) - 1)
+            known = other[: common_prefix(other, ids)]
+            self._shared = f"{lead}{tools}", known
+        return min(len(known), len(ids) - 1)
 
     def requests(self, prompt: list[int], wish: Wish, param: str, shared: int = 0) -> tuple[GenerationRequest, ...]:
         """One request for each choice, as far as the context reaches; ``param`` is where the prompt came from and

@@ -17,6 +17,7 @@ from fake_engine import FakeTokenizer, wait_until
 from live_server import LiveServer, running_server
 
 from edgelm.errors import EngineError
+from exporter.checkpoint import open_checkpoint, open_source
 from runtime.engine import Chunk, Engine, EngineOptions, Shifter, StateKeeper
 from runtime.engines.llamacpp import LlamaCppEngine, load_engine
 from runtime.engines.onnx import load_engine as load_onnx_engine
@@ -29,6 +30,7 @@ from runtime.server.scheduler import Job, JobEvent, Scheduler
 from runtime.server.supervised import SupervisedWorker
 from runtime.server.worker import keep_prompts
 from runtime.speculative import DRAFT_TOKENS, Speculation
+from tests.parity import ROWS, make_checkpoint, write_f32
 from tests.tiny.test_onnx_engine import build
 from tests.tiny_models import make_tiny_llama
 
@@ -280,6 +282,27 @@ def test_keys_are_turned_to_their_new_places(gguf: Path) -> None:
         for start, end in ((5, 5), (-1, 3), (3, 62)):
             with pytest.raises(EngineError, match="cannot forget"):
                 engine.discard(start, end, 0)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "lfm2", "phi3"])
+def test_windows_recurrent_layers_and_long_rotations_do_it_too(family: str, tmp_path: Path) -> None:
+    row = next(row for row in ROWS if row.model_type == family)
+    make_checkpoint(row, tmp_path / "source")
+    write_f32(open_checkpoint(open_source(str(tmp_path / "source"))), tmp_path / "model.gguf")
+    first, second = (load_engine(tmp_path / "model.gguf", options(128, 2)) for _ in "ab")
+    with engines(first, second):
+        ids = [token + 3 for token in PROMPT[:120]]
+        first.forward([Chunk(0, ids[:100], "none")])
+        state = first.state(0)
+        expected = first.forward([Chunk(0, ids[100:], "last")]).copy()
+        second.restore(state, 100, 1)
+        assert np.array_equal(second.forward([Chunk(1, ids[100:], "last")]), expected)
+        wanted = GenerationRequest(ids[:90], 150, keep=20)
+        events = list(generate(Session(first, 1), FakeTokenizer(), wanted))
+        assert (len(events), events[-1].finish_reason) == (150, "length")
+        assert events[-1].shifted_tokens == 90 + 149 - first.length(1)
+        if not first.info.truncates:
+            check_exact(second, wanted, tokens(events))
 
 
 def test_both_engines_keep_states(opened: Open) -> None:
