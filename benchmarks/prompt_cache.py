@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import save
-from soak import Server, serving
+from soak import Server, serving, wait
 
 FORMS = ("computed", "kept")
 QUESTIONS = ("What is the capital of France?", "Which number has region 3?")
@@ -68,9 +68,8 @@ def measured(model: Path, form: str, cache: Path, system: str) -> list[dict[str,
         server.wait_ready()
         rows = [{"request": "first", **asked(server, system, QUESTIONS[0])}]
         rows.append({"request": "second", **asked(server, system, QUESTIONS[1])})
-        dead = server.engine
-        dead.kill()
-        dead.wait()
+        server.engine.kill()
+        wait(lambda: server.figure("edgelm_engine_starts_total") > 1, 60, "the engine does not come back")
         server.wait_ready()
         rows.append({"request": "after a kill", **asked(server, system, QUESTIONS[0])})
     return [{"form": form, **row} for row in rows]
