@@ -17,6 +17,7 @@ from edgelm.errors import ContextOverflowError, EngineError
 
 KvType = Literal["f32", "f16", "q8_0"]
 Logits = npt.NDArray[np.float32]
+State = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,36 @@ class PrefixCopier(Protocol):
         """Let ``target`` hold the first ``length`` tokens of ``source`` instead of what it held.
 
         Raises ``EngineError`` when the model's state cannot be cut there; ``target`` is empty then.
+        """
+        ...
+
+
+@runtime_checkable
+class Shifter(Protocol):
+    """An engine that can forget tokens in the middle of a sequence, for less than computing again those behind."""
+
+    def discard(self, start: int, end: int, sequence: int = 0) -> bool:
+        """Forget the tokens from position ``start`` to before ``end`` and move those behind to ``start``.
+
+        What stands behind was computed with the forgotten tokens in view and stays so. False when this model's state
+        cannot do that; nothing was changed then. Raises ``EngineError`` for positions that the sequence does not hold.
+        """
+        ...
+
+
+@runtime_checkable
+class StateKeeper(Protocol):
+    """An engine whose sequences can be taken out as bytes and put into another engine of the same model, version,
+    options and kind of processor. The bytes are not checked: who keeps them has to know that they are the same."""
+
+    def state(self, sequence: int = 0) -> State:
+        """All that a sequence holds. Raises ``EngineError`` when it cannot be had now."""
+        ...
+
+    def restore(self, state: State, length: int, sequence: int = 0) -> None:
+        """Let a sequence hold the ``length`` tokens of a ``state`` instead of what it held.
+
+        Raises ``EngineError`` when the state is not of that many tokens; the sequence is empty then.
         """
         ...
 

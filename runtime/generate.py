@@ -12,7 +12,7 @@ from typing import Literal
 
 from edgelm.errors import ContextOverflowError, EngineError, UsageError
 from runtime.constraint import Constraint, constraint_vocabulary
-from runtime.engine import Chunk, Engine, EngineInfo, EngineInterruptedError, Logits, common_prefix
+from runtime.engine import Chunk, Engine, EngineInfo, EngineInterruptedError, Logits, Shifter, common_prefix
 from runtime.sampling import Sampler, SamplingOptions, token_logprobs
 from runtime.speculative import Drafts, Speculation
 from runtime.tokenizer import TextDecoder, TextTokenizer
@@ -30,7 +30,9 @@ class GenerationRequest:
     ``max_tokens`` tokens, when the context is full, or when ``grammar`` (of ``runtime.constraint``, "" for none) is
     satisfied and allows nothing more. ``logprobs`` is how many of the likeliest tokens each event tells the
     probability of, 0 for the chosen one alone, None for nothing. ``spelled`` are special tokens that are part of the
-    text, with their spelling: a model may mark tool calls with them.
+    text, with their spelling: a model may mark tool calls with them. ``keep`` lets the generation go on in a full
+    context: all but so many tokens at the beginning are then forgotten by halves, oldest first. The first ``shared``
+    tokens of the prompt are likely to begin other prompts too.
     """
 
     prompt: Sequence[int]
@@ -41,6 +43,8 @@ class GenerationRequest:
     logprobs: int | None = None
     grammar: str = ""
     spelled: tuple[tuple[int, str], ...] = ()
+    keep: int | None = None
+    shared: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,8 @@ class TokenEvent:
     Times are seconds since ``generate`` was called; ``prefill_s`` is set on the first event only, ``cached_tokens``
     tells how many prompt tokens were already in the sequence. The last event carries ``finish_reason``; its ``token``
     is None when a stop token or a cancellation ended the generation. ``drafted_tokens`` and ``accepted_tokens`` count
-    the guesses of speculative decoding so far, and those among them that were right.
+    the guesses of speculative decoding so far, and those among them that were right; ``shifted_tokens`` were forgotten
+    so far to go on in a full context.
     """
 
     token: int | None
@@ -81,6 +86,7 @@ class TokenEvent:
     logprobs: TokenLogprobs | None = None
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    shifted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +118,27 @@ class Answer:
 
 @dataclass(slots=True)
 class Session:
-    """One engine sequence and the tokens that it holds: the only mutable state of a conversation."""
+    """One engine sequence and the tokens that it holds: the only mutable state of a conversation.
+
+    Behind the first ``exact`` tokens (None: nowhere) the engine holds what it computed with tokens in view that were
+    forgotten since; no other prompt may build upon that.
+    """
 
     engine: Engine
     sequence: int = 0
     tokens: list[int] = field(default_factory=list)
+    exact: int | None = None
+
+    def shared(self, prompt: Sequence[int]) -> int:
+        """Leading tokens of ``prompt`` that the sequence holds as if it had computed nothing else."""
+        shared = common_prefix(self.tokens, prompt)
+        return shared if self.exact is None else min(shared, self.exact)
+
+    def cut(self, length: int) -> None:
+        """Note that the sequence holds its first ``length`` tokens and no more."""
+        del self.tokens[length:]
+        if self.exact is not None and length <= self.exact:
+            self.exact = None
 
 
 def answer(
@@ -237,6 +259,7 @@ class Continuation:
         self._sampler = Sampler(request.sampling, self._constraint)
         self._text = TokenText(tokenizer, request.stop, request.spelled)
         self._generated = 0
+        self.shifted = 0  # tokens that were forgotten to make room
         self._rows: Logits | None = None
         self._only_row: Logits | None = None
 
@@ -260,7 +283,8 @@ class Continuation:
         self._generated += 1
         piece, stopped = self._text.push(token)
         complete = self._constraint is not None and self._constraint.finished
-        full = complete or self._generated == request.max_tokens or len(held) == self._context
+        ends = request.keep is None and len(held) == self._context
+        full = complete or self._generated == request.max_tokens or ends
         if full and not stopped:
             rest, stopped = self._text.finish()
             piece += rest
@@ -271,6 +295,32 @@ class Continuation:
     def room(self, held: Sequence[int]) -> int:
         """How many tokens may still be chosen before a limit ends the generation, behind the tokens ``held``."""
         return min(self._request.max_tokens - self._generated, self._context + 1 - len(held))
+
+    def make_room(self, session: Session, drafts: Drafts | None) -> list[int]:
+        """In a full context, forget the older half of what stands behind the tokens to keep.
+
+        What has to be computed again before anything else is returned: nothing where the engine moves it in place,
+        and all behind the gap where it cannot. Raises ``EngineError``.
+        """
+        keep, held = self._request.keep, len(session.tokens)
+        if keep is None or held < self._context:
+            return []
+        end = keep + max((held - keep) // 2, 1)
+        rest = session.tokens[end:]
+        self.shifted += end - keep
+        if drafts is not None:
+            drafts.start_again()
+        engine = session.engine
+        if isinstance(engine, Shifter) and engine.discard(keep, end, session.sequence):
+            session.tokens[keep:end] = []
+            session.exact = keep
+            return []
+        # A model whose state forgets nothing begins anew.
+        kept = keep if engine.info.truncates else 0
+        again = [*session.tokens[kept:keep], *rest]
+        engine.truncate(kept, session.sequence)
+        session.cut(kept)
+        return again
 
     def finish(self) -> str:
         """Text that was held back, when nothing follows."""
@@ -341,6 +391,10 @@ def check_request(request: GenerationRequest, context: int) -> None:
         raise UsageError("a stop string is empty")
     if request.logprobs is not None and not 0 <= request.logprobs <= LOGPROBS_LIMIT:
         raise UsageError(f"logprobs must be between 0 and {LOGPROBS_LIMIT}, not {request.logprobs}")
+    if request.keep is not None and not 0 <= request.keep <= context - 2:
+        raise UsageError(f"keep must leave room for two of {context} tokens, {request.keep} does not")
+    if not 0 <= request.shared <= len(request.prompt):
+        raise UsageError(f"shared must be between 0 and the prompt's {len(request.prompt)}, not {request.shared}")
     if len(request.prompt) > context:
         raise ContextOverflowError(
             f"the prompt has {len(request.prompt)} tokens, the context holds {context}",
@@ -394,6 +448,7 @@ def _events(
             logprobs=step.logprobs,
             drafted_tokens=drafts.drafted if drafts else 0,
             accepted_tokens=drafts.accepted if drafts else 0,
+            shifted_tokens=continuation.shifted,
         )
 
     cached = _reuse(session, prompt)
@@ -408,8 +463,22 @@ def _events(
                 return
             index += 1
             latest = step.token
-        found = None if cancelled() else _forward(session, next_chunk(session, continuation, latest, drafts))
+        found = None if cancelled() else _go_on(session, continuation, latest, drafts, cancelled)
     yield event(Step(None, continuation.finish(), "cancelled"))
+
+
+def _go_on(
+    session: Session,
+    continuation: Continuation,
+    token: int,
+    drafts: Drafts | None,
+    cancelled: Callable[[], bool],
+) -> tuple[Chunk, Logits] | None:
+    """Compute what follows ``token``, with room made for it; None when cancelled or interrupted on the way."""
+    again = continuation.make_room(session, drafts)
+    if again:
+        return _prefill(session, [*again, token], cancelled)
+    return _forward(session, next_chunk(session, continuation, token, drafts))
 
 
 def _reuse(session: Session, prompt: Sequence[int]) -> int:
@@ -417,15 +486,15 @@ def _reuse(session: Session, prompt: Sequence[int]) -> int:
 
     A model whose state forgets nothing starts anew unless all that it holds begins the prompt.
     """
-    shared = min(common_prefix(session.tokens, prompt), len(prompt) - 1)
+    shared = min(session.shared(prompt), len(prompt) - 1)
     if shared < len(session.tokens) and not session.engine.info.truncates:
         shared = 0
     try:
         session.engine.truncate(shared, session.sequence)
     except EngineError:
-        del session.tokens[session.engine.length(session.sequence) :]
+        session.cut(session.engine.length(session.sequence))
         raise
-    del session.tokens[shared:]
+    session.cut(shared)
     return shared
 
 
@@ -450,5 +519,5 @@ def _forward(session: Session, chunk: Chunk) -> tuple[Chunk, Logits] | None:
     except EngineInterruptedError:
         return None
     except EngineError:
-        del session.tokens[session.engine.length(session.sequence) :]
+        session.cut(session.engine.length(session.sequence))
         raise

@@ -17,7 +17,8 @@ from edgelm.errors import BundleError, DoesNotFitError, EdgelmError, UsageError
 from edgelm.units import format_bytes
 from runtime.chat import ChatTemplate, Message
 from runtime.engine import Engine, EngineInfo, EngineOptions
-from runtime.engines.llamacpp import LlamaVocabulary, kv_bytes_per_token, load_engine
+from runtime.engines.llamacpp import kv_bytes_per_token, load_engine
+from runtime.engines.llamacpp_vocabulary import LlamaVocabulary
 from runtime.engines.onnx_foreign import foreign_context
 from runtime.foreign import foreign_model, foreign_texts
 from runtime.gguf_header import GGUFHeader, read_gguf_header, workload_from_gguf

@@ -212,6 +212,13 @@ class Drafts:
             pace.judge(draft, 0)
         return []
 
+    def start_again(self) -> None:
+        """The tokens of the generation are no longer those that it had: what was noted of them is of no use."""
+        self._asked = None
+        for pace in self._paces:
+            if isinstance(pace.drafter, PromptLookup):
+                pace.drafter = PromptLookup()
+
     def judge(self, accepted: int) -> None:
         """Tell how many of the latest guesses were right, those behind a wrong one not counted."""
         if self._asked is None:

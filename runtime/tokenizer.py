@@ -165,7 +165,7 @@ class JsonTokenizer:
 
 
 class Vocabulary(Protocol):
-    """What ``GgufTokenizer`` needs of the engine's vocabulary (``runtime.engines.llamacpp.LlamaVocabulary``)."""
+    """What ``GgufTokenizer`` needs of the engine's vocabulary, as ``engines.llamacpp_vocabulary`` has it."""
 
     def tokenize(self, text: bytes, *, special: bool) -> list[int]: ...
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edgelm.errors import ContextOverflowError, EngineError
-from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, Logits
+from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, Logits, State
 
 BOS, EOS, IM_START, IM_END = 256, 257, 258, 259
 SPECIAL = {BOS: "<s>", EOS: "</s>", IM_START: "<|im_start|>", IM_END: "<|im_end|>"}
@@ -187,6 +187,30 @@ class FakeEngine:
 
     def close(self) -> None:
         self.closed = True
+
+
+class ShiftingEngine(FakeEngine):
+    """A fake that is a ``Shifter``."""
+
+    def discard(self, start: int, end: int, sequence: int = 0) -> bool:
+        if not 0 <= start < end <= self.length(sequence):
+            raise EngineError(f"cannot forget {start} to {end} of {self.length(sequence)} tokens")
+        del self.held[sequence][start:end]
+        return True
+
+
+class KeepingEngine(FakeEngine):
+    """A fake that is a ``StateKeeper``: a state is its tokens, four bytes each."""
+
+    def state(self, sequence: int = 0) -> State:
+        return np.array(self.held[sequence], np.int32).view(np.uint8)
+
+    def restore(self, state: State, length: int, sequence: int = 0) -> None:
+        tokens = state.view(np.int32).tolist() if len(state) % 4 == 0 else []
+        self.held[sequence] = tokens if len(tokens) == length else []
+        self._prompt_open[sequence] = True
+        if len(tokens) != length:
+            raise EngineError(f"{len(state)} bytes are no state of {length} tokens")
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:

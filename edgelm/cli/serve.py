@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgelm.errors import UsageError
+from edgelm.units import parse_size
 
 if TYPE_CHECKING:
     from runtime.engine import EngineOptions, KvType
@@ -66,6 +67,18 @@ if TYPE_CHECKING:
     help="Run the engine in the server's own process: 37 MB less memory, but its crash ends the server.",
 )
 @click.option(
+    "--prompt-cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Keep what is computed of system prompts and tools in this private directory, for the next start; their words "
+    "can be told from the files.  [default: nothing is kept]",
+)
+@click.option(
+    "--prompt-cache-size",
+    metavar="SIZE",
+    help="Bytes that these files may take; what was not used for longest makes room.  [default: 512MiB]",
+)
+@click.option(
     "--unload-after",
     type=click.FloatRange(min=1),
     metavar="SECONDS",
@@ -85,6 +98,8 @@ def command(
     lookup: bool,
     draft: Path | None,
     in_process: bool,
+    prompt_cache: Path | None,
+    prompt_cache_size: str | None,
     unload_after: float | None,
 ) -> None:
     """Serve BUNDLE (a bundle or a bare .gguf file) over an OpenAI-compatible API until SIGTERM or Ctrl-C.
@@ -106,6 +121,7 @@ def command(
     from runtime.engine import EngineOptions
     from runtime.server.logs import start_logging
     from runtime.server.metrics import Metrics
+    from runtime.server.prompt_files import MAX_BYTES, PromptCacheOptions
     from runtime.server.serving import (
         ServerOptions,
         bind,
@@ -120,6 +136,10 @@ def command(
         raise UsageError(
             "--draft is for one BUNDLE", hint="the others may have another vocabulary; --lookup is for all"
         )
+    if prompt_cache_size is not None and prompt_cache is None:
+        raise UsageError("--prompt-cache-size is for --prompt-cache", hint="add --prompt-cache DIR")
+    size_bytes = MAX_BYTES if prompt_cache_size is None else parse_size(prompt_cache_size)
+    prompts = None if prompt_cache is None else PromptCacheOptions(str(prompt_cache.absolute()), size_bytes)
     places = ServerOptions(host, port, allowed_hosts, api_key_file, per_client or default_per_client(parallel))
     start_logging()
     access = resolve_access(places)
@@ -139,11 +159,12 @@ def command(
             return _settled(bundle, target, engine, in_process, fixed_type=kv_type is not None)
 
         if len(bundles) > 1 or unload_after is not None:
-            shelf = make_shelf(bundles, settle, metrics, unload_after_s=unload_after)
+            shelf = make_shelf(bundles, settle, metrics, unload_after_s=unload_after, prompts=prompts)
             serve(shelf, metrics, listener, access)
             return
         options, own = settle(bundles[0])
-        serve(make_backend(bundles[0], options, metrics, in_process=own), metrics, listener, access)
+        backend = make_backend(bundles[0], options, metrics, in_process=own, prompts=prompts)
+        serve(backend, metrics, listener, access)
 
 
 def _settled(

@@ -43,15 +43,16 @@ def command(bundle: Path, serve_options: tuple[str, ...], user: str | None, outp
     chosen = serve.make_context("serve", list(words), parent=click.get_current_context().parent).params
     bundles: tuple[Path, ...] = chosen["bundles"]
     key = chosen["api_key_file"]
+    prompts = chosen["prompt_cache"]
     if user is not None:
-        _check_visible([*bundles, *(path for path in (key, chosen["draft"]) if path is not None)])
+        _check_visible([*bundles, *(path for path in (key, chosen["draft"], prompts) if path is not None)])
     unit = Unit(
         command=[*_program(), "serve", *words],
         description=f"EdgeLM serving {bundle.resolve().name}",
         directory=str(Path.cwd()),
         user=user,
         memory_max=_memory_max(bundles, chosen),
-        writable=[] if key is None or key.exists() else [str(key.resolve().parent)],
+        writable=_writable(key, prompts),
     )
     text = unit_text(unit)
     if output is None:
@@ -71,6 +72,14 @@ def _check_visible(paths: list[Path]) -> None:
                 f"{path} is in a directory for temporary files, which a unit of the system does not see",
                 hint="move it, or write a unit of your own: leave --system out",
             )
+
+
+def _writable(key: Path | None, prompts: Path | None) -> list[str]:
+    """Directories that serve writes to: for a key that is not there yet, and for prompts that are kept."""
+    made = [] if key is None or key.exists() else [key.resolve().parent]
+    if prompts is not None:
+        made.append(prompts.resolve() if prompts.exists() else prompts.resolve().parent)
+    return [str(path) for path in made]
 
 
 def _program() -> list[str]:

@@ -1,8 +1,8 @@
 """The llama.cpp engine: token ids in, logits out, over the low-level C API of llama-cpp-python.
 
 One batch of numpy arrays is reused for every call and handed to C as it is, logits come back as a view of llama.cpp's
-own buffer: a decode step costs about 20 microseconds of Python. Knows no sampling, no chat, and text only as the
-vocabulary functions that a bare GGUF needs. Importing this module does not load the library; ``load_engine`` does.
+own buffer: a decode step costs about 20 microseconds of Python. Knows no sampling, no chat and no text. Importing this
+module does not load the library; ``load_engine`` does.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 
 from edgelm.errors import BundleError, EngineError, UsageError
-from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits, check_chunks
+from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits, State, check_chunks
 from runtime.engines.llamacpp_batch import AbortSwitch, Batch
 from runtime.engines.llamacpp_inputs import InputSquares
+from runtime.engines.llamacpp_vocabulary import LlamaVocabulary
 from runtime.gguf_header import has_single_blocks, read_gguf_header, workload_from_gguf
 from runtime.huge_pages import collapse_resident, from_first_use
 from runtime.libllama import import_declarations, kernel_set, load_kernels
 from runtime.tiles import apart
-from runtime.tokenizer import ends_added
 from runtime.waiting import decided, let_helpers_go, prepare_openmp
 from targets.host import default_threads
 
@@ -119,72 +119,6 @@ def load_library() -> Any:
 def kv_bytes_per_token(elements: int, kv_type: str) -> float:
     """Bytes of one token's keys and values, ``elements`` of them over all layers, in a cache of a type."""
     return elements * _KV_BYTES_PER_ELEMENT[kv_type]
-
-
-class LlamaVocabulary:
-    """The vocabulary inside a GGUF: text and ids, by llama.cpp's own tokenizer."""
-
-    def __init__(self, library: Any, model: Any, *, owns_model: bool = False) -> None:
-        self._library = library
-        self._model = model if owns_model else None
-        self._vocab = library.llama_model_get_vocab(model)
-        self.size: int = library.llama_vocab_n_tokens(self._vocab)
-        self.bos: int = library.llama_vocab_bos(self._vocab)
-        self.eos: int = library.llama_vocab_eos(self._vocab)
-        self.adds_bos: bool = library.llama_vocab_get_add_bos(self._vocab)
-        self._buffer = ctypes.create_string_buffer(256)
-
-    def tokenize(self, text: bytes, *, special: bool, framed: bool = False) -> list[int]:
-        """Ids of UTF-8 ``text``; ``special`` recognises control tokens written in it, ``framed`` adds those that the
-        vocabulary puts around a text."""
-        room = len(text) + 8
-        while True:
-            tokens = (ctypes.c_int32 * room)()
-            count = self._library.llama_tokenize(self._vocab, text, len(text), tokens, room, framed, special)
-            if count >= 0:
-                return list(tokens[:count])
-            room = -count
-
-    def frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The ids that belong before and behind a whole text, as [CLS] and [SEP]."""
-        return ends_added(self.tokenize(b"a", special=False), self.tokenize(b"a", special=False, framed=True))
-
-    def token_bytes(self, token: int, *, special: bool = False) -> bytes:
-        """Bytes of one token; control tokens are empty unless ``special``."""
-        if not 0 <= token < self.size:
-            raise EngineError(f"token {token} is outside the vocabulary of {self.size}")
-        arguments = (0, special)
-        count = self._library.llama_token_to_piece(self._vocab, token, self._buffer, len(self._buffer), *arguments)
-        if count < 0:
-            self._buffer = ctypes.create_string_buffer(-count)
-            count = self._library.llama_token_to_piece(self._vocab, token, self._buffer, -count, *arguments)
-        return self._buffer.raw[:count]
-
-    def detokenize(self, ids: Sequence[int], *, special: bool) -> bytes:
-        """Bytes of ``ids`` as one text."""
-        outside = [token for token in ids if not 0 <= token < self.size]
-        if outside:
-            raise EngineError(f"token {outside[0]} is outside the vocabulary of {self.size}")
-        tokens = (ctypes.c_int32 * len(ids))(*ids)
-        room = 16 * len(ids) + 64
-        while True:
-            text = ctypes.create_string_buffer(room)
-            flags = (not special, special)
-            count = self._library.llama_detokenize(self._vocab, tokens, len(ids), text, room, *flags)
-            if count >= 0:
-                return text.raw[:count]
-            room = -count
-
-    def end_of_generation(self) -> frozenset[int]:
-        """All ids that llama.cpp itself treats as the end of an answer."""
-        is_end = self._library.llama_vocab_is_eog
-        return frozenset(token for token in range(self.size) if is_end(self._vocab, token))
-
-    def close(self) -> None:
-        """Free a vocabulary-only model; a vocabulary of an engine lives as long as the engine."""
-        if self._model is not None:
-            self._library.llama_model_free(self._model)
-            self._model = None
 
 
 def load_vocabulary(path: Path) -> LlamaVocabulary:
@@ -367,6 +301,11 @@ def _describe(
     )
 
 
+def _bytes_of(state: State) -> Any:
+    """A buffer as llama.cpp wants it."""
+    return state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+
+
 class LlamaCppEngine:
     """``runtime.engine.Engine`` over one ``llama_context``. Not thread-safe, except for ``interrupt``."""
 
@@ -387,6 +326,8 @@ class LlamaCppEngine:
         prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
         self._logits_address = prototype(ctypes.cast(library.llama_get_logits, ctypes.c_void_p).value or 0)
         self._views: dict[tuple[int, int], Logits] = {}
+        # Sequences whose cells llama.cpp copies or turns only when it computes the next time.
+        self._unsettled: set[int] = set()
         self._abort = AbortSwitch(library, loaded.context)
         self.vocabulary = LlamaVocabulary(library, loaded.model)
 
@@ -475,6 +416,7 @@ class LlamaCppEngine:
         batch.n_tokens = count
         status = apart(self._decode, self._context, batch)
         if status == 0:
+            self._unsettled.clear()
             return
         if status == ABORTED:
             for sequence, length in before.items():
@@ -528,8 +470,53 @@ class LlamaCppEngine:
         library = self._loaded.library
         library.llama_memory_seq_rm(self._memory, target, -1, -1)
         library.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        self._unsettled.add(target)
         self._lengths[target] = held
         self._forget(length, target)
+
+    def discard(self, start: int, end: int, sequence: int = 0) -> bool:
+        """See ``runtime.engine.Shifter``. Keys behind the gap are turned to their new positions."""
+        held = self.length(sequence)
+        if self._loaded is None:
+            raise EngineError("the engine is closed")
+        if not 0 <= start < end <= held:
+            raise EngineError(f"cannot forget tokens {start} to {end} of sequence {sequence}, which holds {held}")
+        library = self._loaded.library
+        if not self._info.truncates or not library.llama_memory_can_shift(self._memory):
+            return False
+        if not library.llama_memory_seq_rm(self._memory, sequence, start, end):
+            return False
+        library.llama_memory_seq_add(self._memory, sequence, end, -1, start - end)
+        self._unsettled.add(sequence)
+        self._lengths[sequence] = held - (end - start)
+        return True
+
+    def state(self, sequence: int = 0) -> State:
+        """See ``runtime.engine.StateKeeper``: cells as llama.cpp writes them, keys and values in the cache's type."""
+        library = self._settled(sequence)
+        state = np.empty(library.llama_state_seq_get_size(self._context, sequence), np.uint8)
+        if library.llama_state_seq_get_data(self._context, _bytes_of(state), len(state), sequence) != len(state):
+            raise EngineError(f"llama.cpp gave no state of sequence {sequence}: {_log.take() or 'no reason given'}")
+        return state
+
+    def restore(self, state: State, length: int, sequence: int = 0) -> None:
+        """See ``runtime.engine.StateKeeper``."""
+        library = self._settled(sequence)
+        read = library.llama_state_seq_set_data(self._context, _bytes_of(state), len(state), sequence)
+        last = library.llama_memory_seq_pos_max(self._memory, sequence)
+        self._lengths[sequence] = length
+        if read != len(state) or last != length - 1 or not 0 < length <= self._info.context:
+            self._forget(0, sequence)
+            raise EngineError(f"these bytes are no state of {length} tokens: {_log.take() or f'it ends at {last}'}")
+
+    def _settled(self, sequence: int) -> Any:
+        """The library, when the cells of a sequence are what they are said to be. Raises ``EngineError``."""
+        self.length(sequence)
+        if self._loaded is None:
+            raise EngineError("the engine is closed")
+        if sequence in self._unsettled:
+            raise EngineError(f"sequence {sequence} is to be copied or moved with the next computation")
+        return self._loaded.library
 
     def _forget(self, length: int, sequence: int) -> None:
         self._lengths[sequence] = length

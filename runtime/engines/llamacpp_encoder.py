@@ -27,7 +27,6 @@ from runtime.encoder import (
 from runtime.engine import EngineInterruptedError, EngineOptions
 from runtime.engines.llamacpp import (
     ABORTED,
-    LlamaVocabulary,
     Loaded,
     check_file,
     load_error,
@@ -36,6 +35,7 @@ from runtime.engines.llamacpp import (
     take_messages,
 )
 from runtime.engines.llamacpp_batch import AbortSwitch, Batch
+from runtime.engines.llamacpp_vocabulary import LlamaVocabulary
 from runtime.gguf_header import has_single_blocks, read_gguf_header
 from runtime.huge_pages import collapse_resident, from_first_use
 from runtime.libllama import kernel_set

@@ -21,7 +21,16 @@ import numpy as np
 import numpy.typing as npt
 
 from edgelm.errors import BundleError, EngineError, UsageError
-from runtime.engine import Chunk, Engine, EngineInfo, EngineInterruptedError, EngineOptions, Logits, check_chunks
+from runtime.engine import (
+    Chunk,
+    Engine,
+    EngineInfo,
+    EngineInterruptedError,
+    EngineOptions,
+    Logits,
+    State,
+    check_chunks,
+)
 from runtime.engines.onnx_foreign import ForeignOnnxEngine, check_foreign_options, understand
 from runtime.engines.onnx_session import (
     SessionThreads,
@@ -432,6 +441,26 @@ class OnnxEngine:
             raise EngineError("the engine is closed")
         if not 0 <= length <= held:
             raise EngineError(f"cannot truncate sequence {sequence} of {held} tokens to {length}")
+        self._lengths[sequence] = length
+
+    def state(self, sequence: int = 0) -> State:
+        """See ``runtime.engine.StateKeeper``: float32 keys and values of (heads, tokens, head size), layer by layer."""
+        length = self.length(sequence)
+        if self.session is None:
+            raise EngineError("the engine is closed")
+        held = [cache[sequence, :, :length].reshape(-1) for pair in self.caches for cache in pair]
+        return np.concatenate(held).view(np.uint8)
+
+    def restore(self, state: State, length: int, sequence: int = 0) -> None:
+        """See ``runtime.engine.StateKeeper``."""
+        self.truncate(0, sequence)
+        caches = [cache[sequence, :, :length] for pair in self.caches for cache in pair]
+        if not 0 < length <= self._info.context or len(state) != sum(cache.nbytes for cache in caches):
+            raise EngineError(f"{len(state)} bytes are no state of {length} tokens")
+        start = 0
+        for cache in caches:
+            cache[...] = np.frombuffer(state, np.float32, cache.size, start).reshape(cache.shape)
+            start += cache.nbytes
         self._lengths[sequence] = length
 
     def resident_kv_bytes(self) -> int:

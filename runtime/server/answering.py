@@ -54,10 +54,11 @@ class _Choice:
 class Generation:
     """One request's choices as the event loop sees them: their events, then their counts and timings."""
 
-    def __init__(self, backend: Backend, requests: Sequence[GenerationRequest]) -> None:
-        """Submit ``requests``, which have the same prompt. Raises ``ApiError`` 429 or 503 when the backend
-        takes not all of them."""
+    def __init__(self, backend: Backend, requests: Sequence[GenerationRequest], *, dropped_messages: int = 0) -> None:
+        """Submit ``requests``, which have the same prompt, of which ``dropped_messages`` were left out. Raises
+        ``ApiError`` 429 or 503 when the backend takes not all of them."""
         self._backend = backend
+        self._dropped_messages = dropped_messages
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._arrived: list[tuple[int, JobEvent]] = []
@@ -124,7 +125,8 @@ class Generation:
         pairs = [(choice.first, choice.last) for choice in self._choices]
         begun = [(first, last) for first, last in pairs if first is not None and last is not None]
         if not begun:
-            return Timings(job.queue_s, None, None, None, time.monotonic() - job.submitted_s)
+            total_s = time.monotonic() - job.submitted_s
+            return Timings(job.queue_s, None, None, None, total_s, dropped_messages=self._dropped_messages)
         first = min((first for first, _ in begun), key=lambda event: event.elapsed_s)
         total_s = max(last.elapsed_s for _, last in begun)
         computed = self._prompt_tokens - first.cached_tokens
@@ -138,6 +140,8 @@ class Generation:
             total_s=total_s,
             drafted_tokens=sum(last.drafted_tokens for _, last in begun),
             accepted_tokens=sum(last.accepted_tokens for _, last in begun),
+            dropped_messages=self._dropped_messages,
+            shifted_tokens=sum(last.shifted_tokens for _, last in begun),
         )
 
     @property

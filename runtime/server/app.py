@@ -77,7 +77,7 @@ class Service:
     def preparer(self) -> Preparer:
         """Prepares requests for the model. Raises ``ApiError`` 503 as ``model`` does."""
         if self._preparer is None or self._preparer.model is not self.model:
-            self._preparer = Preparer(self.model, self.info)
+            self._preparer = Preparer(self.model, self.info, marks_shared=self._backend.keeps_prompts)
         return self._preparer
 
     async def page(self, _: Request) -> Response:
@@ -144,7 +144,7 @@ class Service:
 
     def respond(self, request: Request, prepared: Prepared, writer: Writer, *, stream: bool) -> GenerationResponse:
         """Submit what was prepared and answer with it. Raises ``ApiError``."""
-        generation = Generation(self._backend, prepared.requests)
+        generation = Generation(self._backend, prepared.requests, dropped_messages=prepared.dropped_messages)
         return GenerationResponse(generation, writer, stream, request.state.facts)
 
     async def embed(self, _: Request) -> Response:

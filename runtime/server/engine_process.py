@@ -26,7 +26,7 @@ from runtime.server import wire
 from runtime.server.logs import log_event, start_logging
 from runtime.server.metrics import Metrics, Observation
 from runtime.server.scheduler import Failure, Job, JobEvent
-from runtime.server.worker import NotReadyError, QueueFullError, Worker
+from runtime.server.worker import NotReadyError, QueueFullError, Worker, keep_prompts
 from runtime.supervisor import Channel, tie_to_parent
 
 TOKENS_EVERY_S = 0.025
@@ -74,13 +74,15 @@ class EngineProcess:
         load = wire.unpack_to_engine(first) if first is not None else None
         if not isinstance(load, wire.Load):
             return 1
+        metrics = Metrics(forward=self._observations.append)
         try:
             model = open_served(Path(load.path), load.options)
+            prompts = keep_prompts(model, load.options, load.prompts, metrics)
         except EdgelmError as error:
             self._say(wire.Refused(error.message, error.hint, error.exit_code))
             return 1
         self._say(_loaded(model))
-        self._worker = Worker(model, Metrics(forward=self._observations.append), after_step=self._after_step)
+        self._worker = Worker(model, metrics, after_step=self._after_step, prompts=prompts)
         self._worker.start()
         threading.Thread(target=self._end_with_worker, name="end", daemon=True).start()
         while (frame := self._channel.receive()) is not None:

@@ -81,6 +81,9 @@ class Metrics:
         self.model_unloads = self._counter("edgelm_model_unloads", "Unloads of one of several models", ("model",))
         self.prefill_tokens = self._counter("edgelm_prefill_tokens", "Prompt tokens computed, cached ones left out")
         self.cached_tokens = self._counter("edgelm_cached_tokens", "Prompt tokens found in the cache")
+        self.prompt_files = self._counter(
+            "edgelm_prompt_files", "Files of the prompt cache by what became of them", ("event",)
+        )
         self.decode_tokens = self._counter("edgelm_decode_tokens", "Tokens generated")
         self.drafted_tokens = self._counter("edgelm_drafted_tokens", "Guessed tokens that were checked")
         self.accepted_tokens = self._counter("edgelm_accepted_tokens", "Guessed tokens that were right")

@@ -35,6 +35,7 @@ from runtime.server.prepare import ANY_OBJECT
 from runtime.server.replies import ChoiceReader, Timings, Usage, logprob_entry
 from runtime.tools import Tool, ToolCall, ToolCallReader
 
+SHIFTED_CONTEXTS = 10
 VERSION_SPOKEN = "0.12.0"  # of Ollama's API; clients ask for it before they use newer routes
 
 
@@ -71,11 +72,6 @@ class Options(EchoedModel):
             seed=self.seed,
         )
 
-    @property
-    def tokens_wanted(self) -> int | None:
-        """Ollama's -1 and -2 both mean: until the model ends, as far as the context reaches."""
-        return self.num_predict if self.num_predict > 0 else None
-
 
 class _OllamaBody(Body):
     """What both kinds of generation share. Ollama streams unless told otherwise."""
@@ -98,6 +94,16 @@ class _OllamaBody(Body):
     format: Literal["", "json"] | dict[str, Any] = ""
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=LOGPROBS_LIMIT)
+    shift: bool = False
+
+    def tokens_wanted(self, context: int) -> int | None:
+        """Most tokens to generate, None for as many as fit; Ollama's -1 and -2 both mean: until the model ends.
+
+        With ``shift`` a context never ends, so the bound is Ollama's own: ten contexts.
+        """
+        if self.options.num_predict > 0:
+            return self.options.num_predict
+        return SHIFTED_CONTEXTS * context if self.shift else None
 
     @property
     def schema_wanted(self) -> dict[str, Any] | None:
@@ -113,7 +119,12 @@ class _OllamaBody(Body):
 
 
 class GenerateBody(_OllamaBody):
-    """Body of ``POST /api/generate``. No prompt asks whether the model is loaded; ``raw`` leaves out the template."""
+    """Body of ``POST /api/generate``. No prompt asks whether the model is loaded; ``raw`` leaves out the template.
+
+    One prompt has no turns that ``truncate`` could leave out.
+    """
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = _OllamaBody.unsupported | {"truncate": (False,)}
 
     prompt: str = ""
     system: str = ""
@@ -166,6 +177,7 @@ class OllamaTool(EchoedModel, ToolEntry):
 class ChatBody(_OllamaBody):
     """Body of ``POST /api/chat``."""
 
+    truncate: bool = False
     messages: list[OllamaMessage] = Field(default=[], max_length=MESSAGE_COUNT_LIMIT)
     tools: list[OllamaTool] = Field(default=[], max_length=TOOL_COUNT_LIMIT)
 

@@ -299,6 +299,7 @@ class _Sampled(Body):
     logit_bias: Annotated[dict[_TokenText, _Bias], Field(max_length=BIAS_COUNT_LIMIT)] = {}
     structured_outputs: StructuredOutputs | None = None
     seed: int | None = Field(default=None, ge=0, le=SEED_LIMIT)
+    truncation: Literal["auto", "disabled"] = "disabled"
 
     @property
     def sampling(self) -> SamplingOptions:

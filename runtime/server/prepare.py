@@ -18,7 +18,7 @@ from runtime.constraint import (
     lark_grammar,
     regex_grammar,
 )
-from runtime.engine import EngineInfo
+from runtime.engine import EngineInfo, common_prefix
 from runtime.generate import GenerationRequest, check_request
 from runtime.model import LoadedModel, PromptingModel
 from runtime.sampling import SamplingOptions
@@ -36,20 +36,27 @@ from runtime.tools import Tool, ToolCallReader, ToolForm, spelled_marks, tool_ca
 
 _Made = TypeVar("_Made")
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
+ANSWER_SHARE = 4
+"""Of the context, a quarter at most is kept free for an answer when turns are left out."""
+OTHER_WORDS = "\N{REFERENCE MARK}"
+"""What nobody's question is likely to begin with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What to submit, one request for each choice, and how the answers are read."""
+    """What to submit, one request for each choice, and how the answers are read. ``dropped_messages`` of the
+    conversation were left out because the rest filled the context."""
 
     requests: tuple[GenerationRequest, ...]
     calls: Callable[[], ToolCallReader] | None = None
     echo: str = ""
+    dropped_messages: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What all APIs can ask in common, in the engine's words. ``max_tokens`` None is as many as fit."""
+    """What all APIs can ask in common, in the engine's words. ``max_tokens`` None is as many as fit. ``drops`` lets the
+    oldest turns of a conversation that does not fit be left out, ``shifts`` an answer go on in a full context."""
 
     sampling: SamplingOptions
     max_tokens: int | None = None
@@ -57,25 +64,31 @@ class Wish:
     logprobs: int | None = None
     choices: int = 1
     grammar: str = ""
+    drops: bool = False
+    shifts: bool = False
 
 
 class Preparer:
-    """Prepares requests for one model. Thread-safe. Every method raises ``ApiError`` naming the field at fault."""
+    """Prepares requests for one model. Thread-safe. Every method raises ``ApiError`` naming the field at fault.
 
-    def __init__(self, model: PromptingModel, info: EngineInfo) -> None:
+    ``marks_shared`` tells requests which of their tokens others are likely to begin with."""
+
+    def __init__(self, model: PromptingModel, info: EngineInfo, *, marks_shared: bool = False) -> None:
         self.model = model
         self._info = info
+        self._marks_shared = marks_shared
+        self._shared: tuple[str, list[int]] = "", []
         self._form: ToolForm = tool_form(model.chat_template.source if model.chat_template else "")
         self._marks: tuple[tuple[int, str], ...] | None = None
 
     def chat(self, wanted: ChatRequest) -> Prepared:
         """A request in OpenAI's words."""
-        self.check_length(sum(message.characters for message in wanted.messages), "messages")
+        auto = wanted.truncation == "auto"
+        if not auto:
+            self.check_length(sum(message.characters for message in wanted.messages), "messages")
         tools = wanted.offered_tools
         grammar = self._chat_grammar(wanted, tools)
-        wish = Wish(
-            wanted.sampling, wanted.tokens_wanted, tuple(wanted.stop), wanted.logprobs_wanted, wanted.n, grammar
-        )
+        wish = replace(_wish(wanted, grammar), drops=auto, shifts=auto)
         return self.conversation(wanted.template_messages, tools, wish)
 
     def complete(self, wanted: CompletionRequest) -> Prepared:
@@ -83,9 +96,7 @@ class Preparer:
         prompt = wanted.prompt_text_or_ids
         ids = self.text_ids(prompt, "prompt") if isinstance(prompt, str) else self._checked_ids(prompt, "prompt")
         grammar = self._structured(wanted.structured_outputs) if wanted.structured_outputs is not None else ""
-        wish = Wish(
-            wanted.sampling, wanted.tokens_wanted, tuple(wanted.stop), wanted.logprobs_wanted, wanted.n, grammar
-        )
+        wish = replace(_wish(wanted, grammar), shifts=wanted.truncation == "auto")
         echo = ""
         if wanted.echo:
             echo = prompt if isinstance(prompt, str) else self.model.tokenizer.decode(ids)
@@ -93,15 +104,73 @@ class Preparer:
 
     def conversation(self, messages: Sequence[dict[str, Any]], tools: Sequence[Tool], wish: Wish) -> Prepared:
         """A chat whose messages are as the template wants them."""
-        ids = self.chat_ids(messages, tools)
+        dropped, ids = self._fitting(messages, tools, wish) if wish.drops else (0, self.chat_ids(messages, tools))
+        shared = self._shared_tokens(ids, messages, tools) if self._marks_shared or wish.shifts else 0
+        requests = self.requests(ids, wish, "messages", shared)
         if not tools:
-            return Prepared(self.requests(ids, wish, "messages"))
+            return Prepared(requests, dropped_messages=dropped)
         names = frozenset(tool.name for tool in tools)
-        requests = (replace(request, spelled=self._spelled_marks()) for request in self.requests(ids, wish, "messages"))
-        return Prepared(tuple(requests), calls=lambda: ToolCallReader(self._form, names))
+        requests = tuple(replace(request, spelled=self._spelled_marks()) for request in requests)
+        return Prepared(requests, calls=lambda: ToolCallReader(self._form, names), dropped_messages=dropped)
 
-    def requests(self, prompt: list[int], wish: Wish, param: str) -> tuple[GenerationRequest, ...]:
-        """One request for each choice, as far as the context reaches; ``param`` is where the prompt came from.
+    def _fitting(self, messages: Sequence[dict[str, Any]], tools: Sequence[Tool], wish: Wish) -> tuple[int, list[int]]:
+        """How many messages have to be left out for the rest, and room for an answer, to fit; the tokens of the rest.
+
+        Whole turns are left out, oldest first: a result without its call, or an answer without its question, would
+        say nothing. Leading system messages and the newest turn stay. Without a way to fit it is the least that is
+        possible, which the request is then refused for.
+        """
+        context = self._info.context
+        answer = min(wish.max_tokens or context, context // ANSWER_SHARE)
+        lead = _leading(messages)
+        turns = [at for at in range(lead, len(messages)) if messages[at]["role"] == "user"] or [lead]
+        # Tokenizing what cannot fit would take time from others. Every place to cut is a turn, but for the first.
+        characters = prompt_characters_limit(context)
+        sizes = [len(str(message)) for message in messages]
+        cuts = [lead, *turns[1:]]
+        while len(cuts) > 1 and sum(sizes[:lead]) + sum(sizes[cuts[0] :]) > characters:
+            del cuts[0]
+        self.check_length(sum(sizes[:lead]) + sum(sizes[cuts[0] :]), "messages")
+
+        def tokens(cut: int) -> list[int]:
+            return self.chat_ids([*messages[:lead], *messages[cut:]], tools)
+
+        ids = tokens(cuts[0])
+        if len(ids) <= context - answer:
+            return cuts[0] - lead, ids
+        # More is left out than has to be, in steps, so that the next turns of the chat cut at the same place and find
+        # in the cache what this one computed.
+        step = max(context // ANSWER_SHARE, 1)
+        least = -(-(len(ids) - (context - answer)) // step) * step
+        low, high = 1, len(cuts) - 1
+        found = {len(cuts) - 1: tokens(cuts[-1])} if high else {0: ids}
+        while low < high:
+            middle = (low + high) // 2
+            found[middle] = tokens(cuts[middle])
+            if len(ids) - len(found[middle]) >= least:
+                high = middle
+            else:
+                low = middle + 1
+        return cuts[high] - lead, found[high]
+
+    def _shared_tokens(self, ids: list[int], messages: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> int:
+        """Tokens at the beginning of a conversation that do not depend on what anybody says in it: those of tools, of
+        leading system messages, and of the template itself. Found by comparison with another conversation, since only
+        the template knows."""
+        lead = list(messages[: _leading(messages)])
+        key, known = self._shared
+        if key != f"{lead}{tools}" or common_prefix(known, ids) < len(known):  # the template may tell the date
+            try:
+                other = self.chat_ids([*lead, {"role": "user", "content": OTHER_WORDS}], tools)
+            except ApiError:  # a template that refuses it
+                return 0
+            known = other[: common_prefix(other, ids)]
+            self._shared = f"{lead}{tools}", known
+        return min(len(known), len(ids) - 1)
+
+    def requests(self, prompt: list[int], wish: Wish, param: str, shared: int = 0) -> tuple[GenerationRequest, ...]:
+        """One request for each choice, as far as the context reaches; ``param`` is where the prompt came from and
+        ``shared`` how many of its tokens other prompts are likely to begin with.
 
         A seed counts up from choice to choice, since equal seeds would give equal answers.
         """
@@ -112,14 +181,18 @@ class Preparer:
             raise self._outside(outside, "logit_bias")
         # The last token is sampled but never computed, so one more than the free places can be generated.
         room = self._info.context - len(prompt) + 1
+        most = wish.max_tokens or room
+        kept = shared or (self.model.bos is not None and prompt[0] == self.model.bos)
         first = GenerationRequest(
             prompt=prompt,
-            max_tokens=max(1, min(wish.max_tokens or room, room)),
+            max_tokens=max(1, most if wish.shifts else min(most, room)),
             sampling=wish.sampling,
             stop=wish.stop,
             stop_tokens=self.model.stop_tokens,
             logprobs=wish.logprobs,
             grammar=wish.grammar,
+            keep=min(int(kept), self._info.context - 2) if wish.shifts else None,
+            shared=shared,
         )
         try:
             check_request(first, self._info.context)
@@ -248,6 +321,16 @@ class Preparer:
             raise
         except EdgelmError as error:
             raise ApiError(400, f"{param}: {error.message}", param=param, code="invalid_value") from error
+
+
+def _wish(wanted: ChatRequest | CompletionRequest, grammar: str) -> Wish:
+    stop = tuple(wanted.stop)
+    return Wish(wanted.sampling, wanted.tokens_wanted, stop, wanted.logprobs_wanted, wanted.n, grammar)
+
+
+def _leading(messages: Sequence[dict[str, Any]]) -> int:
+    """How many system messages a conversation begins with."""
+    return next((at for at, message in enumerate(messages) if message["role"] != "system"), len(messages))
 
 
 def _format_schema(form: ResponseFormat | None) -> tuple[dict[str, Any] | None, str]:

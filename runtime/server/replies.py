@@ -22,7 +22,9 @@ _LEAST_LOGPROB = -9999.0  # OpenAI's word for "practically impossible"; JSON has
 @dataclass(frozen=True, slots=True)
 class Timings:
     """How a request went. All times count from when its tokens were queued; rates are tokens per second.
-    ``drafted_tokens`` are the guesses of speculative decoding, ``accepted_tokens`` those of them that were right."""
+    ``drafted_tokens`` are the guesses of speculative decoding, ``accepted_tokens`` those of them that were right.
+    ``dropped_messages`` of the conversation were left out, and ``shifted_tokens`` forgotten while answering, because
+    the context was full."""
 
     queue_s: float
     ttft_s: float | None
@@ -31,6 +33,8 @@ class Timings:
     total_s: float
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    dropped_messages: int = 0
+    shifted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

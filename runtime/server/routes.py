@@ -194,7 +194,8 @@ class OllamaRoutes:
 
     def _prepared_chat(self, wanted: ChatBody) -> Prepared:
         preparer = self._service.preparer
-        preparer.check_length(sum(message.characters for message in wanted.messages), "messages")
+        if not wanted.truncate:
+            preparer.check_length(sum(message.characters for message in wanted.messages), "messages")
         tools = wanted.offered_tools
         if tools and wanted.schema_wanted is not None:
             raise ApiError(400, "format: it cannot be combined with tools", param="format", code="invalid_value")
@@ -205,10 +206,12 @@ class OllamaRoutes:
         schema = wanted.schema_wanted
         return Wish(
             sampling=wanted.options.sampling(self._info.context),
-            max_tokens=wanted.options.tokens_wanted,
+            max_tokens=wanted.tokens_wanted(self._info.context),
             stop=tuple(wanted.options.stop),
             logprobs=wanted.logprobs_wanted,
             grammar="" if schema is None else preparer.schema_grammar(schema, "format"),
+            drops=isinstance(wanted, ChatBody) and wanted.truncate,
+            shifts=wanted.shift,
         )
 
     def _check_model(self, name: str) -> None:

@@ -14,9 +14,10 @@ from typing import Literal
 
 from edgelm.errors import EdgelmError, EngineError, UsageError
 from runtime.constraint import ConstraintError
-from runtime.engine import Chunk, Engine, Logits, PrefixCopier, common_prefix
+from runtime.engine import Chunk, Engine, Logits, PrefixCopier, StateKeeper
 from runtime.generate import Continuation, GenerationRequest, Session, Step, TokenEvent, next_chunk, take_rows
 from runtime.server.metrics import Metrics
+from runtime.server.prompt_files import PromptFiles
 from runtime.speculative import DRAFTED_STREAMS, Drafts, Speculation
 from runtime.tokenizer import TextTokenizer
 
@@ -25,6 +26,8 @@ SHARED_PREFILL_TOKENS = 128
 # llama.cpp copies a whole cache, used or not: some milliseconds for a small model and tenths of a second for a large
 # one, always less than computing this many tokens.
 COPY_GAIN_TOKENS = 32
+# A file is read and hashed in well under a millisecond per token; computing one takes a small board five to a hundred.
+LOAD_GAIN_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,8 @@ class Job:
 @dataclass(slots=True, eq=False)
 class _Run:
     """A job on its sequence. ``pending`` are the tokens to compute next: what is left of the prompt, or one token,
-    behind which ``drafts`` may have guesses."""
+    behind which ``drafts`` may have guesses, or many to be read again. When the sequence holds ``save_at`` tokens, they
+    are kept on disk (0: never)."""
 
     job: Job
     session: Session
@@ -73,14 +77,26 @@ class _Run:
     pending: Sequence[int]
     cached_tokens: int
     drafts: Drafts | None
+    save_at: int = 0
     index: int = 0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
     intervals: int = 0
 
+    @property
+    def reads(self) -> bool:
+        """Whether tokens are computed that are known already: the prompt, or what a full context had to give up."""
+        return self.index == 0 or len(self.pending) > 1
+
+    def piece(self, room: int) -> Sequence[int]:
+        """The next tokens to read, at most ``room`` and not beyond those that are kept on disk."""
+        to_save = self.save_at - len(self.session.tokens)
+        return self.pending[: min(room, to_save) if to_save > 0 else room]
+
 
 class Scheduler:
-    """Runs up to ``engine.info.sequences`` jobs together. Sequences keep their tokens afterwards, as a prefix cache."""
+    """Runs up to ``engine.info.sequences`` jobs together. Sequences keep their tokens afterwards, as a prefix cache;
+    ``prompts`` keeps what prompts share on disk, too."""
 
     def __init__(
         self,
@@ -90,12 +106,14 @@ class Scheduler:
         *,
         batch_tokens: int = BATCH_TOKENS,
         speculation: Speculation | None = None,
+        prompts: PromptFiles | None = None,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._batch_tokens = batch_tokens
         self._speculation = speculation
+        self._prompts = prompts
         self._free = [Session(engine, sequence) for sequence in range(engine.info.sequences)]
         self._runs: list[_Run] = []
         self.mean_job_s = 1.0
@@ -112,8 +130,8 @@ class Scheduler:
 
     @property
     def only_decodes(self) -> bool:
-        """Whether there are runs and all of them have read their prompts."""
-        return bool(self._runs) and all(run.index > 0 for run in self._runs)
+        """Whether there are runs and none of them reads."""
+        return bool(self._runs) and not any(run.reads for run in self._runs)
 
     @property
     def has_room(self) -> bool:
@@ -142,28 +160,66 @@ class Scheduler:
         self._metrics.queue_wait_s.observe(job.queue_s)
         self._metrics.cached_tokens.inc(cached)
         drafts = None if self._speculation is None else self._speculation.drafts(job.request.stop_tokens)
-        self._runs.append(_Run(job, session, continuation, prompt[cached:], cached, drafts))
+        run = _Run(job, session, continuation, prompt[cached:], cached, drafts)
+        if self._prompts is not None and self._prompts.wants(prompt[: job.request.shared]):
+            run.save_at = job.request.shared
+        self._runs.append(run)
 
     def _take_prefix(self, session: Session, prompt: Sequence[int]) -> int:
         """Leave in a free sequence what the prompt begins with, from wherever it can be had; tells how much that is."""
         # The last token of the prompt is always computed, because its logits choose the first answer token.
-        cached = min(common_prefix(session.tokens, prompt), len(prompt) - 1)
+        most = len(prompt) - 1
+        cached = min(session.shared(prompt), most)
         others = [run.session for run in self._runs] + [free for free in self._free if free is not session]
-        best = max(others, key=lambda other: common_prefix(other.tokens, prompt), default=session)
-        copied = min(common_prefix(best.tokens, prompt), len(prompt) - 1)
+        best = max(others, key=lambda other: other.shared(prompt), default=session)
+        copied = min(best.shared(prompt), most)
         engine = self._engine
+        copies = isinstance(engine, PrefixCopier) and copied - cached >= COPY_GAIN_TOKENS
+        if self._load_prefix(session, prompt, (copied if copies else cached) + LOAD_GAIN_TOKENS):
+            copies, cached = False, min(session.shared(prompt), most)
         try:
-            if isinstance(engine, PrefixCopier) and copied - cached >= COPY_GAIN_TOKENS:
+            if isinstance(engine, PrefixCopier) and copies:
                 engine.copy_prefix(best.sequence, session.sequence, copied)
                 session.tokens[:] = best.tokens[:copied]
+                session.exact = None
             else:
                 engine.truncate(cached, session.sequence)
         except EngineError:
             # Recurrent models cannot go back to the middle of a sequence; what is left of it is what counts.
             pass
         cached = engine.length(session.sequence)
-        del session.tokens[cached:]
+        session.cut(cached)
         return cached
+
+    def _load_prefix(self, session: Session, prompt: Sequence[int], least: int) -> bool:
+        """Put what the prompt begins with into a free sequence from disk, where that gives at least so many tokens."""
+        engine = self._engine
+        if self._prompts is None or not isinstance(engine, StateKeeper):
+            return False
+        found = self._prompts.load(prompt[:-1], least)
+        if found is None:
+            return False
+        tokens, state = found
+        try:
+            engine.restore(state, len(tokens), session.sequence)
+        except EngineError as error:
+            # Rare: the engine has still to copy into this sequence, or takes no state that its own version made.
+            session.cut(engine.length(session.sequence))
+            self._prompts.complain("not restored", error.message)
+            return False
+        session.tokens[:], session.exact = tokens, None
+        return True
+
+    def _save_prefix(self, run: _Run) -> None:
+        """Keep on disk what a sequence holds, all of which other prompts are likely to begin with."""
+        run.save_at = 0
+        tokens, engine = list(run.session.tokens), self._engine
+        if self._prompts is None or not isinstance(engine, StateKeeper) or not self._prompts.wants(tokens):
+            return
+        try:
+            self._prompts.save(tokens, engine.state(run.session.sequence))
+        except (EngineError, MemoryError) as error:
+            self._prompts.complain("not saved", str(error) or "not enough memory")
 
     def step(self) -> int:
         """End what was cancelled, compute one batch, deliver its tokens; how many tokens it had.
@@ -181,11 +237,13 @@ class Scheduler:
         self._metrics.batch_tokens.observe(tokens)
         row = 0
         for run, chunk in batch:
-            if run.index == 0:
+            if run.reads:
                 run.pending = run.pending[len(chunk.tokens) :]
                 self._metrics.prefill_tokens.inc(len(chunk.tokens))
             if chunk.logits == "none":
                 run.session.tokens.extend(chunk.tokens)
+                if len(run.session.tokens) == run.save_at:
+                    self._save_prefix(run)
                 continue
             count = len(chunk.tokens) if chunk.logits == "all" else 1
             self._take(run, chunk, logits[row : row + count])
@@ -198,23 +256,27 @@ class Scheduler:
             self._fail_one(run, failure)
         for session in self._free:
             self._engine.truncate(0, session.sequence)
-            session.tokens.clear()
+            session.cut(0)
 
     def _batch(self) -> list[tuple[_Run, Chunk]]:
         """Every run that decodes gets its token, with guesses where few are running, then prompts in order of admission
         get what is left."""
         few = len(self._runs) <= DRAFTED_STREAMS
+        for run in self._runs:
+            if not run.reads:
+                again = run.continuation.make_room(run.session, run.drafts)
+                run.pending = [*again, *run.pending]
         batch = [
             (run, next_chunk(run.session, run.continuation, run.pending[0], run.drafts if few else None))
             for run in self._runs
-            if run.index > 0
+            if not run.reads
         ]
         room = self._batch_tokens - sum(len(chunk.tokens) for _, chunk in batch)
         if batch:
             room = min(room, SHARED_PREFILL_TOKENS)
         for run in self._runs:
-            if run.index == 0 and room > 0:
-                piece = run.pending[:room]
+            if run.reads and room > 0:
+                piece = run.piece(room)
                 room -= len(piece)
                 wanted: Literal["none", "last"] = "last" if len(piece) == len(run.pending) else "none"
                 batch.append((run, Chunk(run.session.sequence, piece, wanted)))
@@ -259,7 +321,7 @@ class Scheduler:
         """End a job whose own logits were of no use; its sequence starts afresh."""
         self._release(run)
         self._engine.truncate(0, run.session.sequence)
-        run.session.tokens.clear()
+        run.session.cut(0)
         self._metrics.generations.labels("failed").inc()
         run.job.deliver(failure)
 
@@ -293,6 +355,7 @@ class Scheduler:
                 logprobs=step.logprobs,
                 drafted_tokens=run.drafts.drafted if run.drafts else 0,
                 accepted_tokens=run.drafts.accepted if run.drafts else 0,
+                shifted_tokens=run.continuation.shifted,
             )
         )
         run.index += 1
@@ -303,4 +366,4 @@ def _loss(free: Session, prompt: Sequence[int]) -> int:
 
     Among equals the lowest number is taken: llama.cpp computes sequences together up to the highest one in use.
     """
-    return len(free.tokens) - 2 * common_prefix(free.tokens, prompt)
+    return len(free.tokens) - 2 * free.shared(prompt)

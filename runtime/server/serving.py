@@ -37,12 +37,13 @@ from runtime.server.limits import (
 )
 from runtime.server.logs import log_event
 from runtime.server.metrics import Metrics
+from runtime.server.prompt_files import PromptCacheOptions, check_directory
 from runtime.server.shelf import Shelf, Title
 from runtime.server.supervised import SupervisedWorker
 from runtime.server.switch import create_switch_app
 from runtime.server.task_worker import TaskWorker
 from runtime.server.tasks import create_task_app
-from runtime.server.worker import QUEUED_PER_SEQUENCE, Backend, LoopReader, Worker
+from runtime.server.worker import QUEUED_PER_SEQUENCE, Backend, LoopReader, Worker, keep_prompts
 from runtime.settings import SPARE_SHARE, predicted_bytes
 from runtime.tasks import TaskOptions, holds_task, open_task
 from runtime.turns import ask_for_short_turns
@@ -195,9 +196,15 @@ def make_server(backend: Served, metrics: Metrics, access: Access, *, drain_s: f
 
 
 def make_backend(
-    path: Path, options: EngineOptions, metrics: Metrics, *, in_process: bool
+    path: Path,
+    options: EngineOptions,
+    metrics: Metrics,
+    *,
+    in_process: bool,
+    prompts: PromptCacheOptions | None = None,
 ) -> Worker | SupervisedWorker | EmbeddingWorker | TaskWorker:
     """The backend for a bundle or model file. ``in_process`` loads it here and now, else a child process does later.
+    ``prompts`` tells where beginnings of prompts are kept between starts.
 
     Encoders and models with a task always run here: nothing of theirs outlasts a request.
 
@@ -205,6 +212,10 @@ def make_backend(
     """
     if (options.lookup or options.draft) and (holds_task(path) is not None or holds_encoder(path)):
         raise UsageError(f"--lookup and --draft are for models that generate, which {path} does not")
+    if prompts is not None:
+        if holds_task(path) is not None or holds_encoder(path):
+            raise UsageError(f"--prompt-cache is for models that generate, which {path} does not")
+        check_directory(Path(prompts.directory))
     if holds_task(path) is not None:
         if options.sequences > 1:
             raise UsageError("--parallel is for models that generate", hint="this one answers text after text")
@@ -216,22 +227,32 @@ def make_backend(
             open_encoder(path, EncoderOptions(options.context, threads=options.threads_prefill)), metrics
         )
     if in_process:
-        return Worker(open_model(path, options), metrics)
+        loaded = open_model(path, options)
+        return Worker(loaded, metrics, prompts=keep_prompts(loaded, options, prompts, metrics))
     for model in (path, *([Path(options.draft)] if options.draft else [])):
         artifact_of(model, check_hashes=False)
-    return SupervisedWorker(path, options, metrics)
+    return SupervisedWorker(path, options, metrics, prompts=prompts)
 
 
 Settle = Callable[[Path], tuple[EngineOptions, bool]]
 
 
-def make_shelf(paths: Sequence[Path], settle: Settle, metrics: Metrics, *, unload_after_s: float | None) -> Shelf:
+def make_shelf(
+    paths: Sequence[Path],
+    settle: Settle,
+    metrics: Metrics,
+    *,
+    unload_after_s: float | None,
+    prompts: PromptCacheOptions | None = None,
+) -> Shelf:
     """Several models behind one server; ``settle`` tells the options for one and whether its engine runs in this
-    process, when it is loaded.
+    process, when it is loaded. Those that generate keep ``prompts``.
 
     Raises ``UsageError`` for two models of one name, and ``BundleError`` for a path that is no model.
     """
-    titles = [_title(path, settle, metrics) for path in paths]
+    if prompts is not None:
+        check_directory(Path(prompts.directory))
+    titles = [_title(path, settle, metrics, prompts) for path in paths]
     names = [title.name for title in titles]
     for name in names:
         if names.count(name) > 1:
@@ -239,7 +260,7 @@ def make_shelf(paths: Sequence[Path], settle: Settle, metrics: Metrics, *, unloa
     return Shelf(titles, metrics, _free_bytes, unload_after_s=unload_after_s)
 
 
-def _title(path: Path, settle: Settle, metrics: Metrics) -> Title:
+def _title(path: Path, settle: Settle, metrics: Metrics, prompts: PromptCacheOptions | None) -> Title:
     """Reads headers only; hashes are checked when the model is loaded."""
     artifact, bundle = artifact_of(path, check_hashes=False)
     task = bundle.manifest if bundle is not None and bundle.manifest.task is not None else None
@@ -259,7 +280,8 @@ def _title(path: Path, settle: Settle, metrics: Metrics) -> Title:
         options, in_process = settle(path)
         if encoder or task is not None:
             options = replace(options, sequences=1, lookup=False)
-        return make_backend(path, options, metrics, in_process=in_process)
+            return make_backend(path, options, metrics, in_process=in_process)
+        return make_backend(path, options, metrics, in_process=in_process, prompts=prompts)
 
     if foreign:
         raise UsageError(

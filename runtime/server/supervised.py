@@ -29,6 +29,7 @@ from runtime.server import wire
 from runtime.server.logs import log_event
 from runtime.server.metrics import Metrics
 from runtime.server.pace import SILENCE_FLOOR_S, Pace
+from runtime.server.prompt_files import PromptCacheOptions
 from runtime.server.scheduler import Failure, Job, JobEvent
 from runtime.server.worker import (
     QUEUED_PER_SEQUENCE,
@@ -105,10 +106,11 @@ class SupervisedWorker:
         options: EngineOptions,
         metrics: Metrics,
         *,
+        prompts: PromptCacheOptions | None = None,
         command: Sequence[str] | None = None,
         silence_floor_s: float = SILENCE_FLOOR_S,
     ) -> None:
-        self._load = wire.Load(str(path), options)
+        self._load = wire.Load(str(path), options, prompts)
         self._metrics = metrics
         self._lock = threading.Lock()
         self._state: State = "starting"
@@ -165,6 +167,10 @@ class SupervisedWorker:
     def engine_pids(self) -> tuple[int, ...]:
         pid = self.pid
         return () if pid is None else (pid,)
+
+    @property
+    def keeps_prompts(self) -> bool:
+        return self._load.prompts is not None
 
     @property
     def kv(self) -> KvUse | None:

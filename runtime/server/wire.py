@@ -19,16 +19,18 @@ from runtime.engine import EngineInfo, EngineOptions
 from runtime.generate import GenerationRequest, TokenEvent
 from runtime.server.metrics import Observation
 from runtime.server.pace import Pace
+from runtime.server.prompt_files import PromptCacheOptions
 from runtime.server.scheduler import Failure
 from runtime.supervisor import FrameError
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """First message to the engine process: which model, and how."""
+    """First message to the engine process: which model, and how; where prompts are kept between starts, if anywhere."""
 
     path: str
     options: EngineOptions
+    prompts: PromptCacheOptions | None = None
     kind: Literal["load"] = "load"
 
 
@@ -163,10 +165,11 @@ FromEngine = Loaded | Ready | Refused | Progress | Encoded | Decoded
 
 _Message = TypeVar("_Message")
 # A plain step: a mark that no JSON begins with; running, tokens held, steps, slowest and best time, how many tokens
-# follow. Of each its job, seconds queued, number, index, seconds so far, cached, drafted, accepted, bytes of its text.
+# follow. Of each its job, seconds queued, number, index, seconds so far, cached, drafted, accepted and shifted tokens,
+# bytes of its text.
 _MARK = b"\0"
 _STEP = struct.Struct("<cIQQddI")
-_TOKEN = struct.Struct("<QdqIdIIII")
+_TOKEN = struct.Struct("<QdqIdIIIII")
 _EXACT = ConfigDict(ser_json_inf_nan="constants")
 _TO_ENGINE: TypeAdapter[ToEngine] = TypeAdapter(Annotated[ToEngine, Field(discriminator="kind")], config=_EXACT)
 _FROM_ENGINE: TypeAdapter[FromEngine] = TypeAdapter(Annotated[FromEngine, Field(discriminator="kind")], config=_EXACT)
@@ -229,7 +232,7 @@ def _pack_plain(progress: Progress, pace: Pace) -> bytes:
         assert event is not None
         assert event.token is not None
         text = event.text.encode()
-        counts = event.cached_tokens, event.drafted_tokens, event.accepted_tokens, len(text)
+        counts = event.cached_tokens, event.drafted_tokens, event.accepted_tokens, event.shifted_tokens, len(text)
         parts += (
             _TOKEN.pack(delivery.job, delivery.queue_s, event.token, event.index, event.elapsed_s, *counts),
             text,
@@ -243,11 +246,11 @@ def _unpack_plain(frame: bytes) -> Progress:
     deliveries: list[Delivery] = []
     at = _STEP.size
     for _ in range(count):
-        job, queue_s, token, index, elapsed_s, cached, drafted, accepted, length = _TOKEN.unpack_from(frame, at)
+        job, queue_s, token, index, elapsed_s, cached, *counts, length = _TOKEN.unpack_from(frame, at)
         at += _TOKEN.size
         text = frame[at : at + length].decode()
         at += length
-        event = TokenEvent(token, text, index, elapsed_s, None, cached, None, None, drafted, accepted)
+        event = TokenEvent(token, text, index, elapsed_s, None, cached, None, None, *counts)
         deliveries.append(Delivery(job, queue_s, event))
     if at != len(frame):
         raise struct.error("what the fields say and how long the frame is do not agree")

@@ -8,8 +8,12 @@ worker like this one in a process of its own (``runtime.server.supervised``).
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import logging
 import math
+import platform
+import sys
 import threading
 import time
 from collections import deque
@@ -19,13 +23,15 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from edgelm.errors import EdgelmError, EngineError
-from runtime.engine import Chunk, EngineInfo, EngineInterruptedError
+from edgelm.bundle import file_record
+from edgelm.errors import EdgelmError, EngineError, UsageError
+from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, StateKeeper
 from runtime.generate import GenerationRequest, TokenEvent
 from runtime.model import LoadedModel, PromptingModel
 from runtime.server.logs import log_event
 from runtime.server.metrics import Metrics
 from runtime.server.pace import Pace
+from runtime.server.prompt_files import PromptCacheOptions, PromptFiles
 from runtime.server.scheduler import Failure, Job, JobEvent, Scheduler
 
 State = Literal["starting", "ready", "restarting", "failed", "stopped"]
@@ -102,6 +108,11 @@ class Backend(Protocol):
         """Processes of engines; none for an engine in the server's own."""
         ...
 
+    @property
+    def keeps_prompts(self) -> bool:
+        """Whether it is of use to tell which tokens of a prompt others share."""
+        ...
+
     def start(self) -> None:
         """Begin; the state turns to ``ready`` later."""
         ...
@@ -143,17 +154,70 @@ def log_ready(info: EngineInfo) -> None:
     log_event("ready", {"model": info.model_name, "load_s": round(info.load_s, 3)})
 
 
+def keep_prompts(
+    model: LoadedModel, options: EngineOptions, wanted: PromptCacheOptions | None, metrics: Metrics
+) -> PromptFiles | None:
+    """Files in which shared beginnings of a model's prompts are kept; ``options`` are those that it was loaded with.
+
+    A directory that has become unfit since it was checked is told in the log and not used. Raises ``UsageError`` for a
+    model whose engine does not give its state away.
+    """
+    if wanted is None:
+        return None
+    info = model.info
+    if not isinstance(model.engine, StateKeeper):
+        raise UsageError(
+            f"--prompt-cache: the engine of {model.name} keeps no state between starts",
+            hint="leave it out; an ONNX decoder that EdgeLM exported can do it, and every GGUF",
+        )
+    identity = {
+        "model": _model_hash(model),
+        "engine": info.engine,
+        "versions": json.dumps(info.versions, sort_keys=True),
+        "architecture": info.architecture,
+        "kv_type": options.kv_type,
+        "context": str(info.context),
+        "sequences": str(info.sequences),
+        "machine": f"{platform.machine()} {sys.byteorder}",
+    }
+    try:
+        return PromptFiles(wanted, identity, metrics.prompt_files, whole=not info.truncates)
+    except UsageError as error:
+        log_event("prompt cache: not used", {"reason": error.message}, level=logging.WARNING)
+        return None
+
+
+def _model_hash(model: LoadedModel) -> str:
+    """SHA-256 of what a model consists of: by its manifest, which was checked when it was opened, or of a bare file."""
+    if model.manifest is None:
+        return file_record(model.artifact).sha256
+    records = sorted((record.name, record.sha256) for record in model.manifest.files)
+    return hashlib.sha256(json.dumps(records).encode()).hexdigest()
+
+
 class Worker:
     """The backend in this process: owns an engine from ``start`` to ``stop``. ``after_step`` is called in its thread
-    whenever something was computed or the state has changed."""
+    whenever something was computed or the state has changed, and in another when one of ``prompts`` was written."""
 
-    def __init__(self, model: LoadedModel, metrics: Metrics, *, after_step: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        metrics: Metrics,
+        *,
+        after_step: Callable[[], None] = lambda: None,
+        prompts: PromptFiles | None = None,
+    ) -> None:
         self._model = model
         self._engine = model.engine
         self._tokenizer = model.tokenizer
         self._metrics = metrics
         self._after_step = after_step
-        self._scheduler = Scheduler(self._engine, self._tokenizer, metrics, speculation=model.speculation)
+        self._prompts = prompts
+        if prompts is not None:
+            prompts.after_write = after_step
+        self._scheduler = Scheduler(
+            self._engine, self._tokenizer, metrics, speculation=model.speculation, prompts=prompts
+        )
         self._queue: deque[Job] = deque()
         self._queue_limit = QUEUED_PER_SEQUENCE * self._engine.info.sequences
         self._changed = threading.Condition()
@@ -210,6 +274,10 @@ class Worker:
     @property
     def engine_pids(self) -> tuple[int, ...]:
         return ()
+
+    @property
+    def keeps_prompts(self) -> bool:
+        return self._prompts is not None
 
     def start(self) -> None:
         """Start the thread; it computes one token before anything else."""
@@ -277,6 +345,8 @@ class Worker:
             with self._changed:
                 self._state = "stopped" if self._stopping and self._state == "ready" else "failed"
             self._fail_all("the engine failed")
+            if self._prompts is not None:
+                self._prompts.close()
             self._model.close()
             self._after_step()
 

@@ -18,7 +18,7 @@ from runtime.server.prepare import Prepared, Preparer, Wish
 from runtime.server.routes import DetokenizeBody, TokenizeBody
 
 MODEL = fake_model(FakeEngine(context=512), source=TOOL_TEMPLATE)
-PREPARER = Preparer(MODEL, MODEL.info)
+PREPARER = Preparer(MODEL, MODEL.info, marks_shared=True)
 KINDS: list[type[Body]] = [
     ChatRequest,
     CompletionRequest,
@@ -56,6 +56,7 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "format": WORDS | st.dictionaries(WORDS, SCALARS, max_size=2),
     "options": st.dictionaries(st.sampled_from(["num_ctx", "seed", "stop", "top_k", "mirostat"]), SCALARS, max_size=3),
     "logit_bias": st.dictionaries(st.integers(-1, 300).map(str), st.floats(-200, 200), max_size=3),
+    "truncation": st.sampled_from(["auto", "disabled"]),
     "content": st.text(max_size=5),
     "tokens": st.lists(st.integers(-1, 300), max_size=4),
 }
@@ -74,7 +75,13 @@ def prepared(wanted: Body) -> Prepared | None:
     if isinstance(wanted, CompletionRequest):
         return PREPARER.complete(wanted)
     if isinstance(wanted, ChatBody):
-        wish = Wish(wanted.options.sampling(512), wanted.options.tokens_wanted, tuple(wanted.options.stop))
+        wish = Wish(
+            wanted.options.sampling(512),
+            wanted.tokens_wanted(512),
+            tuple(wanted.options.stop),
+            drops=wanted.truncate,
+            shifts=wanted.shift,
+        )
         return PREPARER.conversation([m.template_message for m in wanted.messages], wanted.offered_tools, wish)
     return None
 

@@ -21,7 +21,7 @@ from runtime.server.pace import Pace
 from runtime.server.worker import Worker
 from runtime.supervisor import Channel, FrameError
 
-TOKEN = TokenEvent(17, " h\u00e4", 3, 0.125, cached_tokens=5, drafted_tokens=8, accepted_tokens=6)
+TOKEN = TokenEvent(17, " h\u00e4", 3, 0.125, cached_tokens=5, drafted_tokens=8, accepted_tokens=6, shifted_tokens=9)
 STEP = wire.Progress(2, [wire.Delivery(1, 0.5, TOKEN), wire.Delivery(2**40, 0.0, TOKEN)], [], 312, Pace(200, 0.5, 0.01))
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 counts = st.integers(0, 2**32 - 1)

@@ -111,6 +111,11 @@ def test_the_command_writes_what_serve_would_take(
     service = parsed(capsys.readouterr().out)["Service"]
     assert service["User"] == "pi"
     assert service["ReadWritePaths"] == str(key.parent)
+    for prompts, writable in ((smollm2_gguf.parent / "new", smollm2_gguf.parent), (smollm2_gguf.parent,) * 2):
+        assert run_cli(["service", str(smollm2_gguf), "--system", "pi", "--", "--prompt-cache", str(prompts)]) == 0
+        assert parsed(capsys.readouterr().out)["Service"]["ReadWritePaths"] == str(writable)
+    assert run_cli(["service", str(smollm2_gguf), "--system", "pi", "--", "--prompt-cache", hidden]) == 2
+    assert "temporary" in capsys.readouterr().err
 
 
 @contextmanager
