@@ -4,8 +4,8 @@
     python benchmarks/predict_host.py speed MODEL MODEL --types Q4_0 Q4_K_M Q5_K_M Q6_K Q8_0 F16 --work DIR
     python benchmarks/predict_host.py speed a.gguf b.gguf --profile me.toml --threads 1 2 --rounds 5
 
-With --types the models are sources, exported to DIR in every type first. Without --profile this machine is detected and
-measured before the runs.
+With --types the models are sources, exported to DIR in every type first, where DIR has them not yet. Without --profile
+this machine is detected and measured before the runs, and the profile is kept beside the rows.
 
 Speed wants a quiet machine: files and thread counts take turns in every round, and rows that ``bench`` calls spoilt
 are counted apart. Memory does not: every case is a process of its own, judged by its peak resident size.
@@ -16,13 +16,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from measure import edgelm, run, save
+from measure import RESULTS, edgelm, run, save
 
 from edgelm.bundle import MANIFEST_NAME, open_bundle
 from runtime.gguf_header import read_gguf_header, workload_from_gguf
@@ -69,6 +70,7 @@ def speed_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     if arguments.profile is None:
         arguments.profile = str(arguments.work / "host.toml")
         print(run(edgelm("targets", "detect", "-o", arguments.profile)).stdout, file=sys.stderr)
+        shutil.copyfile(arguments.profile, RESULTS / f"{SPEED_NAME}.toml")
     profile = load_profile(arguments.profile)
     print("\n".join(note for note in profile.notes if "other processes" in note), file=sys.stderr)
     rows = []

@@ -12,8 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +23,18 @@ import numpy.typing as npt
 from edgelm.errors import EdgelmError, EngineError, MissingDependencyError
 from runtime.gguf_header import read_gguf_header, workload_from_gguf
 from runtime.probe import add_byte_vocabulary
-from targets.kernels import KernelRun
+from targets.bandwidth import thread_counts
+from targets.kernels import KernelRun, Role
+from targets.workload import TypedWeights, Workload
 
 # All that types are chosen from, and F16: where one has kernels of its own, no neighbour tells its speed.
 TYPES = ("Q8_0", "F16", "Q4_0", "Q4_K", "Q6_K", "Q5_0", "Q4_1", "IQ4_NL", "Q5_1", "Q5_K", "IQ4_XS")
 SCALED_TYPES = TYPES[:1]  # the type that is run on every thread count
 TIMEOUT_S = 600.0
 PROMPT_TOKENS, GENERATED_TOKENS, PASSES = 128, 32, 3
+SIZES_LAYERS = (2, 4, 8, 12, 16)  # beside the wide model's six: what a large cache keeps of a model depends on its size
+LARGE_LAYERS = 12  # of the models that tell what a type costs when a cache holds less of it
+DEEP_PROMPTS, DEEP_PASSES = 4, 2  # attention costs what the last of so many prompts takes longer than the first
 # Bytes of a block, and where its f16 scales stand (ggml-common.h of llama.cpp): random bits there could mean infinity.
 _SCALES = {
     "Q8_0": (34, (0,)),
@@ -42,6 +49,7 @@ _SCALES = {
     "Q6_K": (210, (208,)),
 }
 _SCALE = 0.004
+CONTEXT_TOKENS = DEEP_PROMPTS * PROMPT_TOKENS + GENERATED_TOKENS
 _VOCABULARY = 320
 _SEED = 0
 
@@ -90,70 +98,84 @@ def measure_kernels(threads: int, available_bytes: int) -> tuple[KernelRun, ...]
             ) from error
         if "error" in document:
             raise EngineError(document["error"], hint=document["hint"])
-        return tuple(kernel_run(fields, Path(directory)) for fields in document["runs"])
+        return tuple(kernel_run(fields) for fields in document["runs"])
 
 
-def kernel_run(fields: dict[str, float | str | bool], directory: Path) -> KernelRun:
-    """A run as the child told it, with the workload that its model's header states."""
-    header = read_gguf_header(directory / str(fields["file"]))
+def kernel_run(fields: dict[str, Any]) -> KernelRun:
+    """A run as the child told it."""
+    workload = fields["workload"] | {"weights": tuple(TypedWeights(**item) for item in fields["workload"]["weights"])}
+    if workload["lookup"] is not None:
+        workload["lookup"] = TypedWeights(**workload["lookup"])
+    deep = fields["role"] == "deep"
     return KernelRun(
-        type=str(fields["type"]),
-        threads=int(fields["threads"]),
-        narrow=bool(fields["narrow"]),
-        workload=workload_from_gguf(header),
+        type=fields["type"],
+        threads=fields["threads"],
+        role=fields["role"],
+        workload=Workload(**workload),
         prompt_tokens=PROMPT_TOKENS,
-        prefill_s=float(fields["prefill_s"]),
-        decode_s=float(fields["decode_s"]),
+        prefill_s=fields["prefill_s"],
+        decode_s=fields["decode_s"],
+        prefill_depth=(DEEP_PROMPTS - 1) * PROMPT_TOKENS if deep else 0,
+        decode_depth=(DEEP_PROMPTS * PROMPT_TOKENS if deep else 0) + GENERATED_TOKENS // 2,
     )
 
 
-def run_all(directory: Path, threads: int, *, small: bool) -> list[dict[str, float | str | bool]]:
-    """What the child does. The headers of the models stay in ``directory`` for the parent to read."""
-    counts = sorted({count for count in (1, 2, 4, 8, 16, 32) if count < threads} | {threads})
+def run_all(directory: Path, threads: int, *, small: bool) -> list[dict[str, Any]]:
+    """What the child does. Every model is written to ``directory`` and removed again: one at a time takes room."""
+    counts = thread_counts(threads)
     found = []
     for kind in TYPES:
-        path = directory / f"{kind}.gguf"
-        write_random_gguf(path, wide_model(kind, small=small))
-        for count in counts if kind in SCALED_TYPES else [threads]:
-            prefill_s, decode_s = timed(path, count)
-            found.append(_fields(path, kind, count, narrow=False, seconds=(prefill_s, decode_s)))
-    narrow = directory / "narrow.gguf"
-    write_random_gguf(narrow, NARROW)
-    found.append(_fields(narrow, NARROW.type, threads, narrow=True, seconds=timed(narrow, threads)))
+        model = wide_model(kind, small=small)
+        if kind not in SCALED_TYPES:
+            found += _runs(directory, model, [("type", threads)])
+            found += _runs(directory, replace(model, layers=LARGE_LAYERS), [("large", threads)])
+            continue
+        found += _runs(directory, model, [*(("type", count) for count in counts), ("deep", threads)])
+        for layers in SIZES_LAYERS:
+            found += _runs(directory, replace(model, layers=layers), [("size", count) for count in counts])
+    found += _runs(directory, NARROW, [("narrow", threads)])
     return found
 
 
-def _fields(
-    path: Path, kind: str, threads: int, *, narrow: bool, seconds: tuple[float, float]
-) -> dict[str, float | str | bool]:
-    return {
-        "file": path.name,
-        "type": kind,
-        "threads": threads,
-        "narrow": narrow,
-        "prefill_s": seconds[0],
-        "decode_s": seconds[1],
-    }
+def _runs(directory: Path, model: RandomModel, cases: Sequence[tuple[Role, int]]) -> list[dict[str, Any]]:
+    """One model in several roles, each on a number of threads."""
+    path = directory / f"{model.type}-{model.layers}.gguf"
+    write_random_gguf(path, model)
+    found = []
+    workload = asdict(workload_from_gguf(read_gguf_header(path)))
+    for role, threads in cases:
+        prefill_s, decode_s = timed(path, threads, deep=role == "deep")
+        case = {"type": model.type, "threads": threads, "role": role, "workload": workload}
+        found.append({**case, "prefill_s": prefill_s, "decode_s": decode_s})
+    path.unlink()
+    return found
 
 
-def timed(path: Path, threads: int) -> tuple[float, float]:
-    """Seconds per prompt token and per generated token, the best of a few passes after one that is not counted."""
+def timed(path: Path, threads: int, *, deep: bool = False) -> tuple[float, float]:
+    """Seconds per prompt token and per generated token, the best of a few passes after one that is not counted.
+
+    Tokens are generated from an empty cache on; ``deep``: behind ``DEEP_PROMPTS`` prompts, the last of which counts.
+    """
     from runtime.engine import Chunk, EngineOptions
     from runtime.engines.llamacpp import load_engine
 
     options = EngineOptions(
-        context=PROMPT_TOKENS + GENERATED_TOKENS, threads_decode=threads, threads_prefill=threads, batch=PROMPT_TOKENS
+        context=CONTEXT_TOKENS, threads_decode=threads, threads_prefill=threads, batch=PROMPT_TOKENS
     )
     engine = load_engine(path, options)
     prompt = np.random.default_rng(_SEED).integers(0, _VOCABULARY, PROMPT_TOKENS).tolist()
     prefill: list[float] = []
     decode: list[float] = []
     try:
-        for _ in range(PASSES + 1):
+        for _ in range(1 + (DEEP_PASSES if deep else PASSES)):
             engine.truncate(0)
-            started = time.perf_counter()
-            engine.forward([Chunk(0, prompt)])
-            prefill.append((time.perf_counter() - started) / PROMPT_TOKENS)
+            for _ in range(DEEP_PROMPTS if deep else 1):
+                started = time.perf_counter()
+                engine.forward([Chunk(0, prompt)])
+                took_s = (time.perf_counter() - started) / PROMPT_TOKENS
+            prefill.append(took_s)
+            if not deep:
+                engine.truncate(0)
             for token in prompt[:GENERATED_TOKENS]:
                 started = time.perf_counter()
                 engine.forward([Chunk(0, [token])])
@@ -176,7 +198,7 @@ def write_random_gguf(path: Path, model: RandomModel) -> None:
     block, block_bytes = GGML_QUANT_SIZES[kind]
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_name(f"random {model.type}")
-    writer.add_context_length(PROMPT_TOKENS + GENERATED_TOKENS)
+    writer.add_context_length(CONTEXT_TOKENS)
     writer.add_embedding_length(model.hidden)
     writer.add_block_count(model.layers)
     writer.add_feed_forward_length(model.feed_forward)

@@ -20,7 +20,7 @@ from edgelm.bundle import Choice
 from edgelm.report import HostRecord
 from targets.arm import ARM_MACHINES, arm_features
 from targets.facts import ROOT, cpu_list, host_notes, meminfo, number, text_of
-from targets.profile import GB, Cores, Figure, Memory, TargetProfile, board_profile
+from targets.profile import GB, Cores, Figure, Memory, Streaming, TargetProfile, board_profile
 
 if TYPE_CHECKING:
     from targets.bandwidth import ReadBandwidth
@@ -118,12 +118,18 @@ def detect_host(root: Path = ROOT) -> TargetProfile:
 def measured(profile: TargetProfile, reading: ReadBandwidth) -> TargetProfile:
     """A detected profile with the bandwidth that was measured on it, and decode threads that follow from it."""
     source = f"measured: reading {reading.buffer_bytes // 2**20} MiB with 1 to {len(reading.by_threads)} threads"
+    streaming = None
+    if reading.by_size:
+        sizes, rates = zip(*reading.by_size, strict=True)
+        told = f"measured: reading {sizes[0] // 2**20} to {sizes[-1] // 2**20} MiB again and again"
+        streaming = Streaming(sizes_bytes=sizes, rates=rates, source=told)
     shares = tuple(round(value / reading.best, 3) for value in reading.by_threads)
     memory = profile.memory.model_copy(
         update={
             "effective": Figure(value=reading.best, source=source),
             "per_core": Figure(value=reading.by_threads[0], source=source),
             "by_threads": shares,
+            "streaming": streaming,
             "theoretical": None,
         }
     )

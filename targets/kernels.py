@@ -10,56 +10,76 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from targets.bandwidth import every_count
 from targets.calibration import Family, calibration
 from targets.predict import NO_SCALE, RunSettings, bandwidth_at, parallel_cores, prefill_seconds
-from targets.profile import GB, Figure, KernelCycles, TargetProfile
+from targets.profile import GB, Figure, KernelCycles, Memory, Streaming, TargetProfile
 from targets.workload import Workload
 
 # Of the seconds that memory alone takes, at least this share is arithmetic: below it the type is limited by memory
 # anyway and the fourth power hides the difference.
 _LEAST_ARITHMETIC = 0.5
 
+Role = Literal["type", "size", "large", "deep", "narrow"]
+
 
 @dataclass(frozen=True, slots=True)
 class KernelRun:
-    """One random model of one type on a number of threads. ``narrow`` models are all layers and hardly any weights."""
+    """One random model of one type on a number of threads.
+
+    ``role``: ``type`` measures a type's kernels; ``size`` is the same model with fewer or more layers, for the read
+    rate; ``large`` has more, for the type; ``deep`` is the first one behind many tokens; ``narrow`` models are all
+    layers and hardly any weights. ``prefill_depth`` tokens were cached before the prompt, ``decode_depth`` in the
+    middle of decoding.
+    """
 
     type: str
     threads: int
-    narrow: bool
+    role: Role
     workload: Workload
     prompt_tokens: int
     prefill_s: float
     decode_s: float
+    prefill_depth: int = 0
+    decode_depth: int = 0
 
 
 def with_kernels(profile: TargetProfile, runs: Sequence[KernelRun]) -> TargetProfile:
-    """A detected profile with what the runs tell: cycles by type, cost of a layer, thread scaling and, where the
-    engine streams weights faster than a plain scan of memory, its bandwidth."""
+    """A detected profile with what the runs tell: cycles by type, of attention, cost of a layer, thread scaling and,
+    where the engine streams weights faster than a plain scan of memory, its bandwidth."""
     family = calibration().family(profile.kernels)
-    wide = [run for run in runs if not run.narrow]
-    most = max(run.threads for run in wide)
-    loss = _parallel_loss([run for run in wide if run.type == wide[0].type])
+    typed = [run for run in runs if run.role == "type"]
+    most = max(run.threads for run in typed)
+    loss = _parallel_loss([run for run in typed if run.type == typed[0].type])
     family = family.model_copy(update={"parallel_loss": loss})
-    best = [run for run in wide if run.threads == most]
+    best = [run for run in typed if run.threads == most]
+    source = f"measured: random models of {best[0].workload.parameters / 1e6:.0f} M weights, 1 to {most} threads"
+    attention_prefill, attention_decode = _attention(runs, profile, family)
+    known = KernelCycles(
+        prefill={},
+        decode={},
+        layer_us=_layer_us([run for run in runs if run.role == "narrow"], profile, family),
+        parallel_loss=loss,
+        attention_prefill=attention_prefill,
+        attention_decode=attention_decode,
+        source=source,
+    )
+    profile = profile.model_copy(update={"kernel_cycles": known})
     prefill: dict[str, float] = {}
-    for run in sorted(best, key=lambda item: item.type != "F16"):  # F16 first: attention computes in it
+    for run in sorted(best, key=lambda item: item.type != "F16"):  # F16 first: attention may count as it
         prefill[run.type] = _prefill_cycles(run, profile, family)
         family = family.model_copy(update={"prefill": family.prefill | prefill})
-    layer_us = _layer_us([run for run in runs if run.narrow], profile, family)
-    streamed = max(run.workload.streamed_bytes / (run.decode_s - run.workload.layers * layer_us * 1e-6) for run in best)
-    known = profile.memory.effective.value if profile.memory.effective is not None else 0.0
-    bandwidth = max(streamed, known)
-    share = bandwidth_at(profile, family, 1.0, most) if profile.memory.by_threads else 1.0
-    decode = {run.type: _decode_cycles(run, profile, bandwidth * share, layer_us) for run in best}
-    source = f"measured: random models of {wide[0].workload.parameters / 1e6:.0f} M weights, 1 to {most} threads"
-    cycles = KernelCycles(prefill=prefill, decode=decode, layer_us=layer_us, parallel_loss=loss, source=source)
-    changes: dict[str, object] = {"kernel_cycles": cycles}
-    if streamed > known:
-        told = Figure(value=streamed, source=f"{source}: weights streamed while generating")
-        changes["memory"] = profile.memory.model_copy(update={"effective": told})
-    return profile.model_copy(update=changes)
+    memory = _streamed(profile, [run for run in runs if run.role in ("type", "size")], known)
+    profile = profile.model_copy(update={"memory": memory})
+    decode = {run.type: _decode_cycles(run, profile, family, known) for run in best}
+    tables: dict[str, object] = {"prefill": prefill, "decode": decode}
+    large = [run for run in runs if run.role == "large"]
+    if large:
+        tables["decode_large"] = {run.type: _decode_cycles(run, profile, family, known) for run in large}
+        tables["decode_weights"] = (float(best[0].workload.parameters), float(large[0].workload.parameters))
+    return profile.model_copy(update={"kernel_cycles": known.model_copy(update=tables)})
 
 
 def throughput_gflops(profile: TargetProfile, kind: str) -> float | None:
@@ -72,9 +92,72 @@ def throughput_gflops(profile: TargetProfile, kind: str) -> float | None:
     return 2e-9 * profile.cores.fast_ghz.value * GB * cores / profile.kernel_cycles.prefill[kind]
 
 
+def _attention(runs: Sequence[KernelRun], profile: TargetProfile, family: Family) -> tuple[float | None, float | None]:
+    """Cycles per multiplication of attention in prefill and decode: what the same model takes longer behind many
+    tokens. None where no run or no difference tells."""
+    deep = next((run for run in runs if run.role == "deep"), None)
+    if deep is None:
+        return None, None
+    flat = next(run for run in runs if (run.role, run.type, run.threads) == ("type", deep.type, deep.threads))
+    per_token = 2.0 * deep.workload.layers * deep.workload.hidden
+    prefill = (deep.prefill_s - flat.prefill_s) * parallel_cores(profile, family, deep.threads)
+    prefill *= _hertz(profile) / (per_token * (deep.prefill_depth - flat.prefill_depth))
+    decode = (deep.decode_s - flat.decode_s) * min(deep.threads, _cores(profile))
+    decode *= _hertz(profile) / (per_token * (deep.decode_depth - flat.decode_depth))
+    return prefill if prefill > 0 else None, decode if decode > 0 else None
+
+
+def _streamed(profile: TargetProfile, runs: Sequence[KernelRun], cycles: KernelCycles) -> Memory:
+    """The memory of a profile, raised to what the engine's weights were streamed at."""
+    memory, most = profile.memory, max(run.threads for run in runs)
+    largest = max(run.workload.streamed_bytes for run in runs if run.type == runs[0].type)
+    told = f"{cycles.source}: weights streamed while generating"
+    # A model that a cache may hold says nothing of memory, unless there is no larger one.
+    large = [run for run in runs if run.threads == most and run.workload.streamed_bytes >= largest]
+    if memory.streaming is None:
+        large = [run for run in runs if run.threads == most]
+    streamed = max(_rate(run, profile, cycles) for run in large)
+    if memory.effective is None or streamed > memory.effective.value:
+        memory = memory.model_copy(update={"effective": Figure(value=streamed, source=told)})
+    scan = profile.memory.streaming
+    if scan is None:
+        return memory
+    by_size: dict[float, dict[int, float]] = {}
+    for run in runs:
+        if run.type == runs[0].type:
+            by_size.setdefault(float(run.workload.streamed_bytes), {})[run.threads] = _rate(run, profile, cycles)
+    sizes = sorted(by_size)
+    engine = Streaming(sizes_bytes=tuple(sizes), rates=tuple(every_count(by_size[size]) for size in sizes), source=told)
+    union = sorted({*scan.sizes_bytes, *sizes})
+    rows = (
+        tuple(max(scan.rate(size, count), engine.rate(size, count)) for count in range(1, most + 1)) for size in union
+    )
+    merged = Streaming(sizes_bytes=tuple(union), rates=tuple(rows), source=f"{scan.source}; {told}")
+    return memory.model_copy(update={"streaming": merged})
+
+
+def _rate(run: KernelRun, profile: TargetProfile, cycles: KernelCycles) -> float:
+    """Bytes of weights per second while generating."""
+    return run.workload.streamed_bytes / _weights_s(run, profile, cycles)
+
+
+def _weights_s(run: KernelRun, profile: TargetProfile, cycles: KernelCycles) -> float:
+    """Seconds of a generated token without the fixed cost of its layers and, where that is known, attention."""
+    other_s = run.workload.layers * cycles.layer_us * 1e-6
+    if cycles.attention_decode is not None:
+        products = 2.0 * run.workload.layers * run.workload.hidden * run.decode_depth
+        other_s += products * cycles.attention_decode / (_hertz(profile) * min(run.threads, _cores(profile)))
+    return max(run.decode_s - other_s, 0.2 * run.decode_s)
+
+
 def _prefill_cycles(run: KernelRun, profile: TargetProfile, family: Family) -> float:
     """Cycles per weight: prefill is proportional to them but for attention, so two predictions give the line."""
-    settings = RunSettings(context=run.prompt_tokens, threads_prefill=run.threads, prompt_tokens=run.prompt_tokens)
+    settings = RunSettings(
+        context=run.prompt_tokens,
+        depth=run.prefill_depth,
+        threads_prefill=run.threads,
+        prompt_tokens=run.prompt_tokens,
+    )
 
     def seconds(cycles: float) -> float:
         changed = family.model_copy(update={"prefill": {**family.prefill, run.type: cycles}})
@@ -84,11 +167,15 @@ def _prefill_cycles(run: KernelRun, profile: TargetProfile, family: Family) -> f
     return max((run.prefill_s - at_zero) / (at_one - at_zero), 1e-4)
 
 
-def _decode_cycles(run: KernelRun, profile: TargetProfile, bandwidth: float, layer_us: float) -> float:
-    """Cycles per weight from t = (memory^4 + arithmetic^4)^(1/4) + layers."""
+def _decode_cycles(run: KernelRun, profile: TargetProfile, family: Family, cycles: KernelCycles) -> float:
+    """Cycles per weight from t = (memory^4 + arithmetic^4)^(1/4) + attention + layers."""
     norm = calibration().norm
-    weights_s = run.decode_s - run.workload.layers * layer_us * 1e-6
-    memory_s = run.workload.streamed_bytes / bandwidth
+    assert profile.memory.effective is not None
+    bandwidth, streamed_bytes = profile.memory.effective.value, run.workload.streamed_bytes
+    if profile.memory.by_threads or profile.memory.streaming is not None:
+        bandwidth = bandwidth_at(profile, family, bandwidth, run.threads, streamed_bytes)
+    weights_s = _weights_s(run, profile, cycles)
+    memory_s = streamed_bytes / bandwidth
     arithmetic_s = float(max(weights_s**norm - memory_s**norm, 0.0) ** (1 / norm))
     arithmetic_s = max(arithmetic_s, _LEAST_ARITHMETIC * memory_s)
     return arithmetic_s * _hertz(profile) * min(run.threads, _cores(profile)) / run.workload.parameters

@@ -1,9 +1,10 @@
 """What a target will reach with a model: decode and prefill speed, memory, and whether it fits.
 
 Decode is a roofline: the bytes streamed per token over the sustained bandwidth against the arithmetic of the types'
-kernels, plus a fixed cost per layer (launches on a GPU, barriers between threads on a CPU). Prefill is arithmetic by
-kernel class. Memory is the sum of process, weights, repacked copy, KV cache and compute buffers. Pure functions of a
-workload, a profile and the calibration: nothing is measured, no model file is opened.
+kernels, plus attention over the cache where that was measured, plus a fixed cost per layer (launches on a GPU, barriers
+between threads on a CPU). Prefill is arithmetic by kernel class. Memory is the sum of process, weights, repacked copy,
+KV cache and compute buffers. Pure functions of a workload, a profile and the calibration: nothing is measured, no model
+file is opened.
 """
 
 from __future__ import annotations
@@ -237,7 +238,7 @@ def decode_seconds(
     """Seconds per generated token at ``settings.depth``."""
     kv_bytes = settings.depth * workload.kv_elements_per_token * kv_element_bytes(workload, settings)
     bandwidth = effective_bandwidth(profile, family, scale)
-    attention = 2.0 * workload.layers * workload.hidden * settings.depth
+    attention = 2.0 * workload.layers * workload.hidden * settings.depth  # multiplications
     fixed_s = workload.layers * (family.old_layer_us if settings.old_engine else family.layer_us) * 1e-6
     if family.gpu:
         streamed_s = sum(item.size_bytes / family.decode_of(item.type) for item in workload.weights) / bandwidth
@@ -245,10 +246,28 @@ def decode_seconds(
     threads = settings.threads_decode or int(profile.threads_decode.value)
     cores = _cores(profile, threads)
     clock = _hertz(profile) * scale.compute
-    cycles = sum(item.parameters * family.decode_of(item.type) for item in workload.weights)
-    cycles += attention * family.decode_of("F16")
-    memory_s = (workload.streamed_bytes + kv_bytes) / bandwidth_at(profile, family, bandwidth, threads)
-    return _norm((memory_s, cycles / (clock * cores)), norm) + fixed_s
+    cycles = sum(item.parameters * _decode_cycles(item, workload, profile, family) for item in workload.weights)
+    streamed_bytes = workload.streamed_bytes + kv_bytes
+    rate = bandwidth_at(profile, family, bandwidth, threads, streamed_bytes)
+    measured = profile.kernel_cycles.attention_decode if profile.kernel_cycles is not None else None
+    if measured is None:
+        cycles += attention * family.decode_of("F16")
+        return _norm((streamed_bytes / rate, cycles / (clock * cores)), norm) + fixed_s
+    # Attention comes after the weights of its layer, not beside them.
+    attention_s = max(attention * measured / (clock * cores), kv_bytes / rate)
+    return _norm((workload.streamed_bytes / rate, cycles / (clock * cores)), norm) + attention_s + fixed_s
+
+
+def _decode_cycles(item: TypedWeights, workload: Workload, profile: TargetProfile, family: Family) -> float:
+    """Cycles per weight of a type, between what was measured on a smaller and on a larger model of that type: by how
+    the bytes of the whole workload stand to theirs, in logarithms."""
+    small, measured = family.decode_of(item.type), profile.kernel_cycles
+    if measured is None or measured.decode_weights is None or item.type not in measured.decode_large:
+        return small
+    low, high = measured.decode_weights
+    weights = workload.streamed_bytes * item.parameters / item.size_bytes
+    part = min(max(math.log(weights / low) / math.log(high / low), 0.0), 1.0)
+    return small * (1 - part) + measured.decode_large[item.type] * part
 
 
 def prefill_seconds(
@@ -269,7 +288,9 @@ def prefill_seconds(
             arithmetic_s + 2 * attention / (family.prefill_of("F16") * flops) + streamed_s / min(tokens, settings.batch)
         )
     threads = settings.threads_prefill or int(profile.threads_prefill.value)
-    cycles = sum(item.parameters * family.prefill_of(item.type) for item in body) + attention * family.prefill_of("F16")
+    measured = profile.kernel_cycles.attention_prefill if profile.kernel_cycles is not None else None
+    cycles = sum(item.parameters * family.prefill_of(item.type) for item in body)
+    cycles += attention * (family.prefill_of("F16") if measured is None else measured)
     clock = _hertz(profile) * scale.compute * (family.old_prefill if settings.old_engine else 1)
     return cycles / (clock * parallel_cores(profile, family, threads))
 
@@ -285,9 +306,14 @@ def kv_element_bytes(workload: Workload, settings: RunSettings) -> float:
     return KV_BYTES["f32" if workload.format == "onnx" else settings.kv_type]
 
 
-def bandwidth_at(profile: TargetProfile, family: Family, best: float, threads: int) -> float:
+def bandwidth_at(
+    profile: TargetProfile, family: Family, best: float, threads: int, streamed_bytes: float | None = None
+) -> float:
     """Sustained bandwidth with ``threads`` threads, of ``best`` at the best count: a soft minimum with what the cores
-    can draw, or the profile's own table where more threads cost speed."""
+    can draw, or the profile's own table where more threads cost speed. Where it was measured by size, what
+    ``streamed_bytes`` per token get."""
+    if streamed_bytes and profile.memory.streaming is not None:
+        return profile.memory.streaming.rate(streamed_bytes, threads)
     table = profile.memory.by_threads
     if table:
         return best * table[min(threads, len(table)) - 1]

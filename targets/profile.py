@@ -7,8 +7,10 @@ profiles. It does not know how they are used for prediction and does not look at
 
 from __future__ import annotations
 
+import bisect
 import difflib
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -52,6 +54,39 @@ class Cores(Record):
     slow: int = Field(default=0, ge=0, le=4096)
 
 
+class Streaming(Record):
+    """Read rates by the size of what is read again and again: a large cache keeps much of a small model.
+
+    ``rates[i][n - 1]`` are the bytes per second that ``n`` threads read together when ``sizes_bytes[i]`` are read in
+    turn, once for every token. Sizes rise.
+    """
+
+    sizes_bytes: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(min_length=1)
+    rates: tuple[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], ...]
+    source: str = Field(min_length=8)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Streaming:
+        if len(self.rates) != len(self.sizes_bytes) or not all(self.rates) or len(set(map(len, self.rates))) != 1:
+            raise ValueError("streaming needs one row of rates for every size, all equally long")
+        if list(self.sizes_bytes) != sorted(set(self.sizes_bytes)):
+            raise ValueError("streaming: sizes have to rise")
+        return self
+
+    def rate(self, size_bytes: float, threads: int) -> float:
+        """Bytes per second for ``size_bytes`` on ``threads`` threads.
+
+        Linear in the logarithm of the size; beyond the measured sizes and thread counts the nearest one holds.
+        """
+        column = [row[min(threads, len(row)) - 1] for row in self.rates]
+        above = bisect.bisect_left(self.sizes_bytes, size_bytes)
+        if above in (0, len(column)):
+            return column[min(above, len(column) - 1)]
+        low, high = self.sizes_bytes[above - 1], self.sizes_bytes[above]
+        part = math.log(size_bytes / low) / math.log(high / low)
+        return column[above - 1] * (1 - part) + column[above] * part
+
+
 class Memory(Record):
     """Memory that holds weights and cache: RAM of a CPU or a unified machine, VRAM of a graphics card.
 
@@ -59,7 +94,7 @@ class Memory(Record):
     (machines whose GPU may use a part of the RAM) and ``reserved_bytes``. Bandwidths in bytes per second: ``effective``
     is what token generation sustains at the best thread count, None when it is left to the calibration. ``per_core`` is
     what one fast core can draw. ``by_threads`` gives the share of ``effective`` at 1, 2, 3 ... threads for devices
-    on which more threads cost speed.
+    on which more threads cost speed. ``streaming``, where it was measured, replaces both: it knows sizes and threads.
     """
 
     kind: str
@@ -71,20 +106,36 @@ class Memory(Record):
     effective: Figure | None = None
     per_core: Figure | None = None
     by_threads: tuple[float, ...] = ()
+    streaming: Streaming | None = None
 
 
 class KernelCycles(Record):
     """What the engine's kernels were measured to take on this very machine, in place of the family's constants.
 
     Cycles of one core at the profile's clock per weight and token, by type; ``layer_us`` and ``parallel_loss`` as in
-    ``calibration.toml``.
+    ``calibration.toml``. ``attention_prefill`` and ``attention_decode`` are cycles per multiplication of attention,
+    None where they were not measured: it then counts as arithmetic in F16. ``decode`` was measured on as many weights
+    as ``decode_weights`` says first, ``decode_large``, of some types, on as many as it says second: kernels that do not
+    rearrange weights lose more than a read rate tells once a cache no longer holds them.
     """
 
     prefill: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
     decode: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
     layer_us: float = Field(ge=0, allow_inf_nan=False)
     parallel_loss: float = Field(ge=0, lt=1)
+    decode_large: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    decode_weights: tuple[float, float] | None = None
+    attention_prefill: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    attention_decode: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     source: str = Field(min_length=8)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> KernelCycles:
+        if self.decode_large and self.decode_weights is None:
+            raise ValueError("decode_large needs decode_weights")
+        if self.decode_weights is not None and not 0 < self.decode_weights[0] < self.decode_weights[1]:
+            raise ValueError("decode_weights has to rise from above 0")
+        return self
 
 
 class TargetProfile(Record):
@@ -268,7 +319,17 @@ def _with_sources(document: dict[str, Any]) -> dict[str, Any]:
         default = memory.pop("default_gib", max(sizes, default=0))
         memory["variants_bytes"] = [round(size * GIB) for size in sizes]
         memory["default_bytes"] = round(default * GIB)
+        if isinstance(memory.get("streaming"), dict):
+            memory["streaming"] = _streaming_fields(memory["streaming"])
         fields.setdefault("ram_bytes", memory["default_bytes"])
+    return fields
+
+
+def _streaming_fields(table: dict[str, Any]) -> dict[str, Any]:
+    """``[memory.streaming]`` in base units: the file has megabytes and GB/s."""
+    fields = dict(table)
+    fields["sizes_bytes"] = [size * 1e6 for size in fields.pop("sizes_mb", [])]
+    fields["rates"] = [[rate * GB for rate in row] for row in fields.pop("gbs", [])]
     return fields
 
 
@@ -296,6 +357,8 @@ def profile_toml(profile: TargetProfile) -> str:
     lines += [line for key in _FIGURES if key.startswith("memory.") for line in _figure_line(profile, key)]
     if memory.by_threads:
         lines.append(f"by_threads = [{', '.join(f'{share:.3f}' for share in memory.by_threads)}]")
+    if memory.streaming is not None:
+        lines += ["", "[memory.streaming]", *_streaming_lines(memory.streaming)]
     if profile.kernel_cycles is not None:
         lines += ["", "[kernel_cycles]", *_kernel_lines(profile.kernel_cycles)]
     sources = {key: figure.source for key in _FIGURES if (figure := _figure(profile, key)) is not None}
@@ -303,15 +366,29 @@ def profile_toml(profile: TargetProfile) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _streaming_lines(streaming: Streaming) -> list[str]:
+    rows = (f"[{', '.join(f'{rate / GB:.4g}' for rate in row)}]" for row in streaming.rates)
+    return [
+        f"sizes_mb = [{', '.join(f'{size / 1e6:.6g}' for size in streaming.sizes_bytes)}]",
+        f"gbs = [{', '.join(rows)}]",
+        f"source = {_quoted(streaming.source)}",
+    ]
+
+
 def _kernel_lines(cycles: KernelCycles) -> list[str]:
     def table(values: dict[str, float]) -> str:
         return f"{{ {', '.join(f'{kind} = {value:.4g}' for kind, value in values.items())} }}"
 
+    attention = {"attention_prefill": cycles.attention_prefill, "attention_decode": cycles.attention_decode}
+    lines = [f"prefill = {table(cycles.prefill)}", f"decode = {table(cycles.decode)}"]
+    if cycles.decode_weights is not None:
+        lines.append(f"decode_large = {table(cycles.decode_large)}")
+        lines.append(f"decode_weights = [{', '.join(f'{count!r}' for count in cycles.decode_weights)}]")
     return [
-        f"prefill = {table(cycles.prefill)}",
-        f"decode = {table(cycles.decode)}",
+        *lines,
         f"layer_us = {cycles.layer_us:.4g}",
         f"parallel_loss = {cycles.parallel_loss:.4g}",
+        *(f"{key} = {value:.4g}" for key, value in attention.items() if value is not None),
         f"source = {_quoted(cycles.source)}",
     ]
 

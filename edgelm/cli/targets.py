@@ -104,7 +104,7 @@ def show(target: str, as_json: bool) -> None:
 
 @command.command()
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the profile to this file.")
-@click.option("--measure/--no-measure", default=True, show_default=True, help="Measure memory and kernels (a minute).")
+@click.option("--measure/--no-measure", default=True, show_default=True, help="Measure memory and kernels (minutes).")
 @click.option(
     "--storage",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -116,8 +116,8 @@ def show(target: str, as_json: bool) -> None:
 def detect(output: Path | None, measure: bool, storage: Path | None, name: str, as_json: bool) -> None:
     """Describe this machine as a profile: cores, limits, memory, and what is measured on it.
 
-    Measured are the read bandwidth on every thread count and the speed of the engine's kernels by type of weights. A
-    busy machine gives low figures.
+    Measured are the read bandwidth by thread count and by size, and the speed of the engine's kernels by type of
+    weights and of attention. A busy machine gives low figures.
 
     \b
     Example:

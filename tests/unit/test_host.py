@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from targets.bandwidth import ForeignLoad, ReadBandwidth, measure_read_bandwidth
+from targets.bandwidth import ForeignLoad, ReadBandwidth, every_count, measure_read_bandwidth, thread_counts
 from targets.host import (
     available_memory,
     cpu_layout,
@@ -224,6 +224,14 @@ def test_bandwidth_is_measured_for_every_thread_count() -> None:
     reading = measure_read_bandwidth(2, buffer_bytes=2**22, seconds=0.01)
     assert len(reading.by_threads) == 2
     assert reading.best >= min(reading.by_threads) > 0
+    # No size fits below so small an array: the array itself remains.
+    assert [size for size, _ in reading.by_size] == [2**22]
+    assert all(len(rates) == 2 and min(rates) > 0 for _, rates in reading.by_size)
+
+
+def test_counts_between_the_measured_ones_are_filled() -> None:
+    assert [thread_counts(threads) for threads in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+    assert every_count({1: 10.0, 2: 18.0, 4: 30.0}) == (10.0, 18.0, 24.0, 30.0)
 
 
 def test_foreign_load_counts_others_and_not_this_process() -> None:

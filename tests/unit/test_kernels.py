@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from edgelm.errors import ProfileError
 from targets.calibration import calibration
 from targets.catalogue import workload_from_figures
 from targets.kernels import KernelRun, throughput_gflops, with_kernels
 from targets.predict import RunSettings, family_of, predict_speed
-from targets.profile import Figure, TargetProfile, load_profile, parse_profile, profile_toml
+from targets.profile import Figure, Streaming, TargetProfile, load_profile, parse_profile, profile_toml
 from targets.workload import TypedWeights, Workload
 
 PROMPT = 128
@@ -23,7 +24,7 @@ def workload(kind: str, parameters: int, bits: float) -> Workload:
 
 
 def run(kind: str, threads: int, prefill_s: float, decode_s: float, bits: float = 4.5) -> KernelRun:
-    return KernelRun(kind, threads, False, workload(kind, 90_000_000, bits), PROMPT, prefill_s, decode_s)
+    return KernelRun(kind, threads, "type", workload(kind, 90_000_000, bits), PROMPT, prefill_s, decode_s)
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ RUNS = (
     run("Q8_0", 2, 1 / 900, 1 / 110, 8.5),
     run("Q4_0", 2, 1 / 1300, 1 / 160),
     run("F16", 2, 1 / 600, 1 / 55, 16.0),
-    KernelRun("Q8_0", 2, True, NARROW, PROMPT, 1e-4, 1 / 2000),
+    KernelRun("Q8_0", 2, "narrow", NARROW, PROMPT, 1e-4, 1 / 2000),
 )
 
 
@@ -103,3 +104,81 @@ def test_what_was_measured_here_wins_over_published_rows() -> None:
     model = workload_from_figures(parameters=1.2e9, file_bytes=700 * 2**20, quant="Q4_0")
     settings = RunSettings(context=512, threads_prefill=2)
     assert predict_speed(model, faster, settings).prefill_tps > predict_speed(model, pi, settings).prefill_tps
+
+
+SCAN = Streaming(
+    sizes_bytes=(20e6, 500e6), rates=((20e9, 40e9), (10e9, 18e9)), source="measured: made up for this test"
+)
+
+
+def sized(layers: int, threads: int, rate: float) -> KernelRun:
+    """A model of as many layers of 15 M weights whose weights come at ``rate`` bytes per second."""
+    model = replace(workload("Q8_0", 15_000_000 * layers, 8.5), layers=layers)
+    return KernelRun("Q8_0", threads, "size", model, PROMPT, 1 / 500, model.streamed_bytes / rate)
+
+
+def test_the_read_rate_depends_on_the_size_of_a_model(profile: TargetProfile) -> None:
+    scanned = profile.model_copy(update={"memory": profile.memory.model_copy(update={"streaming": SCAN})})
+    sizes = [sized(2, 1, 21e9), sized(2, 2, 42e9), sized(16, 1, 14e9), sized(16, 2, 28e9)]
+    typed = [replace(sized(6, 1, 18e9), role="type"), replace(sized(6, 2, 36e9), role="type")]
+    told = with_kernels(scanned, [*typed, *RUNS[2:], *sizes])
+    streaming = told.memory.streaming
+    assert streaming is not None
+    # The engine was faster than the scan at both sizes; the cost of layers comes off, so a little more than was put in.
+    assert streaming.rate(32e6, 2) == pytest.approx(42e9, rel=0.3)
+    assert streaming.rate(32e6, 2) >= 42e9
+    assert streaming.rate(255e6, 1) == pytest.approx(14e9, rel=0.3)
+    assert streaming.rate(255e6, 2) < 0.8 * streaming.rate(32e6, 2)
+    assert told.memory.effective is not None
+    assert told.memory.effective.value == pytest.approx(28e9, rel=0.3)
+    settings = RunSettings(context=PROMPT, threads_decode=2, threads_prefill=2)
+    small, large = (run.workload for run in sizes[::2])
+    per_weight = [1 / (predict_speed(model, told, settings).decode_tps * model.parameters) for model in (small, large)]
+    assert per_weight[1] > 1.3 * per_weight[0]
+
+
+def test_rates_are_interpolated_and_held_at_the_ends() -> None:
+    assert SCAN.rate(1e6, 1) == SCAN.rate(20e6, 1) == 20e9
+    assert SCAN.rate(9e9, 5) == SCAN.rate(500e6, 2) == 18e9
+    assert SCAN.rate(100e6, 1) == pytest.approx(15e9)  # the middle of 20 and 500 in logarithms
+
+
+def test_attention_is_what_a_deep_run_takes_longer(profile: TargetProfile) -> None:
+    flat = run("Q8_0", 2, 1 / 900, 1 / 110, 8.5)
+    deep = replace(flat, role="deep", prefill_s=1.5 / 900, decode_s=1.8 / 110, prefill_depth=384, decode_depth=528)
+    told = with_kernels(profile, [*RUNS, deep])
+    assert told.kernel_cycles is not None
+    assert told.kernel_cycles.attention_decode is not None
+    assert told.kernel_cycles.attention_prefill is not None
+    settings = RunSettings(context=1024, depth=528, threads_decode=2)
+    assert predict_speed(flat.workload, told, settings).decode_tps == pytest.approx(110 / 1.8, rel=0.07)
+    behind = RunSettings(context=1024, depth=384, prompt_tokens=PROMPT, threads_prefill=2)
+    assert predict_speed(flat.workload, told, behind).prefill_tps == pytest.approx(900 / 1.5, rel=0.01)
+    assert parse_profile(profile_toml(told).encode(), "me.toml").kernel_cycles is not None
+    # A difference that is noise tells nothing.
+    none = with_kernels(profile, [*RUNS, replace(deep, prefill_s=1 / 901, decode_s=1 / 111)]).kernel_cycles
+    assert none is not None
+    assert none.attention_decode is none.attention_prefill is None
+
+
+def test_a_type_may_cost_more_in_a_large_model(profile: TargetProfile) -> None:
+    model = workload("Q4_0", 180_000_000, 4.5)
+    large = KernelRun("Q4_0", 2, "large", model, PROMPT, 1 / 650, 1 / 40)
+    told = with_kernels(profile, [*RUNS, large])
+    settings = RunSettings(context=PROMPT, threads_decode=2)
+    assert predict_speed(model, told, settings).decode_tps == pytest.approx(40, rel=0.07)
+    assert predict_speed(RUNS[2].workload, told, settings).decode_tps == pytest.approx(160, rel=0.07)
+    between = predict_speed(workload("Q4_0", 130_000_000, 4.5), told, settings).decode_tps
+    assert 40 < between < 160
+    again = parse_profile(profile_toml(told).encode(), "me.toml")
+    assert predict_speed(model, again, settings).decode_tps == pytest.approx(40, rel=0.07)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    ["sizes_mb = [2, 1]\ngbs = [[1.0], [1.0]]", "sizes_mb = [1, 2]\ngbs = [[1.0]]", "sizes_mb = [1]\ngbs = [[]]"],
+)
+def test_a_damaged_table_of_rates_is_refused(profile: TargetProfile, broken: str) -> None:
+    text = profile_toml(profile) + f'\n[memory.streaming]\n{broken}\nsource = "measured: here"\n'
+    with pytest.raises(ProfileError, match="streaming"):
+        parse_profile(text.encode(), "me.toml")
