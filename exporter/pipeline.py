@@ -31,6 +31,7 @@ from edgelm.bundle import (
     TensorPlan,
     TokenIdentity,
 )
+from edgelm.collector import paused_collector
 from edgelm.errors import CheckpointError, DoesNotFitError, EngineError, ProofError, UsageError
 from edgelm.progress import SILENT, Progress
 from exporter import automatic, cache, damage, embedding_quality, optimum_tasks, quality, task_quality, tokenizer
@@ -405,7 +406,8 @@ def _write_artifact(
     """
     checkpoint, plan = prepared.checkpoint, prepared.plan
     if plan.format == "onnx":
-        from exporter.onnx_bundle import write_artifact  # needs the onnx package, which the GGUF way does without
+        with paused_collector():
+            from exporter.onnx_bundle import write_artifact  # needs the onnx package, which the GGUF way does without
 
         if aside is not None:
             aside.prove(words, staging / ARTIFACTS["onnx"])  # its vocabulary is a file of its own, written before it
