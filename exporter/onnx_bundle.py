@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgelm.bundle import ExportPlan
+from edgelm.bundle import ExportPlan, FileRecord
 from edgelm.progress import Progress
 from exporter import onnx_observed
 from exporter.architectures.base import ModelDescription
@@ -42,15 +42,16 @@ def write_artifact(
     words: SourceTokenizer,
     calibration: tuple[Path | None, DeviceChoice],
     progress: Progress,
-) -> Path:
-    """Write ``model.onnx`` and its data file; returns the former. ``calibration`` is what a calibrated recipe reads, as
-    in ``open_calibration``, and where.
+) -> tuple[Path, tuple[FileRecord, ...]]:
+    """Write ``model.onnx`` and its data file; returns the former, and records of files that were hashed on the way.
+
+    ``calibration`` is what a calibrated recipe reads, as in ``open_calibration``, and where.
 
     Raises ``CheckpointError``, ``BundleError`` and, for calibrated recipes, ``MissingDependencyError``.
     """
     context = int(plan.context.value)
     if description.encoder is not None:
-        return write_encoder(staging, checkpoint, description, plan, progress)
+        return write_encoder(staging, checkpoint, description, plan, progress), ()
     notes = _token_notes(words.gguf_metadata)
     source, recipe = WeightSource(checkpoint), recipe_named(plan.quant)
     if recipe.reads_text:
@@ -62,7 +63,7 @@ def write_artifact(
         moments = MomentSource(checkpoint, text, progress, device) if recipe.calibrated else None
         source = WeightSource(checkpoint, moments, text if recipe.balanced else None)
         notes["edgelm.calibration"] = f"{text.text}, {text.tokens} tokens"
-    path, _ = write_onnx(
+    path, data = write_onnx(
         staging,
         source,
         description,
@@ -71,7 +72,7 @@ def write_artifact(
         notes=notes,
         progress=progress,
     )
-    return path
+    return path, (data,)
 
 
 def _token_notes(metadata: Mapping[str, Any]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
@@ -22,13 +23,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from edgelm.bundle import TensorPlan
+from edgelm.bundle import FileRecord, TensorPlan
 from edgelm.errors import BundleError, CheckpointError
 from edgelm.progress import SILENT, Progress, Stage
 from exporter import ggml
 from exporter.architectures.base import ModelDescription, TensorDescription, interleave_rows, split_rows
 from exporter.checkpoint import Checkpoint, TensorReader, weight_type
 from exporter.gguf import usable_cpus
+from exporter.growing_file import GrowingHash
 from exporter.onnx_balance import balance_factors, balance_sites, balanced
 from exporter.onnx_gptq import compensated_rows, inverse_factor
 from exporter.onnx_graph import build_graph
@@ -81,8 +83,10 @@ def write_onnx(
     notes: Mapping[str, str] = MappingProxyType({}),
     threads: int = 0,
     progress: Progress = SILENT,
-) -> tuple[Path, Path]:
-    """Write ``model.onnx`` and ``model.onnx.data`` with the planned tensors, flushed to disk; returns both paths.
+) -> tuple[Path, FileRecord]:
+    """Write ``model.onnx`` and ``model.onnx.data`` with the planned tensors, flushed to disk.
+
+    Returns the path of the former and the record of the latter, which is hashed while it is written.
 
     ``context`` is the planned one: it can be computed, and so can what ``onnx_layout.position_limit`` tells.
     ``notes`` are more metadata of the model. ``threads`` of 0 means all usable CPUs. Raises ``CheckpointError`` for
@@ -100,13 +104,13 @@ def write_onnx(
             lambda tensor: types[tensor.name],
             metadata={**_metadata(source.checkpoint, description, decoder.positions), **notes},
         )
-        _write_data(data_path, source, storage, work)
+        digest = _write_data(data_path, source, storage, work)
         with path.open("wb") as stream:
             stream.write(model.SerializeToString(deterministic=True))
             stream.flush()
             os.fsync(stream.fileno())
     _check(path)
-    return path, data_path
+    return path, FileRecord(name=DATA_NAME, size_bytes=storage.size_bytes, sha256=digest)
 
 
 def _balanced(
@@ -120,7 +124,7 @@ def _balanced(
     path, data_path = directory / MODEL_NAME, directory / DATA_NAME
     try:
         plain = WeightSource(source.checkpoint)
-        columns = _write_data(data_path, plain, storage, work, {name for site in sites for name in site.readers})
+        columns = _count_columns(data_path, plain, storage, work, {name for site in sites for name in site.readers})
         path.write_bytes(model.SerializeToString())
         squares = mean_squares(path, decoder, outputs, source.balance, work.progress)
     finally:
@@ -170,31 +174,83 @@ class _Work:
     head: str
 
 
-def _write_data(
-    path: Path, source: WeightSource, storage: Storage, work: _Work, counted: AbstractSet[str] = frozenset()
+def _write_data(path: Path, source: WeightSource, storage: Storage, work: _Work) -> str:
+    """Write all contents, flushed to disk; returns the file's SHA-256."""
+    with _new_file(path, storage.size_bytes) as descriptor, GrowingHash(descriptor, storage.size_bytes) as growing:
+        _fill(_Ends(storage, growing), source, storage, work, descriptor)
+        os.fsync(descriptor)
+        return growing.hexdigest()
+
+
+def _count_columns(
+    path: Path, source: WeightSource, storage: Storage, work: _Work, counted: AbstractSet[str]
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Write all contents, flushed to disk unless something is ``counted``: sums of squares of the columns of these
-    matrices are returned, and the file is there for a moment only."""
+    """Write all contents for a moment, neither hashed nor flushed; returns sums of squares of the columns of the
+    ``counted`` matrices."""
+    with _new_file(path, storage.size_bytes) as descriptor:
+        return _fill(None, source, storage, work, descriptor, counted)
+
+
+@contextmanager
+def _new_file(path: Path, size_bytes: int) -> Iterator[int]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o644)
     try:
-        os.ftruncate(descriptor, storage.size_bytes)
-        with TensorReader() as reader:
-            for file in sorted({header.file for header in source.checkpoint.tensors.values()}):
-                reader.open(file)
-            worker = _Worker(source, reader, descriptor, counted)
-            for content in storage.contents:
-                if isinstance(content, Computed):
-                    worker.put(content.place, 0, content.values)
-            later = [] if source.moments is None else [item for item in storage.contents if _compensated(item, work)]
-            plain = [item for item in storage.contents if item not in later]
-            with work.progress.stage("quantising", sum(map(_elements, plain)), unit="weights") as stage:
-                _run(worker, [task for item in plain for task in _tasks(item, SLAB_ELEMENTS)], work.threads, stage)
-            if source.moments is not None:
-                _write_compensated(worker, source.moments, later, work)
-        if not counted:
-            os.fsync(descriptor)
+        os.ftruncate(descriptor, size_bytes)
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+class _Ends:
+    """Tells the hash which contents are finished. A content's range goes on to the next one's: nothing is written to
+    the bytes between them."""
+
+    def __init__(self, storage: Storage, growing: GrowingHash) -> None:
+        starts = [0, *(_first_place(content).offset for content in storage.contents[1:]), storage.size_bytes]
+        self._ranges = {id(item): pair for item, pair in zip(storage.contents, pairwise(starts), strict=True)}
+        self._left = {id(item): _row_count(item) for item in storage.contents}
+        self._growing = growing
+
+    def written(self, content: Content, rows: int) -> None:
+        """So many more rows of a content's parts are where they belong. One thread only."""
+        self._left[id(content)] -= rows
+        if not self._left[id(content)]:
+            self._growing.finished(*self._ranges[id(content)])
+
+
+def _row_count(content: Content) -> int:
+    return 0 if isinstance(content, Computed) else sum(part.shape[0] for part in content.parts)
+
+
+def _first_place(content: Content) -> Place:
+    return content.data if isinstance(content, QuantizedMatrix) else content.place
+
+
+def _fill(
+    ends: _Ends | None,
+    source: WeightSource,
+    storage: Storage,
+    work: _Work,
+    descriptor: int,
+    counted: AbstractSet[str] = frozenset(),
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Write all contents, and tell their ends; returns sums of squares of columns as far as they are ``counted``."""
+    with TensorReader() as reader:
+        for file in sorted({header.file for header in source.checkpoint.tensors.values()}):
+            reader.open(file)
+        worker = _Worker(source, reader, descriptor, counted)
+        worker.ends = ends
+        for content in storage.contents:
+            if isinstance(content, Computed):
+                worker.put(content.place, 0, content.values)
+                if ends is not None:
+                    ends.written(content, 0)
+        later = [] if source.moments is None else [item for item in storage.contents if _compensated(item, work)]
+        plain = [item for item in storage.contents if item not in later]
+        with work.progress.stage("quantising", sum(map(_elements, plain)), unit="weights") as stage:
+            _run(worker, [task for item in plain for task in _tasks(item, SLAB_ELEMENTS)], work.threads, stage)
+        if source.moments is not None:
+            _write_compensated(worker, source.moments, later, work)
     return worker.columns
 
 
@@ -253,8 +309,11 @@ def _run(worker: _Worker, tasks: Sequence[_Task], threads: int, stage: Stage | N
         futures: Mapping[Future[None], _Task] = {pool.submit(worker.do, task): task for task in tasks}
         for future in as_completed(futures):
             future.result()
+            task = futures[future]
+            if worker.ends is not None:
+                worker.ends.written(task.content, task.stop - task.start)
             if stage is not None:
-                stage.advance(futures[future].elements)
+                stage.advance(task.elements)
         ended = True
     finally:
         if not ended:
@@ -299,6 +358,7 @@ class _Worker:
         self._source, self._reader, self._descriptor, self._counted = source, reader, descriptor, counted
         self.factors: Mapping[str, npt.NDArray[np.float32]] = {}
         self.columns: dict[str, npt.NDArray[np.float64]] = {}
+        self.ends: _Ends | None = None
         self._lock = threading.Lock()
         self.cancelled = threading.Event()
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -34,12 +31,14 @@ from edgelm.bundle import (
     TensorPlan,
     TokenIdentity,
 )
+from edgelm.collector import paused_collector
 from edgelm.errors import CheckpointError, DoesNotFitError, EngineError, ProofError, UsageError
 from edgelm.progress import SILENT, Progress
 from exporter import automatic, cache, damage, embedding_quality, optimum_tasks, quality, task_quality, tokenizer
 from exporter.analysis import Analysis, analyse
 from exporter.architectures import describe
 from exporter.architectures.base import ModelDescription
+from exporter.aside import Aside, hashed_files
 from exporter.automatic import Point
 from exporter.calibration import Calibration, open_calibration
 from exporter.chat_proof import prove_chat
@@ -55,7 +54,6 @@ from exporter.reference import torch_obstacle
 from exporter.resume import Writer, hash_of_metadata, key_of_artifact, write_in_parts
 from exporter.sensitivity import TensorStatistics, memory_obstacle
 from exporter.texts import evaluation_text
-from exporter.token_identity import compare_files
 from exporter.tokenizer import SourceTokenizer
 from targets.host import cpu_name, instruction_set
 from targets.profile import TargetProfile, load_profile
@@ -155,7 +153,7 @@ def _calibration(
     text = open_calibration(
         checkpoint, words, options.calibration, progress, evaluation=options.evaluation, device=options.device
     )
-    return text, _hashed(checkpoint.files, progress)
+    return text, hashed_files(checkpoint.files, progress)
 
 
 @dataclass(frozen=True)
@@ -180,10 +178,13 @@ class Proven:
     task: TaskRecord | None = None
 
 
-def prepare(options: ExportOptions, progress: Progress = SILENT, *, headers_only: bool = False) -> Prepared:
+def prepare(
+    options: ExportOptions, progress: Progress = SILENT, *, headers_only: bool = False, aside: Aside | None = None
+) -> Prepared:
     """Read the source's headers and resolve the plan: what ``--dry-run`` shows. Writes nothing but the cache.
 
-    ``headers_only`` leaves weights on the hub, if the plan needs none: a mix that was named.
+    ``headers_only`` leaves weights on the hub, if the plan needs none: a mix that was named. ``aside`` begins to hash
+    the source as soon as it is known, unless measuring may hash it first.
 
     ``auto`` keeps a quantised source that fits as it is. Else it measures what each tensor loses in each type when
     torch and transformers are installed, and chooses among the usual mixes when not. Rounding of those mixes, and of
@@ -195,6 +196,8 @@ def prepare(options: ExportOptions, progress: Progress = SILENT, *, headers_only
     profile = load_profile(options.target)
     headers_only = headers_only and not options.chooses_types
     checkpoint = open_checkpoint(open_source(options.source, progress, headers_only=headers_only))
+    if aside is not None and not options.chooses_types and not options.weighs_rounding:
+        aside.hash(checkpoint.files)
     options, why = settle_format(options, checkpoint)
     prepared = _prepared(options, checkpoint, profile, progress)
     return prepared if why is None else replace(prepared, plan=_with_note(prepared.plan, why))
@@ -264,18 +267,37 @@ def export(
     ``resume``, finished tensors stay in a hidden directory beside it when interrupted, and the next such call goes on.
     """
     bundles.check_destination(destination, force=force)
-    prepared = prepare(options, progress)
+    with Aside() as aside:
+        prepared = prepare(options, progress, aside=aside)
+        aside.hash(prepared.checkpoint.files, prepared.measured.hashes if prepared.measured else None)
+        if resume and prepared.plan.format != "gguf":
+            told = f"--resume is for GGUF; {prepared.plan.format} is written as a whole"
+            raise UsageError(told, hint="leave it out")
+        if prepared.task is not None:
+            _export_task(options, prepared, prepared.task, destination, aside, force=force, progress=progress)
+        else:
+            _export_model(options, prepared, destination, aside, force=force, resume=resume, progress=progress)
+    return bundles.open_bundle(destination, check_hashes=False)
+
+
+def _export_model(
+    options: ExportOptions,
+    prepared: Prepared,
+    destination: Path,
+    aside: Aside,
+    *,
+    force: bool,
+    resume: bool,
+    progress: Progress,
+) -> None:
+    """``export`` of a model that generates or makes vectors."""
     checkpoint, plan = prepared.checkpoint, prepared.plan
-    if resume and plan.format != "gguf":
-        raise UsageError(f"--resume is for GGUF; {plan.format} is written as a whole", hint="leave it out")
-    if prepared.task is not None:
-        return _export_task(options, prepared, prepared.task, destination, force=force, progress=progress)
     description = describe(checkpoint, plan.format)
     check_room(destination.parent, plan.artifact_bytes - (bundles.kept_bytes(destination) if resume else 0))
     journal = bundles.journal_path(destination) if resume else None
     words = _load_words(checkpoint, plan, progress)
     _check_vocabulary(checkpoint, description, words)
-    with bundles.new_bundle(destination, force=force, resume=resume) as staging, _Aside(prepared) as aside:
+    with bundles.new_bundle(destination, force=force, resume=resume) as staging, aside:
         _clear(staging, ARTIFACTS[plan.format])
         _write_texts(staging, words)
         artifact = _write_artifact(staging, prepared, description, words, progress, aside, journal)
@@ -288,19 +310,25 @@ def export(
             plan, measured = _along_the_front(options, prepared, artifact, measured, progress)
         _check_quality(options, measured)
         proven = Proven(plan, description.encoder.record if description.encoder else None, measured)
-        _write_manifest(staging, checkpoint, aside.source_hashes(progress), proven, progress)
-    return bundles.open_bundle(destination, check_hashes=False)
+        _write_manifest(staging, checkpoint, aside, proven, progress)
 
 
 def _export_task(
-    options: ExportOptions, prepared: Prepared, task: TaskKind, destination: Path, *, force: bool, progress: Progress
-) -> Bundle:
+    options: ExportOptions,
+    prepared: Prepared,
+    task: TaskKind,
+    destination: Path,
+    aside: Aside,
+    *,
+    force: bool,
+    progress: Progress,
+) -> None:
     """``export`` of a model with a task of its own."""
     checkpoint, plan = prepared.checkpoint, prepared.plan
     words = optimum_tasks.load_words(checkpoint)
     record = optimum_tasks.record_of(checkpoint, task, words)
     check_room(destination.parent, plan.artifact_bytes)
-    with bundles.new_bundle(destination, force=force) as staging, _Aside(prepared) as aside:
+    with bundles.new_bundle(destination, force=force) as staging, aside:
         artifact = optimum_tasks.write_task(staging, checkpoint, task, plan, words, progress)
         _check_size(options, artifact)
         identity = optimum_tasks.prove_words(checkpoint, staging)
@@ -310,8 +338,7 @@ def _export_task(
                 artifact, checkpoint, record, identity, options.evaluation, progress, device=options.device
             )
         proven = Proven(plan, None, measured, record)
-        _write_manifest(staging, checkpoint, aside.source_hashes(progress), proven, progress)
-    return bundles.open_bundle(destination, check_hashes=False)
+        _write_manifest(staging, checkpoint, aside, proven, progress)
 
 
 def _clear(staging: Path, artifact: str) -> None:
@@ -364,62 +391,13 @@ def _write_texts(staging: Path, words: SourceTokenizer) -> None:
             os.fsync(stream.fileno())
 
 
-def _prove_tokens(words: SourceTokenizer, artifact: Path) -> TokenIdentity:
-    if artifact.suffix == ".onnx":
-        identity = compare_files(words.tokenizer_json, artifact.parent / "tokenizer.json")
-    else:
-        identity = tokenizer.prove_identity(words, artifact)
-    if not identity.identical:
-        raise ProofError(
-            f"the artefact's tokenizer gives other ids than the source's: {identity.first_difference}",
-            hint="no bundle was written: wrong tokens would silently spoil every answer",
-        )
-    return identity
-
-
-class _Aside(AbstractContextManager["_Aside"]):
-    """Hashes of the source and the proof of the tokens, taken in threads while tensors are quantised.
-
-    Leaving the context stops what is still under way.
-    """
-
-    def __init__(self, prepared: Prepared) -> None:
-        self._stopped = threading.Event()
-        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="aside")
-        self._proof: Future[TokenIdentity] | None = None
-        known = prepared.measured.hashes if prepared.measured else None
-        self._hashes = self._pool.submit(lambda: known or self._hash(prepared.checkpoint.files))
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._pool.shutdown(cancel_futures=True)
-
-    def prove(self, words: SourceTokenizer, artifact: Path) -> None:
-        """Begin the proof of an artefact whose vocabulary is written, once."""
-        self._proof = self._proof or self._pool.submit(_prove_tokens, words, artifact)
-
-    def identity(self, words: SourceTokenizer, artifact: Path) -> TokenIdentity:
-        """The result of the proof, which begins now if it has not. Raises ``ProofError``."""
-        return self._proof.result() if self._proof else _prove_tokens(words, artifact)
-
-    def source_hashes(self, progress: Progress) -> tuple[FileRecord, ...]:
-        """Records of the source's files, in their order."""
-        with progress.stage("hashing the source", 1) as stage:
-            hashes = self._hashes.result()
-            stage.advance()
-        return hashes
-
-    def _hash(self, files: Sequence[Path]) -> tuple[FileRecord, ...]:
-        return tuple(bundles.file_record(path, stopped=self._stopped.is_set) for path in files)
-
-
 def _write_artifact(
     staging: Path,
     prepared: Prepared,
     description: ModelDescription,
     words: SourceTokenizer,
     progress: Progress,
-    aside: _Aside | None = None,
+    aside: Aside | None = None,
     journal: Path | None = None,
 ) -> Path:
     """Write the planned tensors; types that were measured are rounded as they were then, and kept in the cache.
@@ -428,11 +406,17 @@ def _write_artifact(
     """
     checkpoint, plan = prepared.checkpoint, prepared.plan
     if plan.format == "onnx":
-        from exporter.onnx_bundle import write_artifact  # needs the onnx package, which the GGUF way does without
+        with paused_collector():
+            from exporter.onnx_bundle import write_artifact  # needs the onnx package, which the GGUF way does without
 
         if aside is not None:
             aside.prove(words, staging / ARTIFACTS["onnx"])  # its vocabulary is a file of its own, written before it
-        return write_artifact(staging, checkpoint, description, plan, words, prepared.calibration, progress)
+        artifact, records = write_artifact(
+            staging, checkpoint, description, plan, words, prepared.calibration, progress
+        )
+        if aside is not None:
+            aside.note(staging, records)
+        return artifact
     artifact = staging / ARTIFACTS[plan.format]
     metadata = _metadata(plan, description, words)
 
@@ -557,9 +541,7 @@ def _name(checkpoint: Checkpoint, plan: ExportPlan) -> str:
     return f"{model}-{plan.quant}"
 
 
-def _write_manifest(
-    staging: Path, checkpoint: Checkpoint, source_hashes: tuple[FileRecord, ...], proven: Proven, progress: Progress
-) -> None:
+def _write_manifest(staging: Path, checkpoint: Checkpoint, aside: Aside, proven: Proven, progress: Progress) -> None:
     plan, measured = proven.plan, proven.measured
     source = SourceRecord(
         kind=checkpoint.source.kind,
@@ -567,7 +549,7 @@ def _write_manifest(
         revision=checkpoint.source.revision,
         architecture=checkpoint.architecture,
         parameters=plan.parameters,
-        files=source_hashes,
+        files=aside.source_hashes(progress),
     )
     drawn_by = _OPTIMUM_TOOLS if plan.format == "onnx" and (proven.encoder or proven.task) else ()
     manifest = Manifest(
@@ -578,7 +560,7 @@ def _write_manifest(
         source=source,
         plan=plan,
         quality=measured if isinstance(measured, Quality) else None,
-        files=_hashed(sorted(path for path in staging.iterdir() if path.is_file()), progress),
+        files=aside.file_records(sorted(path for path in staging.iterdir() if path.is_file()), progress),
         tool_versions={tool: version(tool) for tool in (*_TOOLS, *_FORMAT_TOOLS[plan.format], *drawn_by)},
         encoder=proven.encoder,
         embedding_quality=measured if isinstance(measured, EmbeddingQuality) else None,
@@ -587,12 +569,3 @@ def _write_manifest(
     )
     with write_errors(staging / bundles.MANIFEST_NAME):
         bundles.write_manifest(staging, manifest)
-
-
-def _hashed(paths: Sequence[Path], progress: Progress) -> tuple[FileRecord, ...]:
-    records = []
-    with progress.stage("hashing", len(paths), unit="files") as stage:
-        for path in paths:
-            records.append(bundles.file_record(path))
-            stage.advance()
-    return tuple(records)

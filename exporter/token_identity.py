@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelm.bundle import TokenIdentity
+from edgelm.collector import paused_collector
 from edgelm.errors import CheckpointError
 from exporter.texts import hard_corpus
 from exporter.tokenizer_sentencepiece import SPACE, is_sentencepiece, prepend_scheme
@@ -60,7 +61,9 @@ def compare_files(tokenizer_json: str, path: Path) -> TokenIdentity:
     This is the proof of artefacts without a vocabulary of their own. Raises ``BundleError`` for an unreadable file.
     """
     corpus = expected_ids(tokenizer_json)
-    tokenizer = JsonTokenizer(path)
+    # The same bytes make the same tokenizer. Opening them a second time would hold up all other threads for 0.1 s.
+    same = path.is_file() and path.read_bytes() == tokenizer_json.encode()
+    tokenizer = JsonTokenizer(path, open_tokenizer(tokenizer_json, path.name) if same else None)
     found = [tuple(map(int, tokenizer.encode(text))) for text in corpus.texts]
     return _identity(corpus, first_difference(corpus, found))
 
@@ -95,7 +98,8 @@ def _opened(tokenizer_json: str) -> Any:
 @functools.lru_cache(maxsize=1)  # asked when the pre-tokenizer is sought and again for the artefact's proof
 def expected_ids(tokenizer_json: str) -> Corpus:
     """What two tokenizers are compared on."""
-    tokenizer, document = open_tokenizer(tokenizer_json, "tokenizer.json"), json.loads(tokenizer_json)
+    with paused_collector():
+        tokenizer, document = open_tokenizer(tokenizer_json, "tokenizer.json"), json.loads(tokenizer_json)
     texts = tuple(comparable_texts(tokenizer, document))
     scheme = prepend_scheme(document)
     asked = texts

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from edgelm.bundle import TokenIdentity
+from edgelm.collector import paused_collector
 from edgelm.errors import BundleError, CheckpointError, EngineError, ProofError
 from edgelm.progress import Progress
 from exporter.architectures import embedding_names
@@ -91,7 +92,8 @@ def read_tokenizer(checkpoint: Checkpoint) -> SourceTokenizer:
     if _last_read and _last_read[0][0] is checkpoint:
         return _last_read[0][1]
     from_gguf = checkpoint.source.kind == "gguf"
-    source = _read_gguf(checkpoint.source.path) if from_gguf else _read_directory(checkpoint)
+    with paused_collector():
+        source = _read_gguf(checkpoint.source.path) if from_gguf else _read_directory(checkpoint)
     _last_read[:] = [(checkpoint, source)]
     return source
 
@@ -306,10 +308,19 @@ def _entries(vocabulary: Any) -> Iterator[tuple[str, Any]]:
 def _merges(path: Path, document: Mapping[str, Any]) -> list[str]:
     merges = document["model"].get("merges")
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges or []]
-    if not pairs or any(len(pair) != 2 or not all(isinstance(part, str) for part in pair) for pair in pairs):
+    # A generator or a call for each of 50,000 pairs would take longer than reading the file.
+    if not pairs or not all(
+        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], str)
+        for pair in pairs
+    ):
         raise CheckpointError(f"{path} has no merges, or some that are no pairs of tokens")
     # A space cannot stand inside a part: the format separates parts by one. Byte-level vocabularies write it as U+0120.
-    return [" ".join(part.replace(" ", "\u0120") for part in pair) for pair in pairs]
+    return [
+        f"{first} {second}"
+        if " " not in first and " " not in second
+        else " ".join(part.replace(" ", "\u0120") for part in (first, second))
+        for first, second in pairs
+    ]
 
 
 def _special_ids(

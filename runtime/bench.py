@@ -64,7 +64,8 @@ class BenchOptions:
     Zero prompt or generated tokens leave that figure out; threads of 0 ask the host. ``repetitions`` of 0 repeat until
     the medians are known to 2 % (5 to 100 times), ``max_time_s`` bounds that. ``sustained_s`` adds a long run of
     decoding, ``cold`` a start without page cache. ``interval_s`` is the sensors' (0: only around repetitions).
-    ``lookup`` and ``draft`` are those of ``EngineOptions``: single sequences then continue a fixed text.
+    ``lookup``, ``draft`` and ``providers`` are those of ``EngineOptions``: with the first two, single sequences
+    continue a fixed text.
     """
 
     prompts: tuple[int, ...] = (512,)
@@ -76,6 +77,7 @@ class BenchOptions:
     kv_type: KvType = "f16"
     lookup: bool = False
     draft: str = ""
+    providers: tuple[str, ...] = ()
     repetitions: int = 5
     max_time_s: float | None = None
     sustained_s: float = 0.0
@@ -200,6 +202,7 @@ def _engine_options(options: BenchOptions, threads: int) -> EngineOptions:
         kv_type=options.kv_type,
         lookup=options.lookup,
         draft=options.draft,
+        providers=options.providers,
     )
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from edgelm.bundle import open_bundle
 from edgelm.errors import EdgelmError
 from edgelm.units import format_bytes
+from runtime.engines.onnx_providers import installed, short_name
+from runtime.engines.onnx_session import load_library
 from runtime.gguf_header import read_gguf_header, workload_from_gguf
 from runtime.model import artifact_of
 from runtime.probe import DECODE_TOKENS, PREFILL_TOKENS, ProbeResult, probe, probe_import
@@ -150,13 +152,16 @@ def _versions() -> Iterator[Finding]:
     if missing:
         yield Finding("packages", "broken", f"missing: {', '.join(missing)}", "pip install edgelm")
     for package, purpose in _ENGINE_PACKAGES.items():
-        if versions[package] is None:
+        if versions[package] is None and importlib.util.find_spec(package) is None:
             yield Finding("packages", "note", f"no {package}: {purpose} cannot be run here", f"pip install {package}")
             continue
         try:
             probe_import(package)
         except EdgelmError as error:  # not broken as a whole: GGUF bundles run all the same
             yield Finding("packages", "warning", f"{error.message}: {purpose} cannot be run here", error.hint)
+            continue
+        names = ", ".join(short_name(name) for name in installed(load_library()))
+        yield Finding("providers", "ok", f"{package} can compute with: {names} (--provider)")
 
 
 def _version(package: str) -> str | None:

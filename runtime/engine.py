@@ -29,7 +29,8 @@ class EngineOptions:
     tokens computed in one step; a longer chunk is computed in several. ``logits_rows`` is the length of the longest
     chunk whose logits may be wanted at ``"all"`` positions, ``all_logits`` lifts that limit: an engine reserves room
     for a row of logits each. ``lookup`` and ``draft`` (the path of a model, "" for none) ask ``runtime.model`` for
-    speculative decoding; engines themselves know nothing of it.
+    speculative decoding; engines themselves know nothing of it. ``providers`` are ONNX Runtime's, best first: none is
+    the CPU.
     """
 
     context: int = 2048
@@ -43,6 +44,7 @@ class EngineOptions:
     logits_rows: int = 1
     lookup: bool = False
     draft: str = ""
+    providers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

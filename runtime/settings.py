@@ -45,8 +45,8 @@ class Asked:
     """What the user fixed. Zero or None means: decide.
 
     ``process`` tells where the engine may run: in one of its own beside the server (``any``: decide), or only in this
-    one (``own``), as all commands but ``serve`` do. ``lookup`` and ``draft`` are those of ``EngineOptions``; a drafting
-    model's memory counts.
+    one (``own``), as all commands but ``serve`` do. ``lookup``, ``draft`` and ``providers`` are those of
+    ``EngineOptions``; a drafting model's memory counts.
     """
 
     context: int = 0
@@ -57,6 +57,7 @@ class Asked:
     process: Literal["any", "own"] = "own"
     lookup: bool = False
     draft: str = ""
+    providers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +136,16 @@ def choose_settings(path: Path, target: str, asked: Asked) -> Settings:
         kv_type=asked.kv_type or "f16",
         lookup=asked.lookup,
         draft=asked.draft,
+        providers=asked.providers or (profile.onnx_providers if model.workload.format == "onnx" else ()),
     )
     first = _Way(options, in_process=asked.process == "own")
     way = _fitting(model, first, free, shorten=asked.context == 0)
     reasons = _reasons(model, way, free, decode, prefill)
     if asked.kv_type is not None:
         reasons["kv_type"] = Choice(value=asked.kv_type, reason="asked for")
+    if options.providers:
+        why = "asked for" if asked.providers else f"the list of {profile.id}"
+        reasons["providers"] = Choice(value=", ".join(options.providers), reason=why)
     if asked.process == "any":
         why = f"memory is short ({free.reason})" if way.in_process else "its crash would not end the server"
         reasons["engine"] = Choice(value="in the server's process" if way.in_process else "a process", reason=why)

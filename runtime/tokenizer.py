@@ -99,14 +99,15 @@ class JsonTokenizer:
     """``tokenizer.json`` by the ``tokenizers`` library. Thread-safe.
 
     Raises ``BundleError`` for files that the library cannot read and for vocabularies whose tokens are neither
-    byte-level nor SentencePiece-like, since their bytes would be guesswork.
+    byte-level nor SentencePiece-like, since their bytes would be guesswork. ``opened`` is the library's own
+    tokenizer of that very text, if the caller has it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, opened: Any = None) -> None:
         from tokenizers import Tokenizer
 
         try:
-            self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            self._tokenizer = opened or Tokenizer.from_str(path.read_text(encoding="utf-8"))
             # Parsing the whole document again, only to see its decoder, would take 18 MiB for 49,152 tokens.
             decoder = json.loads(self._tokenizer.decoder.__getstate__()) if self._tokenizer.decoder else {}
         except OSError as error:

@@ -143,7 +143,8 @@ class TargetProfile(Record):
 
     ``backend`` is the part of llama.cpp that computes, ``kernels`` names the kernel family of ``calibration.toml``
     that tells which types are fast. ``compute`` is the dense f16 rate of a GPU in FLOP/s. ``devices`` are the
-    ``device_id`` values under which published measurements list this device.
+    ``device_id`` values under which published measurements list this device. ``onnx_providers`` are what ONNX Runtime
+    computes with there, best first, as ``--provider`` takes them.
     """
 
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
@@ -155,6 +156,7 @@ class TargetProfile(Record):
     isa: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
+    onnx_providers: tuple[str, ...] = ()
     ram_bytes: int = Field(gt=0)
     memory: Memory
     cores: Cores | None = None
@@ -339,7 +341,7 @@ def profile_toml(profile: TargetProfile) -> str:
     lines = [
         f"{key} = {_quoted(value)}" for key, value in {**top, "kernels": profile.kernels, "cpu": profile.cpu}.items()
     ]
-    for key in ("isa", "aliases", "devices", "notes"):
+    for key in ("isa", "aliases", "devices", "onnx_providers", "notes"):
         values = getattr(profile, key)
         if values:
             lines.append(f"{key} = [{', '.join(_quoted(value) for value in values)}]")

@@ -13,6 +13,7 @@ import traceback
 import click
 
 from edgelm import __version__
+from edgelm.collector import paused_collector
 from edgelm.errors import EdgelmError
 
 # name -> (module, one line for the overview). The overview must not import a command to describe it.
@@ -46,7 +47,8 @@ class LazyGroup(click.Group):
         entry = COMMANDS.get(cmd_name)
         if entry is None:
             return None
-        command: click.Command = importlib.import_module(entry[0]).command
+        with paused_collector():
+            command: click.Command = importlib.import_module(entry[0]).command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgelm.cli.bench_page import print_report
-from edgelm.cli.console import print_json, stderr_progress
+from edgelm.cli.console import print_json, provider_option, stderr_progress
 from edgelm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class Repetitions(click.ParamType[int]):
     show_default=True,
     help="Type of the KV cache; q8_0 takes half the memory (llama.cpp only).",
 )
+@provider_option
 @click.option("--lookup", is_flag=True, help="Guess tokens by what followed the same ones earlier.")
 @click.option(
     "--draft",
@@ -125,6 +126,7 @@ def command(
     threads: tuple[int, ...] | None,
     threads_prefill: int | None,
     kv_type: KvType,
+    provider: tuple[str, ...],
     lookup: bool,
     draft: Path | None,
     write_profile: Path | None,
@@ -169,6 +171,7 @@ def command(
         kv_type=kv_type,
         lookup=lookup,
         draft=str(draft or ""),
+        providers=provider,
         max_time_s=max_time or (60.0 if repetitions == 0 else None),
         sustained_s=sustained or 0.0,
         cold=cold,

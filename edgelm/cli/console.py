@@ -56,6 +56,15 @@ device_option = click.option(
 )
 
 
+provider_option = click.option(
+    "--provider",
+    multiple=True,
+    metavar="NAME",
+    help="What ONNX Runtime computes with (cuda, openvino, ...), best first; the CPU takes what is left only when cpu "
+    "is named last.  [default: cpu]",
+)
+
+
 class _RichStage:
     def __init__(self, bar: RichProgress, task: TaskID) -> None:
         self._bar, self._task = bar, task

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgelm.cli.console import SIZE, device_option
+from edgelm.collector import paused_collector
 
 if TYPE_CHECKING:
     from edgelm.bundle import EmbeddingQuality, ExportPlan, Quality, TaskQuality
@@ -106,9 +107,11 @@ def command(
       edgelm export org/large-model@v1.0 -o bundle --quant Q4_K_M --resume
     """
     from edgelm.cli.console import print_json, stderr_progress
-    from exporter.given_types import read_types
-    from exporter.options import ExportOptions, as_format, parse_type_override
-    from exporter.pipeline import export, prepare
+
+    with paused_collector():
+        from exporter.given_types import read_types
+        from exporter.options import ExportOptions, as_format, parse_type_override
+        from exporter.pipeline import export, prepare
 
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")

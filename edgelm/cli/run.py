@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.console import print_json
+from edgelm.cli.console import print_json, provider_option
 from edgelm.errors import ContextOverflowError, UsageError
 from edgelm.units import format_bytes
 
@@ -63,6 +63,7 @@ class _Settings:
     type=click.Choice(["f16", "q8_0"]),
     help="Type of the KV cache; q8_0 takes half the memory (llama.cpp only).  [default: f16, or as --target decides]",
 )
+@provider_option
 @click.option("--lookup", is_flag=True, help="Guess tokens by what followed the same ones earlier; same answers.")
 @click.option(
     "--draft",
@@ -90,6 +91,7 @@ def command(
     context: int | None,
     target: str | None,
     kv_type: KvType | None,
+    provider: tuple[str, ...],
     lookup: bool,
     draft: Path | None,
     as_json: bool,
@@ -140,6 +142,7 @@ def command(
         kv_type=kv_type or "f16",
         lookup=lookup,
         draft=str(draft or ""),
+        providers=provider,
     )
     if target is not None:
         settled = choose_settings(
@@ -153,6 +156,7 @@ def command(
                 kv_type,
                 lookup=lookup,
                 draft=options.draft,
+                providers=provider,
             ),
         )
         for name, line in settled.lines().items():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgelm.cli.console import provider_option
 from edgelm.errors import UsageError
 from edgelm.units import parse_size
 
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     type=click.Choice(["f16", "q8_0"]),
     help="Type of the KV cache; q8_0 takes half the memory (llama.cpp only).  [default: f16, or as --target decides]",
 )
+@provider_option
 @click.option("--lookup", is_flag=True, help="Guess tokens by what followed the same ones earlier; same answers.")
 @click.option(
     "--draft",
@@ -95,6 +97,7 @@ def command(
     allowed_hosts: tuple[str, ...],
     per_client: int | None,
     kv_type: KvType | None,
+    provider: tuple[str, ...],
     lookup: bool,
     draft: Path | None,
     in_process: bool,
@@ -119,6 +122,7 @@ def command(
         -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
     """
     from runtime.engine import EngineOptions
+    from runtime.model import holds_encoder
     from runtime.server.logs import start_logging
     from runtime.server.metrics import Metrics
     from runtime.server.prompt_files import MAX_BYTES, PromptCacheOptions
@@ -131,6 +135,7 @@ def command(
         resolve_access,
         serve,
     )
+    from runtime.tasks import holds_task
 
     if draft is not None and len(bundles) > 1:
         raise UsageError(
@@ -151,9 +156,12 @@ def command(
             kv_type=kv_type or "f16",
             lookup=lookup,
             draft=str(draft or ""),
+            providers=provider,
         )
 
         def settle(bundle: Path) -> tuple[EngineOptions, bool]:
+            if provider and (holds_encoder(bundle) or holds_task(bundle) is not None):
+                raise UsageError(f"--provider is for models that generate; {bundle} is none", hint="leave it out")
             if target is None:
                 return engine, in_process
             return _settled(bundle, target, engine, in_process, fixed_type=kv_type is not None)
@@ -186,6 +194,7 @@ def _settled(
         kv_type=options.kv_type if fixed_type else None,
         lookup=options.lookup,
         draft=options.draft,
+        providers=options.providers,
         process="own" if in_process else "any",
     )
     settings = choose_settings(bundle, target, asked)

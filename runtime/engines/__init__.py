@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edgelm.errors import UsageError
 from runtime.encoder import Encoder, EncoderOptions
 from runtime.engine import Engine, EngineOptions
 
@@ -17,6 +18,11 @@ def load_engine(path: Path, options: EngineOptions) -> Engine:
         from runtime.engines import onnx
 
         return onnx.load_any_engine(path, options)
+    if options.providers:
+        raise UsageError(
+            f"{path.name} is run by llama.cpp, which has no provider {options.providers[0]}",
+            hint="providers are ONNX Runtime's: export with --format onnx",
+        )
     from runtime.engines import llamacpp
 
     return llamacpp.load_engine(path, options)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -32,15 +32,18 @@ from runtime.engine import (
     check_chunks,
 )
 from runtime.engines.onnx_foreign import ForeignOnnxEngine, check_foreign_options, understand
+from runtime.engines.onnx_providers import check_attention, device_inputs
 from runtime.engines.onnx_session import (
     SessionThreads,
     choose_threads,
+    describe,
     first_line,
     load_library,
     open_session,
     runtime_errors,
 )
 from runtime.huge_pages import collapse_resident
+from runtime.mapped_pages import LettingGo
 from runtime.memory import resident_range, snapshot
 from runtime.onnx_header import FLOAT, OnnxModel, read_onnx_model
 
@@ -83,7 +86,7 @@ def _load_foreign(path: Path, model: OnnxModel, options: EngineOptions) -> Forei
     threads = _choose_threads(options)
     started = time.perf_counter()
     runtime = load_library()
-    session = open_session(runtime, path, threads)
+    session = open_session(runtime, path, threads, options.providers)
     info = EngineInfo(
         engine="onnxruntime",
         versions={"onnxruntime": runtime.__version__},
@@ -99,8 +102,8 @@ def _load_foreign(path: Path, model: OnnxModel, options: EngineOptions) -> Forei
         kv_bytes=8 * sum(graph.heads) * graph.head_size * options.context * options.sequences,
         parameters=graph.parameters,
         load_s=time.perf_counter() - started,
-        system=f"CPUExecutionProvider, {threads.count} threads, {threads.waiting.reason}, "
-        "caches that grow (a graph that EdgeLM did not export)",
+        system=describe(session, threads, options.providers)
+        + ", caches that grow (a graph that EdgeLM did not export)",
         waiting=threads.waiting.kind,
         waiting_reason=threads.waiting.reason,
     )
@@ -128,7 +131,11 @@ def load_engine(path: Path, options: EngineOptions) -> OnnxEngine:
     started = time.perf_counter()
     runtime = load_library()
     before_bytes = snapshot().anonymous_bytes
-    session = open_session(runtime, path, threads)
+    # Kernels keep packed copies of weights, and the file's pages of a table that is also looked up would stay beside.
+    with LettingGo(path.with_name(f"{path.name}.data")):
+        session = open_session(runtime, path, threads, options.providers)
+    if options.providers:
+        check_attention(session)
     huge_page_bytes = collapse_resident()
     info = EngineInfo(
         engine="onnxruntime",
@@ -145,7 +152,7 @@ def load_engine(path: Path, options: EngineOptions) -> OnnxEngine:
         kv_bytes=4 * shape.kv_elements_per_token * options.context * options.sequences,
         parameters=shape.parameters,
         load_s=time.perf_counter() - started,
-        system=f"CPUExecutionProvider, {threads.count} threads, {threads.waiting.reason}",
+        system=describe(session, threads, options.providers),
         buffers={"weights_copied": max(snapshot().anonymous_bytes - before_bytes, 0)},
         huge_page_bytes=huge_page_bytes,
         waiting=threads.waiting.kind,
@@ -262,14 +269,20 @@ class _Binding:
         self.rows = np.zeros(rows, np.int64)
         self.io = engine.session.io_binding()
         arrays: tuple[npt.NDArray[Any], ...] = (self.tokens, self.lengths, self.total, self.rows)
-        for name, array in zip(_CONTROL_INPUTS, arrays, strict=True):
-            self.io.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        self._controls = dict(zip(_CONTROL_INPUTS, arrays, strict=True))
+        self.bind_controls(_CONTROL_INPUTS)
         for index, pair in enumerate(engine.caches):
             for part, cache in zip(("key", "value"), pair, strict=True):
                 shape, address = (batch, *cache.shape[1:]), cache[first:].ctypes.data
                 self.io.bind_input(f"past_key_values.{index}.{part}", "cpu", 0, np.float32, shape, address)
                 self.io.bind_output(f"present.{index}.{part}", "cpu", 0, np.float32, shape, address)
         self._logits_address = 0
+
+    def bind_controls(self, names: Iterable[str]) -> None:
+        """Bind control inputs as their arrays are now: binding copies those that a device reads from its own memory."""
+        for name in names:
+            array = self._controls[name]
+            self.io.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
     def bind_logits(self, logits: Logits) -> None:
         """Let the next run write its logits here."""
@@ -302,6 +315,8 @@ class OnnxEngine:
         self._options = options
         self._step = min(options.batch, PREFILL_STEP)
         self._lengths = [0] * options.sequences
+        copied = device_inputs(session) if options.providers else frozenset()
+        self._copied = tuple(name for name in _CONTROL_INPUTS if name in copied)
         # calloc: pages cost nothing until a token is written there. Sequence first, so that one or several
         # neighbouring sequences are one piece of memory.
         self.caches = [
@@ -407,6 +422,8 @@ class OnnxEngine:
             else np.empty((len(step.results), self._info.vocabulary), np.float32)
         )
         binding.bind_logits(logits)
+        if self._copied:
+            binding.bind_controls(self._copied)
         try:
             self.session.run_with_iobinding(binding.io, self._run_options)
         except self._errors as error:

@@ -6,11 +6,13 @@ Knows no graphs. Importing this module does not load the library.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgelm.errors import EngineError
+from runtime.engines import onnx_providers
 from runtime.waiting import Waiting, choose_waiting
 from targets.host import default_threads
 
@@ -44,8 +46,12 @@ def runtime_errors(runtime: Any) -> tuple[type[Exception], ...]:
     return (*own, RuntimeError, MemoryError, ValueError)
 
 
-def open_session(runtime: Any, path: Path, threads: SessionThreads) -> Any:
-    """A session on the CPU for a file that was validated. Raises ``EngineError``."""
+def open_session(runtime: Any, path: Path, threads: SessionThreads, asked: Sequence[str] = ()) -> Any:
+    """A session for a file that was validated, on the providers that are ``asked`` for, the CPU when none is.
+
+    Raises ``EngineError``, and ``UsageError`` for a provider that is not installed.
+    """
+    providers = onnx_providers.resolve(runtime, asked)
     settings = runtime.SessionOptions()
     settings.intra_op_num_threads = threads.count
     settings.inter_op_num_threads = 1
@@ -54,13 +60,41 @@ def open_session(runtime: Any, path: Path, threads: SessionThreads) -> Any:
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads.waiting.kind == "spin" else "0")
     # Packed weights are allocated once and never freed: an arena would round each of them up and keep the slack.
     settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    if asked:
+        settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if onnx_providers.CPU not in providers:
+            settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        return runtime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        # Without this the library answers a failure by a session on other providers, and a word on stdout.
+        session = runtime.InferenceSession(
+            str(path), settings, providers=onnx_providers.with_options(providers, threads.count), enable_fallback=0
+        )
     except runtime_errors(runtime) as error:
         raise EngineError(
-            f"ONNX Runtime cannot load {path}: {first_line(error)}",
-            hint=f"the graph needs operator sets that onnxruntime {runtime.__version__} may lack; upgrade it",
+            f"ONNX Runtime cannot load {path}: {first_line(error)}", hint=_hint(runtime, providers, error)
         ) from error
+    missing = [name for name in providers if name not in session.get_providers()]
+    if missing:
+        short = onnx_providers.short_name(missing[0])
+        raise EngineError(
+            f"{short} is installed but does not start here: ONNX Runtime left it out",
+            hint="its driver or libraries are missing or of another version",
+        )
+    return session
+
+
+def _hint(runtime: Any, providers: Sequence[str], error: Exception) -> str:
+    if "fallback to CPU EP" in str(error):
+        return "name cpu behind the provider, so that the CPU computes what it cannot"
+    if providers != (onnx_providers.CPU,):
+        return "the provider cannot take this graph or does not start here: use another, or export with another --quant"
+    return f"the graph needs operator sets that onnxruntime {runtime.__version__} may lack; upgrade it"
+
+
+def describe(session: Any, threads: SessionThreads, asked: Sequence[str]) -> str:
+    """Providers, threads and how they wait, in one line."""
+    told = ", ".join(session.get_providers()[:1]) if not asked else onnx_providers.shares(session)
+    return f"{told}, {threads.count} threads, {threads.waiting.reason}"
 
 
 def first_line(error: Exception) -> str:
