@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import save
+from measure import RESULTS, append, machine
 from soak import Server, serving, wait
 
 FORMS = ("computed", "kept")
@@ -83,14 +83,21 @@ def main() -> None:
     arguments = parser.parse_args()
     system = system_prompt(arguments.shelves)
     rows: list[dict[str, Any]] = []
+
+    def note(number: int, form: str) -> None:
+        for row in measured(arguments.model, form, cache, system):
+            rows.append({"round": number, **row})
+            append("prompt_cache", rows[-1])
+
+    append("prompt_cache", {"machine": machine()})
     with tempfile.TemporaryDirectory() as place:
         cache = Path(place) / "prompts"
-        filling = measured(arguments.model, "kept", cache, system)
+        note(0, "kept")
         (file,) = cache.iterdir()
-        rows += [{"round": 0, "file_bytes": file.stat().st_size, **row} for row in filling]
+        append("prompt_cache", {"file_bytes": file.stat().st_size})
         for number in range(1, arguments.rounds + 1):
             for form in FORMS if number % 2 else reversed(FORMS):
-                rows += [{"round": number, **row} for row in measured(arguments.model, form, cache, system)]
+                note(number, form)
     for request in ("first", "second", "after a kill"):
         kept = [row for row in rows if (row["form"], row["request"]) == ("kept", request)]
         if len({row["text"] for row in kept}) != 1:
@@ -102,7 +109,7 @@ def main() -> None:
             same = sum(row["text"] == kept[0]["text"] for row in those)
             counts = sorted({(row["cached_tokens"], row["prompt_tokens"]) for row in those})
             print(f"{request}, {form}: {told}, cached of prompt {counts}, same text {same} of {len(those)}")
-    print(save("prompt_cache", rows))
+    print(RESULTS / "prompt_cache.jsonl")
 
 
 if __name__ == "__main__":
