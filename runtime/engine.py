@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgelm.errors import ContextOverflowError, EngineError
+from targets.vram import Device, OffloadPlan
 
 KvType = Literal["f32", "f16", "q8_0"]
 Logits = npt.NDArray[np.float32]
@@ -30,7 +31,8 @@ class EngineOptions:
     chunk whose logits may be wanted at ``"all"`` positions, ``all_logits`` lifts that limit: an engine reserves room
     for a row of logits each. ``lookup`` and ``draft`` (the path of a model, "" for none) ask ``runtime.model`` for
     speculative decoding; engines themselves know nothing of it. ``providers`` are ONNX Runtime's, best first: none is
-    the CPU.
+    the CPU. ``gpu_layers`` are what llama.cpp puts on a GPU, ``targets.vram.AUTO_LAYERS`` means as many as fit; ``gpu``
+    names which, "" for the one with the most free memory.
     """
 
     context: int = 2048
@@ -45,6 +47,8 @@ class EngineOptions:
     lookup: bool = False
     draft: str = ""
     providers: tuple[str, ...] = ()
+    gpu_layers: int = 0
+    gpu: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +56,11 @@ class EngineInfo:
     """What a loaded engine says of itself. Sizes in bytes.
 
     ``buffers`` are sizes that it announced while loading, as far as it does: ``weights_copied`` (weights repacked or
-    read instead of mapped) and ``compute`` (reserved, used as far as touched). ``waiting`` tells how its threads wait
-    for one another, ``waiting_reason`` why. ``huge_page_bytes`` of its memory were moved to huge pages. ``truncates``
-    tells whether a sequence can forget its last tokens alone.
+    read instead of mapped) and ``compute`` (reserved, used as far as touched); ``vram_weights``, ``vram_kv`` and
+    ``vram_compute`` lie in a GPU's memory. ``waiting`` tells how its threads wait for one another, ``waiting_reason``
+    why. ``huge_page_bytes`` of its memory were moved to huge pages. ``truncates`` tells whether a sequence can forget
+    its last tokens alone. ``devices`` are all that its build sees, ``gpu_backends`` whether it could use GPUs,
+    ``offload`` is what of the model is on a GPU and why (None: the engine knows no GPUs).
     """
 
     engine: str
@@ -77,6 +83,9 @@ class EngineInfo:
     waiting_reason: str = ""
     huge_page_bytes: int = 0
     truncates: bool = True
+    devices: tuple[Device, ...] = ()
+    gpu_backends: bool = False
+    offload: OffloadPlan | None = None
 
 
 @dataclass(frozen=True, slots=True)

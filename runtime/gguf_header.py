@@ -444,6 +444,24 @@ def has_single_blocks(header: GGUFHeader) -> bool:
     return any(len(item.shape) > 1 and 1 < GGML_TYPES[item.type].block == item.shape[-1] for item in header.tensors)
 
 
+def kv_elements_per_layer(header: GGUFHeader) -> list[int]:
+    """Keys and values that one token leaves in each layer; heads may differ from layer to layer.
+
+    Raises ``BundleError`` when the architecture's counts are missing or absurd.
+    """
+    architecture = header.metadata.get("general.architecture")
+    layers = _positive(header, f"{architecture}.block_count")
+    if layers > MAX_COUNT:
+        raise BundleError(f"metadata key '{architecture}.block_count' announces {layers} layers")
+    hidden = _positive(header, f"{architecture}.embedding_length")
+    heads = _per_layer(header, f"{architecture}.attention.head_count", layers)
+    kv_heads = _per_layer(header, f"{architecture}.attention.head_count_kv", layers, heads)
+    head_size = hidden // max(heads[0], 1) or None
+    key_length = _positive(header, f"{architecture}.attention.key_length", head_size)
+    value_length = _positive(header, f"{architecture}.attention.value_length", head_size)
+    return [count * (key_length + value_length) for count in kv_heads]
+
+
 def workload_from_gguf(header: GGUFHeader) -> Workload:
     """What a device has to do for the model in a GGUF file.
 
@@ -463,15 +481,7 @@ def workload_from_gguf(header: GGUFHeader) -> Workload:
     # Attention that looks both ways keeps no cache, and such a model has no head: one row per token is looked up.
     encodes = header.metadata.get(f"{architecture}.attention.causal") is False
     tied = "output.weight" not in by_name and not encodes
-    layers = _positive(header, f"{architecture}.block_count")
-    if layers > MAX_COUNT:
-        raise BundleError(f"metadata key '{architecture}.block_count' announces {layers} layers")
-    hidden = _positive(header, f"{architecture}.embedding_length")
-    heads = _per_layer(header, f"{architecture}.attention.head_count", layers)
-    kv_heads = _per_layer(header, f"{architecture}.attention.head_count_kv", layers, heads)
-    head_size = hidden // max(heads[0], 1) or None
-    key_length = _positive(header, f"{architecture}.attention.key_length", head_size)
-    value_length = _positive(header, f"{architecture}.attention.value_length", head_size)
+    per_layer = kv_elements_per_layer(header)
     return Workload(
         format="gguf",
         architecture=architecture,
@@ -479,8 +489,8 @@ def workload_from_gguf(header: GGUFHeader) -> Workload:
         file_bytes=header.file_bytes,
         weights=_typed([tensor for tensor in header.tensors if tied or tensor is not embedding]),
         lookup=None if tied else TypedWeights(embedding.type, embedding.parameters, embedding.size_bytes),
-        layers=layers,
-        hidden=hidden,
+        layers=len(per_layer),
+        hidden=_positive(header, f"{architecture}.embedding_length"),
         vocabulary=embedding.shape[0],
-        kv_elements_per_token=0 if encodes else sum(kv_heads) * (key_length + value_length),
+        kv_elements_per_token=0 if encodes else sum(per_layer),
     )

@@ -17,12 +17,13 @@ from edgelm.errors import BundleError, DoesNotFitError, EdgelmError, UsageError
 from edgelm.units import format_bytes
 from runtime.chat import ChatTemplate, Message
 from runtime.engine import Engine, EngineInfo, EngineOptions
-from runtime.engines.llamacpp import kv_bytes_per_token, load_engine
+from runtime.engines.llamacpp import kv_bytes_per_token, load_engine, load_library
 from runtime.engines.llamacpp_vocabulary import LlamaVocabulary
 from runtime.engines.onnx_foreign import foreign_context
 from runtime.foreign import foreign_model, foreign_texts
 from runtime.gguf_header import GGUFHeader, read_gguf_header, workload_from_gguf
 from runtime.memory import snapshot
+from runtime.offload import offload_of
 from runtime.speculative import DRAFT_TOKENS, DRAFTED_STREAMS, ModelDrafter, Speculation
 from runtime.tokenizer import GgufTokenizer, JsonTokenizer, TextTokenizer
 from targets.host import available_memory
@@ -223,11 +224,14 @@ def _open_alone(path: Path, options: EngineOptions, *, beside_bytes: int = 0) ->
             hint="edgelm run BUNDLE TEXT and edgelm serve BUNDLE do that task",
         )
     if artifact.suffix == ".onnx":
+        if options.gpu_layers > 0 or options.gpu:
+            raise UsageError(f"{path} is an ONNX model: --gpu-layers and --gpu are for GGUF", hint="leave them out")
         return _open_onnx(artifact, bundle, options)
     header = read_gguf_header(artifact)
     if options.context == 0:
         options = replace(options, context=planned_context(header, bundle)[0])
-    check_memory(artifact, header, options, beside_bytes=beside_bytes)
+    offload = offload_of(load_library(), header, options, artifact.name)
+    check_memory(artifact, header, options, beside_bytes=beside_bytes, on_gpu_bytes=offload.spared_bytes)
     template = _chat_template(header, bundle)
     tokenizer_path = bundle.file(TOKENIZER_NAME) if bundle else None
     tokenizer: TextTokenizer | None = JsonTokenizer(tokenizer_path) if tokenizer_path else None
@@ -298,16 +302,18 @@ def memory_for_model() -> Choice:
     return Choice(value=int(free.value) + snapshot().anonymous_bytes, reason=free.reason)
 
 
-def check_memory(artifact: Path, header: GGUFHeader, options: EngineOptions, *, beside_bytes: int = 0) -> None:
+def check_memory(
+    artifact: Path, header: GGUFHeader, options: EngineOptions, *, beside_bytes: int = 0, on_gpu_bytes: int = 0
+) -> None:
     """Refuse a model whose weights and caches exceed the memory that is free now; ``beside_bytes`` of it are taken by
-    another model of this process.
+    another model of this process, ``on_gpu_bytes`` of the model's own are held by a GPU instead.
 
     Mapped weights that do not fit would be read from the disk again for every token, and copied ones would swap: a
     small board is lost to both for minutes. Raises ``DoesNotFitError`` naming what is needed and what is there.
     """
     workload = workload_from_gguf(header)
     per_token = kv_bytes_per_token(workload.kv_elements_per_token, options.kv_type) * options.sequences
-    fixed = workload.file_bytes + _PROCESS_BYTES + beside_bytes
+    fixed = workload.file_bytes + _PROCESS_BYTES + beside_bytes - on_gpu_bytes
     needed = fixed + per_token * options.context
     free = memory_for_model()
     if needed <= int(free.value):
@@ -317,7 +323,7 @@ def check_memory(artifact: Path, header: GGUFHeader, options: EngineOptions, *, 
         f"{artifact.name} needs {format_bytes(int(needed))}: weights {format_bytes(workload.file_bytes)}, cache for "
         f"{options.context} tokens x {options.sequences} {format_bytes(int(per_token * options.context))}, process "
         f"{format_bytes(_PROCESS_BYTES)}{f', the other model {format_bytes(beside_bytes)}' if beside_bytes else ''}; "
-        f"{free.reason}",
+        f"{f'{format_bytes(on_gpu_bytes)} of it on the GPU; ' if on_gpu_bytes else ''}{free.reason}",
         hint=f"use --context {fits}" if fits >= 256 else "use a smaller model or quantisation, or free memory",
     )
 

@@ -13,12 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from edgelm.errors import EdgelmError, EngineError, MissingDependencyError
+from runtime.engine import Engine, Logits
+from targets.vram import AUTO_LAYERS, Device
 
 TIMEOUT_S = 180.0
 PREFILL_TOKENS, DECODE_TOKENS = 64, 8
@@ -28,7 +30,9 @@ _SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """What the child saw. ``system`` is llama.cpp's list of the CPU features that its build uses."""
+    """What the child saw. ``system`` is llama.cpp's list of the CPU features that its build uses, ``devices`` what the
+    build can compute on, ``gpu_backends`` whether it can use GPUs at all. ``gpu`` tells where a model ran on a GPU, and
+    ``gpu_kl`` how far the last prediction of the prompt was from the CPU's, in nats."""
 
     model: str
     load_s: float
@@ -36,6 +40,10 @@ class ProbeResult:
     decode_tps: float
     system: str
     versions: dict[str, str]
+    devices: tuple[Device, ...] = ()
+    gpu_backends: bool = False
+    gpu: str = ""
+    gpu_kl: float | None = None
 
 
 class ProbeError(EngineError):
@@ -57,8 +65,10 @@ _CRASHES = {
 }
 
 
-def probe(model: Path | None = None, *, timeout_s: float = TIMEOUT_S) -> ProbeResult:
+def probe(model: Path | None = None, *, on_gpu: bool = False, timeout_s: float = TIMEOUT_S) -> ProbeResult:
     """Load, prefill and decode in a child process: ``model`` (a bundle or ``.gguf``) or a tiny random one.
+
+    With ``on_gpu`` as much of it as fits is on a GPU, and the CPU computes the same beside it.
 
     Raises ``ProbeError`` with a sentence and a hint for every way in which the child can die.
     """
@@ -66,7 +76,7 @@ def probe(model: Path | None = None, *, timeout_s: float = TIMEOUT_S) -> ProbeRe
         if model is None:
             model = Path(directory) / "tiny-random.gguf"
             write_tiny_gguf(model)
-        command = [sys.executable, "-m", "runtime.probe", str(model)]
+        command = [sys.executable, "-m", "runtime.probe", str(model), *(["gpu"] if on_gpu else [])]
         try:
             child = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
         except subprocess.TimeoutExpired as error:
@@ -84,7 +94,8 @@ def probe(model: Path | None = None, *, timeout_s: float = TIMEOUT_S) -> ProbeRe
         raise ProbeError(f"the engine gave no answer on {model.name}{_tail(child.stderr)}") from error
     if "error" in document:
         raise ProbeError(document["error"], hint=document["hint"])
-    return ProbeResult(**document)
+    devices = tuple(Device(**device) for device in document.pop("devices"))
+    return ProbeResult(**document, devices=devices)
 
 
 def probe_import(module: str, *, timeout_s: float = TIMEOUT_S) -> None:
@@ -181,14 +192,26 @@ def add_byte_vocabulary(writer: object, size: int) -> None:
     writer.add_add_bos_token(False)
 
 
-def run_probe(model: Path) -> ProbeResult:
+def run_probe(model: Path, *, on_gpu: bool = False) -> ProbeResult:
     """What the child does: load, prefill and decode in this very process."""
-    from runtime.engine import Chunk, EngineOptions
+    from runtime.engine import EngineOptions
     from runtime.engines import load_engine
     from runtime.model import artifact_of
 
     artifact, _ = artifact_of(model)
-    engine = load_engine(artifact, EngineOptions(context=PREFILL_TOKENS + DECODE_TOKENS))
+    options = EngineOptions(context=PREFILL_TOKENS + DECODE_TOKENS)
+    wanted = replace(options, gpu_layers=AUTO_LAYERS) if on_gpu else options
+    result, logits = _measured(load_engine(artifact, wanted), artifact)
+    if on_gpu:
+        _, expected = _measured(load_engine(artifact, options), artifact)
+        result = replace(result, gpu_kl=kl_divergence(expected, logits))
+    return result
+
+
+def _measured(engine: Engine, artifact: Path) -> tuple[ProbeResult, Logits]:
+    """Speeds of an engine, which is closed, and what it predicts behind the prompt, of shape (vocabulary,)."""
+    from runtime.engine import Chunk
+
     info = engine.info
     prompt = np.random.default_rng(_SEED).integers(0, info.vocabulary, PREFILL_TOKENS).tolist()
     engine.forward([Chunk(0, prompt)])  # the first pass pays for pages that nobody touched yet
@@ -196,24 +219,38 @@ def run_probe(model: Path) -> ProbeResult:
     started = time.perf_counter()
     logits = engine.forward([Chunk(0, prompt)])
     prefilled = time.perf_counter()
+    behind_prompt = logits[-1].copy()
     for _ in range(DECODE_TOKENS):
         if not np.isfinite(logits).all():
             raise EngineError(f"the engine computes NaN or infinite logits on {artifact.name}")
         logits = engine.forward([Chunk(0, [int(logits[-1].argmax())])])
     decoded = time.perf_counter()
     engine.close()
-    return ProbeResult(
+    offload = info.offload
+    result = ProbeResult(
         model=artifact.name,
         load_s=info.load_s,
         prefill_tps=PREFILL_TOKENS / (prefilled - started),
         decode_tps=DECODE_TOKENS / (decoded - prefilled),
         system=info.system,
         versions=info.versions,
+        devices=info.devices,
+        gpu_backends=info.gpu_backends,
+        gpu=offload.sentence() if offload is not None and offload.device is not None else "",
     )
+    return result, behind_prompt
+
+
+def kl_divergence(expected: Logits, found: Logits) -> float:
+    """KL(expected || found) of two predictions, in nats, from logits of shape (vocabulary,)."""
+    first, second = (values.astype(np.float64) - float(values.max()) for values in (expected, found))
+    first -= np.log(np.exp(first).sum())
+    second -= np.log(np.exp(second).sum())
+    return float((np.exp(first) * (first - second)).sum())
 
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(asdict(run_probe(Path(sys.argv[1])))))
+        print(json.dumps(asdict(run_probe(Path(sys.argv[1]), on_gpu="gpu" in sys.argv[2:]))))
     except EdgelmError as error:
         print(json.dumps({"error": error.message, "hint": error.hint}))

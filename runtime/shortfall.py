@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from runtime.features import BUILD_NAMES, build_flags, has_blas, used_and_idle
 from runtime.sensors import Reading, Sensors
-from targets.facts import ROOT, text_of
+from targets.facts import ROOT, SeenGpu, text_of
 from targets.host import cpu_layout, read_limits
+from targets.vram import RECIPE, Device
 
 Status = Literal["ok", "note", "warning", "broken"]
 
@@ -56,6 +57,28 @@ def build_findings(isa: tuple[str, ...], system: str) -> list[Finding]:
         detail = "the build multiplies long prompts through BLAS: quantised kernels of its own are usually faster"
         found.append(Finding("blas", "note", detail, "compare with a build without GGML_BLAS"))
     return found
+
+
+_BUILDS = {"NVIDIA": "cuda", "AMD": "vulkan", "Intel": "vulkan", "Apple": "metal"}
+
+
+def gpu_findings(seen: Sequence[SeenGpu], devices: Sequence[Device], *, gpu_backends: bool) -> list[Finding]:
+    """The graphics processors that the kernel shows against those that llama.cpp's build can use."""
+    usable = [device for device in devices if device.is_gpu]
+    if usable:
+        return [Finding("gpu", "ok", f"the engine can use {device.sentence()}") for device in usable]
+    if not seen:
+        why = "the engine's build could use one" if gpu_backends else "the engine's build is for CPUs"
+        return [Finding("gpu", "ok", f"none seen on this machine, {why}: the CPU computes everything")]
+    if gpu_backends:
+        why, hint = (
+            "which the engine's build does not see",
+            "is its driver installed, and is it passed into the container?",
+        )
+        return [Finding("gpu", "warning", f"{gpu.sentence}, {why}", hint) for gpu in seen]
+    why = "and the engine's build is for CPUs only: it stays idle"
+    builds = {gpu: f"build llama-cpp-python for {_BUILDS[gpu.vendor]}: {RECIPE}" for gpu in seen}
+    return [Finding("gpu", "warning", f"{gpu.sentence}, {why}", hint) for gpu, hint in builds.items()]
 
 
 def causes(sensors: Sensors | None = None, root: Path = ROOT) -> list[Finding]:

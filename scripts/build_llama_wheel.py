@@ -13,6 +13,9 @@ Flags, and why:
 * gcc 12 drops the stores that feed AMX tile configuration, and the first matrix product dies with SIGSEGV. Disabling
   dead-store elimination keeps AMX and repairs it; ``EDGELM_AMX=off`` compiles AMX out instead, which saves
   the second copy of the weights that the AMX layout costs.
+* ``--gpu`` adds a backend for GPUs beside the CPU's. Without it nothing for GPUs is compiled, looked for or installed.
+  ``--cuda-architectures 89`` compiles CUDA's kernels for one kind of card (``native``: the one in this machine), which
+  is a fraction of the time and size that all of them take.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 CMAKE_DEFINES = {
@@ -35,6 +39,18 @@ CMAKE_DEFINES = {
     "LLAMA_BUILD_TESTS": "OFF",
     "LLAMA_BUILD_EXAMPLES": "OFF",
     "LLAMA_BUILD_SERVER": "OFF",
+}
+GPU_DEFINES = {
+    "none": {},
+    "cuda": {"GGML_CUDA": "ON"},
+    "rocm": {"GGML_HIP": "ON"},
+    "vulkan": {"GGML_VULKAN": "ON"},
+}
+# What a backend's build needs beside the compiler, and where it comes from.
+GPU_TOOLS = {
+    "cuda": ("nvcc", "NVIDIA's CUDA toolkit, with nvcc in PATH"),
+    "rocm": ("hipconfig", "AMD's ROCm, with hipconfig in PATH"),
+    "vulkan": ("glslc", "on Debian and Ubuntu: apt-get install glslc libvulkan-dev spirv-headers"),
 }
 PROJECT_INCLUDE = "set(LLAMA_BUILD_COMMON OFF)\n"
 DEBIAN_PACKAGES = {"cc": "gcc", "c++": "g++", "make": "make"}
@@ -88,15 +104,36 @@ def pinned_requirement(constraints: Path) -> str:
     sys.exit(f"error: {constraints} does not pin llama-cpp-python")
 
 
-def build(requirement: str, cache: Path, python: str) -> Path:
+def defines_for(gpu: str, architectures: str | None) -> dict[str, str]:
+    """CMake definitions of a build; exits with what to install when the backend's compiler is missing."""
+    if gpu in GPU_TOOLS:
+        tool, source = GPU_TOOLS[gpu]
+        if shutil.which(tool) is None:
+            sys.exit(f"error: a build for {gpu} needs {tool}\nhint: install it, {source}")
+    found = {**CMAKE_DEFINES, **GPU_DEFINES[gpu]}
+    if architectures is not None:
+        if gpu != "cuda":
+            sys.exit(f"error: --cuda-architectures is for --gpu cuda, not for {gpu}")
+        found["CMAKE_CUDA_ARCHITECTURES"] = architectures
+    return found
+
+
+def cache_key(
+    requirement: str, cmake_defines: dict[str, str], flags: str, version: str, features: Iterable[str]
+) -> str:
+    """Names everything that changes the binary."""
+    key_parts = [requirement, str(sorted(cmake_defines.items())), PROJECT_INCLUDE, flags, version, platform.machine()]
+    key_parts += [f"{sys.version_info.major}.{sys.version_info.minor}", *sorted(features)]
+    return hashlib.sha256("\n".join(key_parts).encode()).hexdigest()[:16]
+
+
+def build(requirement: str, cache: Path, python: str, cmake_defines: dict[str, str]) -> Path:
     """The cached wheel for ``requirement`` on this machine, built when there is none yet."""
     cc, cxx = compiler("cc"), compiler("c++")
     version = compiler_version(cxx)
     features = cpu_features()
     flags = compile_flags(features, version)
-    key_parts = [requirement, str(sorted(CMAKE_DEFINES.items())), PROJECT_INCLUDE, flags, version, platform.machine()]
-    key_parts += [f"{sys.version_info.major}.{sys.version_info.minor}", *sorted(features)]
-    key = hashlib.sha256("\n".join(key_parts).encode()).hexdigest()[:16]
+    key = cache_key(requirement, cmake_defines, flags, version, features)
     wheels = cache / key
     found = sorted(wheels.glob("llama_cpp_python-*.whl"))
     if found:
@@ -106,7 +143,7 @@ def build(requirement: str, cache: Path, python: str) -> Path:
     with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as scratch:
         include = Path(scratch) / "without-common.cmake"
         include.write_text(PROJECT_INCLUDE, encoding="ascii")
-        defines = [f"-D{name}={value}" for name, value in CMAKE_DEFINES.items()]
+        defines = [f"-D{name}={value}" for name, value in cmake_defines.items()]
         defines += [f"-DCMAKE_PROJECT_INCLUDE={include}"]
         environment = {**os.environ, "CMAKE_ARGS": " ".join(defines), "CC": cc, "CXX": cxx}
         for name in ("CFLAGS", "CXXFLAGS"):
@@ -133,8 +170,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--constraints", type=Path, required=True, help="file that pins llama-cpp-python")
     parser.add_argument("--cache", type=Path, required=True, help="directory that keeps built wheels")
+    parser.add_argument("--gpu", choices=sorted(GPU_DEFINES), default="none", help="also build a backend for GPUs")
+    parser.add_argument(
+        "--cuda-architectures", metavar="LIST", help="compute capabilities, as '86' or '75;89', or 'native' [all]"
+    )
     arguments = parser.parse_args()
-    print(build(pinned_requirement(arguments.constraints), arguments.cache.resolve(), sys.executable))
+    cmake_defines = defines_for(arguments.gpu, arguments.cuda_architectures)
+    requirement = pinned_requirement(arguments.constraints)
+    print(build(requirement, arguments.cache.resolve(), sys.executable, cmake_defines))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgelm.units import format_bytes
@@ -67,21 +68,39 @@ def _page_size() -> list[str]:
     return [] if size == _USUAL_PAGE else [f"memory pages have {size // 1024} KiB: mapped files take a little more"]
 
 
-def _gpus(root: Path) -> list[str]:
-    """Graphics processors that the kernel shows. Only their presence: whether the engine was built for them is
-    ``edgelm doctor``'s business."""
-    notes = []
+@dataclass(frozen=True, slots=True)
+class SeenGpu:
+    """A graphics processor that the kernel shows, whatever the engine was built for. ``sentence`` is for people."""
+
+    vendor: str
+    sentence: str
+
+
+def seen_gpus(root: Path = ROOT) -> tuple[SeenGpu, ...]:
+    """The graphics processors of this machine, as far as the kernel shows them."""
     nvidia = sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))
-    notes += [f"NVIDIA GPU: {match.group(1).strip()}" for path in nvidia if (match := _GPU_MODEL.search(text_of(path)))]
+    names = [match.group(1).strip() for path in nvidia if (match := _GPU_MODEL.search(text_of(path)))]
+    found = [SeenGpu("NVIDIA", f"NVIDIA GPU: {name}") for name in names]
+    board = text_of(root / "proc/device-tree/model").rstrip("\0")
+    if "Jetson" in board and not names:
+        found.append(SeenGpu("NVIDIA", f"NVIDIA GPU: that of {board}, memory is shared with the CPU"))
     for card in sorted((root / "sys/class/drm").glob("card[0-9]*")):
         vendor = _VENDORS.get(text_of(card / "device/vendor"))
         if vendor is None or "-" in card.name or (vendor == "NVIDIA" and nvidia):
             continue
         name = text_of(card / "device/product_name") or f"device {text_of(card / 'device/device')}"
         vram = number(card / "device/mem_info_vram_total")
-        notes.append(f"{vendor} GPU: {name}" + (f", {format_bytes(vram)} of VRAM" if vram else ""))
+        size = f", {format_bytes(vram)} of VRAM" if vram else ""
+        found.append(SeenGpu(vendor, f"{vendor} GPU: {name}{size}"))
     if sys.platform == "darwin" and platform.machine() == "arm64":
-        notes.append("Apple GPU: llama.cpp uses it through Metal, memory is shared with the CPU")
+        found.append(SeenGpu("Apple", "Apple GPU: llama.cpp uses it through Metal, memory is shared with the CPU"))
+    return tuple(found)
+
+
+def _gpus(root: Path) -> list[str]:
+    """Graphics processors and drivers for them. Only their presence: whether the engine was built for them is
+    ``edgelm doctor``'s business."""
+    notes = [gpu.sentence for gpu in seen_gpus(root)]
     drivers = sorted(
         path.stem.removesuffix(".x86_64").removesuffix(".aarch64").removesuffix("_icd")
         for folder in ("usr/share/vulkan/icd.d", "etc/vulkan/icd.d")

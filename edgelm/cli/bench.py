@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgelm.cli.bench_page import print_report
-from edgelm.cli.console import print_json, provider_option, stderr_progress
+from edgelm.cli.console import gpu_layers_option, gpu_option, print_json, provider_option, stderr_progress
 from edgelm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ class Repetitions(click.ParamType[int]):
     metavar="BUNDLE",
     help="Let a smaller model of the same vocabulary guess tokens.",
 )
+@gpu_layers_option
+@gpu_option
 @click.option(
     "--write-profile", type=click.Path(path_type=Path, dir_okay=False), help="Keep what auto found in this profile."
 )
@@ -129,6 +131,8 @@ def command(
     provider: tuple[str, ...],
     lookup: bool,
     draft: Path | None,
+    gpu_layers: int,
+    gpu: str,
     write_profile: Path | None,
     depth: tuple[int, ...],
     sequences: tuple[int, ...],
@@ -172,6 +176,8 @@ def command(
         lookup=lookup,
         draft=str(draft or ""),
         providers=provider,
+        gpu_layers=gpu_layers,
+        gpu=gpu,
         max_time_s=max_time or (60.0 if repetitions == 0 else None),
         sustained_s=sustained or 0.0,
         cold=cold,

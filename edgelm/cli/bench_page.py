@@ -40,7 +40,13 @@ def print_report(report: Report) -> None:
     for item in report.measurements:
         table.add_row(*_cells(report, item))
     print_table(table)
-    for line in [*_starts(report), *memory_lines(report), *_sustained(report), *_conditions(report.conditions)]:
+    for line in [
+        *_starts(report),
+        *memory_lines(report),
+        *_vram(report),
+        *_sustained(report),
+        *_conditions(report.conditions),
+    ]:
         click.echo(line)
 
 
@@ -100,6 +106,19 @@ def memory_lines(report: Report) -> list[str]:
         bar += _PARTS[name][1] * (round(_BAR_WIDTH * done / whole) - len(bar))
     legend = (f"{_PARTS[name][1]} {_PARTS[name][0]} {format_bytes(size)}" for name, size in sizes.items() if size)
     return [*lines, f"  {bar}", f"  {', '.join(legend)}"]
+
+
+def _vram(report: Report) -> list[str]:
+    """What lies on a GPU, and why as much."""
+    engine, vram = report.engine, report.memory.vram
+    if vram is None:
+        return []
+    parts = (("weights", vram.weights_bytes), ("KV cache", vram.kv_bytes), ("compute", vram.compute_bytes))
+    split = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts)
+    process = "" if vram.process_bytes is None else f", the driver counts {format_bytes(vram.process_bytes)}"
+    share = f"{engine.gpu_layers} of {engine.layers} layers on {vram.device}"
+    sizes = f"{format_bytes(vram.announced_bytes)} ({split}), predicted {format_bytes(vram.predicted_bytes)}{process}"
+    return [f"gpu: {share}: {sizes}"]
 
 
 def _sustained(report: Report) -> list[str]:

@@ -46,7 +46,32 @@ class SizeType(click.ParamType[int]):
             self.fail(f"{error.message}; {error.hint}", param, ctx)
 
 
+class GpuLayersType(click.ParamType[int]):
+    """``auto`` or a number of layers, as ``EngineOptions.gpu_layers`` has it: -1 is as many as fit."""
+
+    name = "layers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value)
+        if text in ("auto", "-1"):
+            return -1
+        if not text.isdecimal() or len(text) > 6:
+            self.fail(f"'{text}' is neither auto nor a number of layers", param, ctx)
+        return int(text)
+
+
 SIZE = SizeType()
+gpu_layers_option = click.option(
+    "--gpu-layers",
+    type=GpuLayersType(),
+    default="auto",
+    show_default=True,
+    metavar="auto|N",
+    help="Layers that a GPU computes; auto: as many as its memory holds (GGUF only).",
+)
+gpu_option = click.option(
+    "--gpu", default="", metavar="NAME", help="Which GPU, as doctor names it [default: the one with most free memory]."
+)
 device_option = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.console import print_json, provider_option
+from edgelm.cli.console import gpu_layers_option, gpu_option, print_json, provider_option
 from edgelm.errors import ContextOverflowError, UsageError
 from edgelm.units import format_bytes
 
@@ -71,6 +71,8 @@ class _Settings:
     metavar="BUNDLE",
     help="Let a smaller model of the same vocabulary guess tokens; same answers.",
 )
+@gpu_layers_option
+@gpu_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of streamed text.")
 def command(
     bundle: Path,
@@ -94,6 +96,8 @@ def command(
     provider: tuple[str, ...],
     lookup: bool,
     draft: Path | None,
+    gpu_layers: int,
+    gpu: str,
     as_json: bool,
 ) -> None:
     """Answer PROMPT with the model in BUNDLE (a bundle or a .gguf file), or chat when no PROMPT is given.
@@ -143,26 +147,19 @@ def command(
         lookup=lookup,
         draft=str(draft or ""),
         providers=provider,
+        gpu_layers=gpu_layers,
+        gpu=gpu,
     )
     if target is not None:
-        settled = choose_settings(
-            bundle,
-            target,
-            Asked(
-                context or 0,
-                1,
-                options.threads_decode,
-                options.threads_prefill,
-                kv_type,
-                lookup=lookup,
-                draft=options.draft,
-                providers=provider,
-            ),
-        )
+        threads_asked = (options.threads_decode, options.threads_prefill)
+        asked = Asked(context or 0, 1, *threads_asked, kv_type, lookup=lookup, draft=options.draft, providers=provider)
+        settled = choose_settings(bundle, target, asked)
         for name, line in settled.lines().items():
             click.echo(f"{name} {line}", err=True)
-        options = settled.options
+        options = replace(settled.options, gpu_layers=gpu_layers, gpu=gpu)
     model = open_model(bundle, options)
+    if model.info.offload is not None and model.info.offload.device is not None:
+        click.echo(f"gpu {model.info.offload.sentence()}", err=True)
     try:
         settings = _Settings(max_tokens, sampling, stop, system, grammar)
         if prompt is None:

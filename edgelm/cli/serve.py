@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.console import provider_option
+from edgelm.cli.console import gpu_layers_option, gpu_option, provider_option
 from edgelm.errors import UsageError
 from edgelm.units import parse_size
 
@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     metavar="BUNDLE",
     help="Let a smaller model of the same vocabulary guess tokens; same answers.",
 )
+@gpu_layers_option
+@gpu_option
 @click.option(
     "--in-process",
     is_flag=True,
@@ -100,6 +102,8 @@ def command(
     provider: tuple[str, ...],
     lookup: bool,
     draft: Path | None,
+    gpu_layers: int,
+    gpu: str,
     in_process: bool,
     prompt_cache: Path | None,
     prompt_cache_size: str | None,
@@ -157,6 +161,8 @@ def command(
             lookup=lookup,
             draft=str(draft or ""),
             providers=provider,
+            gpu_layers=gpu_layers,
+            gpu=gpu,
         )
 
         def settle(bundle: Path) -> tuple[EngineOptions, bool]:
@@ -199,4 +205,5 @@ def _settled(
     )
     settings = choose_settings(bundle, target, asked)
     log_event("settings", settings.lines())
-    return settings.options, settings.in_process
+    placed = replace(settings.options, gpu_layers=options.gpu_layers, gpu=options.gpu)
+    return placed, settings.in_process

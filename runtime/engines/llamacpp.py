@@ -24,14 +24,17 @@ import numpy as np
 from edgelm.errors import BundleError, EngineError, UsageError
 from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits, State, check_chunks
 from runtime.engines.llamacpp_batch import AbortSwitch, Batch
+from runtime.engines.llamacpp_devices import buffer_name, can_offload, find_devices, place_layers
 from runtime.engines.llamacpp_inputs import InputSquares
 from runtime.engines.llamacpp_vocabulary import LlamaVocabulary
 from runtime.gguf_header import has_single_blocks, read_gguf_header, workload_from_gguf
 from runtime.huge_pages import collapse_resident, from_first_use
 from runtime.libllama import import_declarations, kernel_set, load_kernels
+from runtime.offload import offload_of
 from runtime.tiles import apart
 from runtime.waiting import decided, let_helpers_go, prepare_openmp
 from targets.host import default_threads
+from targets.vram import Device, OffloadPlan
 
 _KV_BYTES_PER_ELEMENT = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}  # ggml blocks: q8_0 is 32 int8 and one f16 scale
 _CONTEXT_STEP = 256  # llama_context pads every sequence's share of the cache to this
@@ -51,6 +54,7 @@ class _Log:
 
     def __init__(self) -> None:
         self.buffers: dict[str, int] = {}
+        self.device: Device | None = None  # the GPU whose buffers are not in RAM
         self._lines: deque[tuple[int, str]] = deque(maxlen=24)
         self._level = 0
         self.callback: Any = None
@@ -72,7 +76,10 @@ class _Log:
         if match is None:
             return
         place, purpose, mib = match[1], match[2], float(match[3])
-        if purpose == "model":
+        on_device = buffer_name(place, purpose, self.device)
+        if on_device is not None:
+            name = on_device
+        elif purpose == "model":
             name = "weights_mapped" if place.endswith("_Mapped") else "weights_copied"
         else:
             name = {"KV": "kv", "compute": "compute", "output": "compute"}[purpose]
@@ -128,6 +135,7 @@ def load_vocabulary(path: Path) -> LlamaVocabulary:
     library = load_library()
     parameters = library.llama_model_default_params()
     parameters.vocab_only = True
+    _listed = place_layers(library, parameters, None, 0)
     model = library.llama_model_load_from_file(os.fsencode(path), parameters)
     if not model:
         raise EngineError(f"llama.cpp cannot read the vocabulary of {path}: {_log.take()}")
@@ -147,10 +155,11 @@ def load_engine(path: Path, options: EngineOptions, observer: InputSquares | Non
     decode, prefill = default_threads()
     threads = (options.threads_decode or int(decode.value), options.threads_prefill or int(prefill.value))
     library = load_library()
+    offload = offload_of(library, header, options, path.name)
     started = time.perf_counter()
     _log.take()
-    _log.buffers = {}
-    model = load_weights(library, path, options, repack=not has_single_blocks(header))
+    _log.buffers, _log.device = {}, offload.device
+    model = load_weights(library, path, options, repack=not has_single_blocks(header), offload=offload)
     try:
         context = _create_context(library, model, path, options, threads, observer)
     except EngineError:
@@ -159,6 +168,7 @@ def load_engine(path: Path, options: EngineOptions, observer: InputSquares | Non
     huge_page_bytes = collapse_resident()
     loaded = Loaded(library, model, context)
     info = _describe(loaded, path, options, threads, workload.kv_elements_per_token, time.perf_counter() - started)
+    info = replace(info, devices=find_devices(library), gpu_backends=can_offload(library), offload=offload)
     return LlamaCppEngine(loaded, replace(info, huge_page_bytes=huge_page_bytes), options)
 
 
@@ -180,8 +190,13 @@ def _check_options(options: EngineOptions) -> None:
         raise UsageError(f"no KV cache type '{options.kv_type}'", hint=f"there are: {', '.join(_KV_BYTES_PER_ELEMENT)}")
 
 
-def load_weights(library: Any, path: Path, options: EngineOptions, *, repack: bool = True) -> Any:
+def load_weights(
+    library: Any, path: Path, options: EngineOptions, *, repack: bool = True, offload: OffloadPlan | None = None
+) -> Any:
+    """The weights of a model, with the CPU but for the layers that ``offload`` puts on a GPU."""
     parameters = library.llama_model_default_params()
+    device, layers = (offload.device, offload.gpu_layers) if offload is not None else (None, 0)
+    _listed = place_layers(library, parameters, device, layers)
     parameters.use_extra_bufts = repack
     parameters.load_mode = library.LLAMA_LOAD_MODE_MMAP if options.mmap else library.LLAMA_LOAD_MODE_NONE
     model = library.llama_model_load_from_file(os.fsencode(path), parameters)
@@ -533,8 +548,9 @@ class LlamaCppEngine:
             )
 
     def resident_kv_bytes(self) -> int:
-        """All of the cache: llama.cpp clears it when it makes it, so every page was touched."""
-        return self._info.buffers.get("kv", self._info.kv_bytes)
+        """All of the cache in RAM: llama.cpp clears it when it makes it, so every page was touched."""
+        buffers = self._info.buffers
+        return buffers.get("kv", 0 if "vram_kv" in buffers else self._info.kv_bytes)
 
     def interrupt(self) -> None:
         """See ``Engine.interrupt``. Takes effect within one operation of the graph."""

@@ -1,0 +1,73 @@
+"""Which part of a GGUF model goes to a GPU: the model's header against the devices that llama.cpp sees.
+
+Reads names and sizes of tensors; the arithmetic is ``targets.vram``'s. Loads llama.cpp's library, no model.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from runtime.engine import EngineOptions
+from runtime.engines.llamacpp_devices import can_offload, find_devices
+from runtime.gguf_header import GGUFHeader, kv_elements_per_layer
+from targets.vram import LayeredModel, OffloadPlan, Room, choose_device, plan_offload, why_no_gpu
+
+_LAYER = re.compile(r"blk\.(\d{1,5})\.")
+# Of the tensors outside of layers those that are computed with after the last one; the others begin a model.
+_HEAD = ("output", "cls")
+_LOOKUP = "token_embd.weight"
+_LEAST_OUTPUTS = 16  # as runtime.engines.llamacpp reserves
+
+
+def layered_model(header: GGUFHeader, name: str) -> LayeredModel:
+    """The model in a GGUF file as a GPU takes it. Raises ``BundleError`` when the header's counts are absurd."""
+    per_layer = kv_elements_per_layer(header)
+    weights = [0] * len(per_layer)
+    head = lookup = widest = largest = vocabulary = hidden = 0
+    for tensor in header.tensors:
+        match = _LAYER.match(tensor.name)
+        if match is not None and int(match[1]) < len(weights):
+            weights[int(match[1])] += tensor.size_bytes
+            if len(tensor.shape) > 1:
+                largest = max(largest, tensor.size_bytes)
+            if len(tensor.shape) > 1 and "ffn" in tensor.name:
+                widest = max(widest, *tensor.shape[-2:])
+        elif tensor.name.startswith(_HEAD):
+            head += tensor.size_bytes
+        elif tensor.name == _LOOKUP:
+            lookup, vocabulary, hidden = tensor.size_bytes, tensor.shape[0], tensor.shape[-1]
+    tied = 0 if any(tensor.name == "output.weight" for tensor in header.tensors) else lookup
+    return LayeredModel(
+        name=name,
+        layers=tuple(weights),
+        head_bytes=head + tied,
+        tied_bytes=tied,
+        kv_elements=tuple(per_layer),
+        hidden=hidden,
+        feed_forward=widest,
+        vocabulary=vocabulary,
+        widest_bytes=largest,
+    )
+
+
+def room_of(options: EngineOptions) -> Room:
+    """What an engine keeps with these options."""
+    rows = options.batch if options.all_logits else min(options.logits_rows * options.sequences, options.batch)
+    outputs = max(rows, options.sequences, min(_LEAST_OUTPUTS, options.batch))
+    return Room(options.context, options.sequences, options.kv_type, options.batch, outputs)
+
+
+def offload_of(library: Any, header: GGUFHeader, options: EngineOptions, name: str) -> OffloadPlan:
+    """How many layers go to which GPU for these options, with the memory that is free there now.
+
+    Raises ``UsageError`` when a GPU is asked for that is not there, ``DoesNotFitError`` when more is asked for than its
+    memory holds.
+    """
+    model = layered_model(header, name)
+    if options.gpu_layers == 0:
+        return plan_offload(model, room_of(options), None, 0, no_gpu="")
+    devices = find_devices(library)
+    reason = why_no_gpu(devices, can_offload=can_offload(library))
+    device = choose_device(devices, options.gpu)
+    return plan_offload(model, room_of(options), device, options.gpu_layers, no_gpu=reason)
