@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgelm.cli.console import print_json, print_table
+from edgelm.cli.console import GpuLayersType, print_json, print_table
 
 if TYPE_CHECKING:
-    from targets.predict import KvType
+    from targets.predict import KvType, RunSettings
     from targets.profile import TargetProfile
     from targets.validate import Accuracy
+    from targets.workload import Workload
 
 BUSY_SHARE = 0.1  # of all CPUs, taken by others: above it measured figures are not the machine's
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
@@ -190,6 +191,8 @@ def _noted(profile: TargetProfile, note: str) -> TargetProfile:
 @click.option("--context", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens of KV cache.")
 @click.option("--depth", type=click.IntRange(min=0), default=0, show_default=True, help="Tokens cached before decode.")
 @click.option("--kv-type", type=click.Choice(["f16", "q8_0", "f32"]), default="f16", show_default=True)
+@click.option("--gpu-layers", type=GpuLayersType(), metavar="auto|N", help="On the GPU ID; the rest on --host.")
+@click.option("--host", metavar="ID", help="Machine around the GPU, for --gpu-layers  [default: this machine].")
 @JSON
 def predict(
     target: str,
@@ -201,6 +204,8 @@ def predict(
     context: int,
     depth: int,
     kv_type: KvType,
+    gpu_layers: int | None,
+    host: str | None,
     as_json: bool,
 ) -> None:
     """Predict speed and memory of a model on a target from the figures that a download page states.
@@ -209,6 +214,7 @@ def predict(
     Example:
       edgelm targets predict raspberry-pi-5 --params-b 1.24 --file-mib 770 --quant Q4_K_M
       edgelm targets predict pi5 --params-b 1.24 --file-mib 770 --quant Q4_K_M --depth 4000 --kv-type q8_0
+      edgelm targets predict rtx-4060-8gb --params-b 14.8 --file-mib 8570 --quant Q4_K_M --gpu-layers auto --host laptop
     """
     from edgelm.errors import UsageError
     from targets.catalogue import workload_from_figures
@@ -224,6 +230,11 @@ def predict(
     settings = RunSettings(
         context=context, depth=depth, threads_decode=threads, threads_prefill=threads, kv_type=kv_type
     )
+    if host is not None and gpu_layers is None:
+        raise UsageError("--host is for --gpu-layers", hint="name layers, or auto")
+    if gpu_layers is not None:
+        _predict_split(workload, (target, host or "host"), settings, gpu_layers, as_json=as_json)
+        return
     prediction = predict_workload(workload, load_profile(target), settings)
     if as_json:
         print_json(prediction.model_dump(mode="json"))
@@ -241,6 +252,30 @@ def predict(
         f"{prediction.fits}: {prediction.fit_reason}",
     )
     print_table(table)
+
+
+def _predict_split(
+    workload: Workload, names: tuple[str, str], settings: RunSettings, gpu_layers: int, *, as_json: bool
+) -> None:
+    """Layers on the GPU of the first name, the rest on the machine of the second."""
+    from dataclasses import asdict
+
+    from edgelm.units import format_bytes
+    from targets.profile import load_profile
+    from targets.split import predict_split
+
+    gpu, host = (load_profile(name) for name in names)
+    found = predict_split(workload, gpu, host, settings, gpu_layers)
+    plan = found.plan
+    if as_json:
+        shares = {"gpu": gpu.label, "host": host.label, "gpu_layers": plan.gpu_layers, "layers": plan.most}
+        sizes = {"ram_bytes": found.ram_bytes, "vram": asdict(plan.parts), "reason": plan.reason}
+        print_json({"decode_tps": found.decode_tps, "prefill_tps": None, **shares, **sizes})
+        return
+    click.echo(f"{plan.sentence()}; {format_bytes(found.ram_bytes)} on {host.label}")
+    click.echo(
+        f"decode {found.decode_tps:.3g} tokens/s; prompts are not predicted for a split, and no split was measured"
+    )
 
 
 def _rate(value: float | None, band: tuple[float, float] | None) -> str:

@@ -7,6 +7,7 @@ too: ``LLAMA_CPP_LIB_PATH`` names the libraries of a Vulkan build, ``GGML_VK_VIS
 from __future__ import annotations
 
 import json
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -255,9 +256,11 @@ def test_a_server_answers_from_there(gguf: Path, gpu: Device) -> None:
         backend = make_backend(gguf, options, metrics, in_process=False)
         with running_server(backend, metrics) as server:
             assert wait_until(lambda: backend.state == "ready", 30)  # noqa: B023 (asked before the next turn)
-            status, told = server.post("/v1/completions", arguments)
-            assert status == 200, told
-            texts.append(told["choices"][0]["text"])
+            # A software renderer compiles every kernel at its first use.
+            request = urllib.request.Request(f"{server.url}/v1/completions", json.dumps(arguments).encode())
+            request.add_header("Content-Type", "application/json")
+            with urllib.request.urlopen(request, timeout=180) as reply:
+                texts.append(json.loads(reply.read())["choices"][0]["text"])
     assert texts[0] == texts[1]
 
 
@@ -274,7 +277,8 @@ def test_a_report_tells_what_lies_there(gguf: Path, gpu: Device, capfd: pytest.C
     assert min(vram["weights_bytes"], vram["kv_bytes"], vram["compute_bytes"]) > 0
     assert report["predicted"] is None
     parts = report["memory"]["parts"]
-    assert parts["kv_bytes"] == report["memory"]["kv_bytes"] - vram["kv_bytes"]
+    # llama.cpp announces sizes in hundredths of MiB.
+    assert parts["kv_bytes"] == pytest.approx(report["memory"]["kv_bytes"] - vram["kv_bytes"], abs=2**14)
 
 
 @pytest.mark.gpu

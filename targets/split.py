@@ -1,0 +1,124 @@
+"""What to expect when a GPU computes some of the layers and the CPU of its host the rest.
+
+Layers come one after the other, so their times add up: those on the GPU at its bandwidth, the others at the host's,
+each as ``predict`` has it. The plan of what fits is ``vram``'s, on layers of equal size. Not known and left out: what
+it costs to cross from one to the other twice a token, and prompts, for which the host's layers pass through the GPU
+over a bus whose speed no profile tells. Not validated on measurements yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from edgelm.errors import DoesNotFitError, UsageError
+from edgelm.units import format_bytes
+from targets.calibration import Calibration, calibration
+from targets.predict import RunSettings, decode_seconds, device_scale, family_of, head_of, ram_parts, without_head
+from targets.profile import TargetProfile
+from targets.vram import Device, LayeredModel, OffloadPlan, Room, plan_offload
+from targets.workload import TypedWeights, Workload
+
+
+@dataclass(frozen=True, slots=True)
+class SplitPrediction:
+    """``ram_bytes`` is what the host's memory holds, ``plan`` what the GPU's does."""
+
+    decode_tps: float
+    plan: OffloadPlan
+    ram_bytes: int
+
+
+def predict_split(
+    workload: Workload,
+    gpu: TargetProfile,
+    host: TargetProfile,
+    settings: RunSettings,
+    gpu_layers: int,
+    constants: Calibration | None = None,
+) -> SplitPrediction:
+    """Decode speed and memory with ``gpu_layers`` on ``gpu``, counted as in ``vram``.
+
+    Raises ``UsageError`` when the profiles are not a GPU and a CPU or the model is no GGUF, ``DoesNotFitError`` when
+    more layers are asked for than fit, or the rest does not fit the host.
+    """
+    if gpu.kind != "gpu" or host.kind != "cpu":
+        raise UsageError(
+            f"layers are split between a GPU and a CPU, not between {gpu.label} and {host.label}",
+            hint="name the GPU as the target and the machine around it with --host",
+        )
+    if workload.format != "gguf":
+        raise UsageError("only GGUF models are split between a GPU and a CPU")
+    constants = constants or calibration()
+    device = Device(gpu.id, gpu.name, gpu.backend, "gpu", gpu.usable_ram_bytes, gpu.ram_bytes)
+    room = Room(settings.context, kv_type=settings.kv_type, batch=settings.batch)
+    plan = plan_offload(layered(workload), room, device, gpu_layers, no_gpu="")
+    there = max(plan.gpu_layers - 1, 0)
+    on_gpu = part_of(workload, there, with_head=plan.gpu_layers > 0)
+    on_cpu = part_of(workload, workload.layers - there, with_head=plan.gpu_layers == 0)
+    # The cache of the host's layers is counted with them; what else the GPU spares it are weights.
+    spared_bytes = plan.spared_bytes - plan.parts.kv_bytes if plan.gpu_layers else 0
+    kept = replace(on_cpu, file_bytes=workload.file_bytes - spared_bytes)
+    ram_bytes = sum(ram_parts(kept, host, settings, family_of(host, constants)).model_dump().values())
+    if ram_bytes > host.usable_ram_bytes:
+        sizes = f"{format_bytes(ram_bytes)} stay with {host.label}, {format_bytes(host.usable_ram_bytes)} can be used"
+        raise DoesNotFitError(f"{sizes}: {host.usable_ram_reason}", hint="use a smaller quantisation or context")
+    seconds = 0.0
+    for profile, part in ((gpu, on_gpu), (host, on_cpu)):
+        if part.weights:
+            family, scale = family_of(profile, constants), device_scale(profile, constants)
+            seconds += decode_seconds(part, profile, settings, family, scale, constants.norm)
+    return SplitPrediction(1 / seconds, plan, ram_bytes)
+
+
+def part_of(workload: Workload, layers: int, *, with_head: bool) -> Workload:
+    """``layers`` of a workload whose layers are equal, with or without its head."""
+    share = layers / workload.layers
+    weights = _scaled(without_head(workload), share) if share else []
+    head = _head(workload)
+    if with_head and head is not None:
+        weights = [*weights, head]
+    kv_elements = round(workload.kv_elements_per_token * share)
+    return replace(workload, weights=tuple(weights), layers=layers, kv_elements_per_token=kv_elements)
+
+
+def _scaled(weights: Iterable[TypedWeights], share: float) -> list[TypedWeights]:
+    return [
+        replace(item, parameters=round(item.parameters * share), size_bytes=round(item.size_bytes * share))
+        for item in weights
+    ]
+
+
+def _head(workload: Workload) -> TypedWeights | None:
+    holder = head_of(workload)
+    if holder is None:
+        return None
+    parameters = workload.vocabulary * workload.hidden
+    return TypedWeights(holder.type, parameters, round(holder.size_bytes * parameters / holder.parameters))
+
+
+def layered(workload: Workload) -> LayeredModel:
+    """A workload as a GPU takes it, all layers alike.
+
+    The inner size comes from what a gated layer's parameters leave beside attention: two square matrices and keys and
+    values; its three matrices are of hidden x inner size each.
+    """
+    body, head = list(without_head(workload)), _head(workload)
+    body_bytes = sum(item.size_bytes for item in body)
+    head_bytes = 0 if head is None else head.size_bytes
+    per_layer = sum(item.parameters for item in body) / workload.layers
+    kv = workload.kv_elements_per_token / workload.layers
+    attention = 2 * workload.hidden**2 + kv * workload.hidden
+    inner = max(round((per_layer - attention) / (3 * workload.hidden)), 0)
+    bytes_per_weight = body_bytes / max(sum(item.parameters for item in body), 1)
+    return LayeredModel(
+        name=workload.architecture,
+        layers=(round(body_bytes / workload.layers),) * workload.layers,
+        head_bytes=head_bytes,
+        tied_bytes=head_bytes if workload.lookup is None else 0,
+        kv_elements=(round(kv),) * workload.layers,
+        hidden=workload.hidden,
+        feed_forward=inner,
+        vocabulary=workload.vocabulary,
+        widest_bytes=round(max(inner, workload.hidden) * workload.hidden * bytes_per_weight),
+    )

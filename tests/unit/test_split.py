@@ -1,0 +1,96 @@
+"""Prediction for layers that are split between a GPU and its host."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+
+from edgelm.cli.app import run_cli
+from edgelm.errors import DoesNotFitError, UsageError
+from targets.catalogue import workload_from_figures
+from targets.predict import RunSettings, predict, predict_speed
+from targets.profile import load_profile
+from targets.split import layered, part_of, predict_split
+from targets.vram import AUTO_LAYERS, Room, vram_parts
+from targets.workload import TypedWeights, Workload
+
+GPU, HOST = load_profile("rtx-4060-8gb"), load_profile("amd-ryzen-7950x-desktop")
+SETTINGS = RunSettings(context=4096, depth=1024)
+
+
+@pytest.fixture(scope="module")
+def workload() -> Workload:
+    """8.03 B parameters in Q4_K_M: a Llama 3.1 8B."""
+    return workload_from_figures(parameters=8.03e9, file_bytes=4_920_000_000, quant="Q4_K_M", model=None)
+
+
+def test_all_on_one_side_is_what_that_side_alone_reaches(workload: Workload) -> None:
+    on_gpu = predict_split(workload, GPU, HOST, SETTINGS, workload.layers + 1)
+    assert on_gpu.decode_tps == pytest.approx(predict_speed(workload, GPU, SETTINGS).decode_tps, rel=0.01)
+    on_cpu = predict_split(workload, GPU, HOST, SETTINGS, 0)
+    assert on_cpu.decode_tps == pytest.approx(predict_speed(workload, HOST, SETTINGS).decode_tps, rel=0.01)
+    assert on_cpu.ram_bytes == pytest.approx(predict(workload, HOST, SETTINGS).ram_bytes, rel=0.01)
+    assert on_gpu.ram_bytes < on_cpu.ram_bytes / 4
+
+
+def test_every_layer_on_the_gpu_makes_it_faster_and_the_host_lighter(workload: Workload) -> None:
+    found = [predict_split(workload, GPU, HOST, SETTINGS, count) for count in range(workload.layers + 2)]
+    speeds = [item.decode_tps for item in found]
+    assert speeds == sorted(speeds)
+    held = [item.ram_bytes for item in found[1:]]
+    assert held == sorted(held, reverse=True)
+    seconds = [1 / speed for speed in speeds[1:]]
+    steps = [first - second for first, second in itertools.pairwise(seconds)]
+    assert max(steps) == pytest.approx(min(steps), rel=0.05)  # equal layers cost the same each
+
+
+def test_as_many_as_fit_of_what_is_too_large_for_either(workload: Workload) -> None:
+    large = workload_from_figures(parameters=14.8e9, file_bytes=9_000_000_000, quant="Q4_K_M", model=None)
+    found = predict_split(large, GPU, HOST, SETTINGS, AUTO_LAYERS)
+    assert 0 < found.plan.gpu_layers < found.plan.most
+    assert predict(large, GPU, SETTINGS).fits == "no"
+    alone = predict_speed(large, HOST, SETTINGS).decode_tps
+    assert alone < found.decode_tps < predict_speed(large, GPU, SETTINGS).decode_tps
+    with pytest.raises(DoesNotFitError, match="on rtx-4060-8gb"):
+        predict_split(large, GPU, HOST, SETTINGS, found.plan.gpu_layers + 1)
+    with pytest.raises(DoesNotFitError, match="stay with"):
+        predict_split(large, GPU, HOST.with_ram(2 * 2**30), SETTINGS, AUTO_LAYERS)
+
+
+def test_only_a_gpu_and_a_cpu_share_a_gguf(workload: Workload) -> None:
+    for gpu, host in ((HOST, HOST), (GPU, GPU)):
+        with pytest.raises(UsageError, match="between a GPU and a CPU"):
+            predict_split(workload, gpu, host, SETTINGS, 1)
+    with pytest.raises(UsageError, match="only GGUF"):
+        predict_split(replace(workload, format="onnx"), GPU, HOST, SETTINGS, 1)
+
+
+def test_parts_add_up_to_the_whole() -> None:
+    weights = (TypedWeights("Q4_K", 4 * 10**6, 2_250_000), TypedWeights("Q6_K", 2 * 10**6, 1_640_000))
+    whole = Workload("gguf", "llama", 6 * 10**6, 4 * 10**6, weights, None, 10, 512, 2000, 2560)
+    first, second = part_of(whole, 4, with_head=True), part_of(whole, 6, with_head=False)
+    assert first.streamed_bytes + second.streamed_bytes == pytest.approx(whole.streamed_bytes, abs=4)
+    assert first.kv_elements_per_token + second.kv_elements_per_token == whole.kv_elements_per_token
+    assert part_of(whole, 0, with_head=False).weights == ()
+    model = layered(whole)
+    assert sum(model.layers) + model.head_bytes == pytest.approx(whole.streamed_bytes, rel=0.001)
+    assert model.tied_bytes == model.head_bytes
+    assert vram_parts(model, Room(context=256), model.most).kv_bytes == 2560 * 256 * 2
+
+
+def test_the_command_tells_the_split(capfd: pytest.CaptureFixture[str]) -> None:
+    figures = ["--params-b", "14.8", "--file-mib", "8570", "--quant", "Q4_K_M"]
+    split = ["--gpu-layers", "auto", "--host", "amd-ryzen-7950x-desktop"]
+    assert run_cli(["targets", "predict", "rtx-4060-8gb", *figures, *split, "--json"]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert 0 < document["gpu_layers"] < document["layers"]
+    assert document["decode_tps"] > 1
+    assert document["prefill_tps"] is None
+    assert document["vram"]["weights_bytes"] < 8 * 2**30
+    assert run_cli(["targets", "predict", "rtx-4060-8gb", *figures, *split]) == 0
+    assert "one more would need" in capfd.readouterr().out
+    assert run_cli(["targets", "predict", "rtx-4060-8gb", *figures, *split[:1], "200", *split[2:]]) == 4
+    assert run_cli(["targets", "predict", "rtx-4060-8gb", *figures, *split[2:]]) == 2
