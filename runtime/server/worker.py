@@ -151,7 +151,8 @@ def retry_after_s(mean_job_s: float, queued: int, sequences: int) -> int:
 
 def log_ready(info: EngineInfo) -> None:
     """Tell that requests are answered from now on."""
-    log_event("ready", {"model": info.model_name, "load_s": round(info.load_s, 3)})
+    layers = {} if info.offload is None else {"layers": info.offload.sentence()}
+    log_event("ready", {"model": info.model_name, "load_s": round(info.load_s, 3), **layers})
 
 
 def keep_prompts(
