@@ -24,6 +24,7 @@ import argparse
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,7 @@ GPU_TOOLS = {
     "rocm": ("hipconfig", "AMD's ROCm, with hipconfig in PATH"),
     "vulkan": ("glslc", "on Debian and Ubuntu: apt-get install glslc libvulkan-dev spirv-headers"),
 }
+LEAST_VULKAN = (1, 3, 272)  # VK_EXT_layer_settings, which ggml-vulkan.cpp names
 PROJECT_INCLUDE = "set(LLAMA_BUILD_COMMON OFF)\n"
 DEBIAN_PACKAGES = {"cc": "gcc", "c++": "g++", "make": "make"}
 
@@ -104,12 +106,36 @@ def pinned_requirement(constraints: Path) -> str:
     sys.exit(f"error: {constraints} does not pin llama-cpp-python")
 
 
+def vulkan_headers() -> tuple[int, int, int] | None:
+    """Version of the Vulkan headers that a build would take; None where they are not found."""
+    sdk = os.environ.get("VULKAN_SDK")
+    for folder in (*([Path(sdk) / "include"] if sdk else []), Path("/usr/local/include"), Path("/usr/include")):
+        try:
+            text = (folder / "vulkan/vulkan_core.h").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        patch = re.search(r"^#define VK_HEADER_VERSION (\d+)$", text, re.MULTILINE)
+        whole = re.search(
+            r"^#define VK_HEADER_VERSION_COMPLETE VK_MAKE_API_VERSION\(0, (\d+), (\d+),", text, re.MULTILINE
+        )
+        if patch is not None and whole is not None:
+            return int(whole[1]), int(whole[2]), int(patch[1])
+    return None
+
+
 def defines_for(gpu: str, architectures: str | None) -> dict[str, str]:
     """CMake definitions of a build; exits with what to install when the backend's compiler is missing."""
     if gpu in GPU_TOOLS:
         tool, source = GPU_TOOLS[gpu]
         if shutil.which(tool) is None:
             sys.exit(f"error: a build for {gpu} needs {tool}\nhint: install it, {source}")
+    headers = vulkan_headers() if gpu == "vulkan" else None
+    if headers is not None and headers < LEAST_VULKAN:
+        have, need = (".".join(map(str, version)) for version in (headers, LEAST_VULKAN))
+        sys.exit(
+            f"error: llama.cpp needs Vulkan headers {need} or newer, here are {have}\n"
+            "hint: install LunarG's SDK and set VULKAN_SDK, or build on a newer distribution"
+        )
     found = {**CMAKE_DEFINES, **GPU_DEFINES[gpu]}
     if architectures is not None:
         if gpu != "cuda":

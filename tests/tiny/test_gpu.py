@@ -230,6 +230,24 @@ def test_sequences_are_cut_and_copied_there(engine: LlamaCppEngine, expected: Lo
 
 
 @pytest.mark.gpu
+def test_a_sequence_is_taken_out_put_back_and_shortened_in_its_middle(engine: LlamaCppEngine, gguf: Path) -> None:
+    cpu = load_engine(gguf, OPTIONS)
+    ends = []
+    for computing in (cpu, engine):
+        computing.truncate(0, 0)
+        computing.truncate(0, 1)
+        computing.forward([Chunk(0, TOKENS[:60])])
+        kept = computing.state(0)
+        computing.restore(kept, 60, 1)
+        restored = computing.forward([Chunk(1, TOKENS[60:61])])[-1].copy()
+        assert computing.discard(10, 30, 0)
+        ends.append((restored, computing.forward([Chunk(0, TOKENS[60:61])])[-1].copy()))
+    cpu.close()
+    for expected, found in zip(*ends, strict=True):
+        assert kl_divergence(expected, found) < 2 * KL_LIMIT
+
+
+@pytest.mark.gpu
 def test_answers_are_the_same_and_a_prefix_is_kept(gguf: Path, gpu: Device) -> None:
     texts, cached = [], []
     for layers in (0, AUTO_LAYERS):

@@ -126,6 +126,7 @@ def test_a_build_for_the_cpu_asks_for_nothing_of_gpus(wheel_script: ModuleType) 
 
 def test_every_build_is_a_wheel_of_its_own(wheel_script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wheel_script.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(wheel_script, "vulkan_headers", lambda: None)
     asked: list[tuple[str, Any]] = [("none", None), ("cuda", None), ("cuda", "89"), ("rocm", None), ("vulkan", None)]
     keys = {
         wheel_script.cache_key("llama-cpp-python==1", wheel_script.defines_for(*choice), "", "gcc", ["avx2"])
@@ -141,6 +142,21 @@ def test_a_missing_compiler_for_gpus_is_named(wheel_script: ModuleType, monkeypa
     monkeypatch.setattr(wheel_script, "shutil", SimpleNamespace(which=lambda name: None))
     with pytest.raises(SystemExit, match=r"needs nvcc\nhint: install it, NVIDIA's CUDA toolkit"):
         wheel_script.defines_for("cuda", None)
+
+
+def test_vulkan_headers_that_are_too_old_are_refused_at_once(
+    wheel_script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(wheel_script.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setenv("VULKAN_SDK", str(tmp_path))
+    text = "#define VK_HEADER_VERSION {}\n"
+    text += "#define VK_HEADER_VERSION_COMPLETE VK_MAKE_API_VERSION(0, 1, 3, VK_HEADER_VERSION)\n"
+    put(tmp_path, "include/vulkan/vulkan_core.h", text.format(239))
+    assert wheel_script.vulkan_headers() == (1, 3, 239)
+    with pytest.raises(SystemExit, match=r"1\.3\.272 or newer, here are 1\.3\.239"):
+        wheel_script.defines_for("vulkan", None)
+    put(tmp_path, "include/vulkan/vulkan_core.h", text.format(290))
+    assert wheel_script.defines_for("vulkan", None)["GGML_VULKAN"] == "ON"
 
 
 def test_no_install_for_a_cpu_names_a_package_for_gpus() -> None:
