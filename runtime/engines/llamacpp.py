@@ -251,12 +251,16 @@ def _create_context(
     return context
 
 
+def _fewer_layers() -> str:
+    return "" if _log.device is None else "fewer --gpu-layers, "
+
+
 def load_error(what: str) -> EngineError:
     messages = _log.take()
     if "alloc" in messages:
         return EngineError(
             f"{what}: not enough memory ({messages})",
-            hint="use a smaller --context, fewer sequences or a smaller quantisation",
+            hint=f"use {_fewer_layers()}a smaller --context, fewer sequences or a smaller quantisation",
         )
     return EngineError(f"{what}: {messages or 'it gave no reason'}", hint="check the file with: edgelm verify")
 
