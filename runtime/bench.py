@@ -66,7 +66,7 @@ class BenchOptions:
     the medians are known to 2 % (5 to 100 times), ``max_time_s`` bounds that. ``sustained_s`` adds a long run of
     decoding, ``cold`` a start without page cache. ``interval_s`` is the sensors' (0: only around repetitions).
     ``lookup``, ``draft``, ``providers``, ``gpu_layers`` and ``gpu`` are those of ``EngineOptions``: with the first two,
-    single sequences     continue a fixed text.
+    single sequences continue a fixed text.
     """
 
     prompts: tuple[int, ...] = (512,)
