@@ -91,6 +91,8 @@ def unlike(before: Report, after: Report) -> tuple[str, ...]:
         "CPU": (before.host.cpu, after.host.cpu),
         "decode threads": (before.settings.threads_decode, after.settings.threads_decode),
         "prefill threads": (before.settings.threads_prefill, after.settings.threads_prefill),
+        "GPU": (before.engine.gpu, after.engine.gpu),
+        "GPU layers": (before.engine.gpu_layers or 0, after.engine.gpu_layers or 0),
         "waiting": (before.engine.waiting, after.engine.waiting),
         "engine build": (before.engine.system, after.engine.system),
     }

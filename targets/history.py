@@ -111,6 +111,8 @@ def _way(report: Report) -> tuple[int | str | None, ...]:
         settings.threads_prefill,
         settings.lookup,
         settings.draft,
+        report.engine.gpu,
+        report.engine.gpu_layers or 0,  # reports of before know none
     )
 
 

@@ -34,7 +34,7 @@ def markdown(report: Report) -> str:
             f"{report.model.architecture} {report.model.quant}",
             f"{report.model.artifact_bytes / 2**20:.2f} MiB",
             f"{report.model.parameters / 1e6:.2f} M",
-            _BACKENDS.get(report.engine.name, report.engine.name),
+            _backend(report),
             str(item.threads),
             point_name(item),
             f"{mean:.2f} ± {deviation:.2f}",
@@ -50,6 +50,13 @@ def rows(report: Report) -> list[dict[str, Any]]:
     return [_row(report, item) for item in report.measurements]
 
 
+def _backend(report: Report) -> str:
+    """What computed, as llama-bench calls it: the GPU's backend where layers were there."""
+    engine = report.engine
+    on_gpu = next((device.backend for device in engine.devices if device.name == engine.gpu), None)
+    return on_gpu or _BACKENDS.get(engine.name, engine.name)
+
+
 def _row(report: Report, item: Measurement) -> dict[str, Any]:
     prefill = item.kind == "prefill"
     total = item.tokens * item.sequences
@@ -60,12 +67,13 @@ def _row(report: Report, item: Measurement) -> dict[str, Any]:
     return {
         "build_commit": versions.get("llama.cpp") or versions.get("onnxruntime", ""),
         "cpu_info": report.host.cpu,
-        "backends": _BACKENDS.get(report.engine.name, report.engine.name),
+        "backends": _backend(report),
         "model_filename": report.model.name,
         "model_type": f"{report.model.architecture} {report.model.quant}",
         "model_size": report.model.artifact_bytes,
         "model_n_params": report.model.parameters,
         "n_threads": item.threads,
+        "n_gpu_layers": report.engine.gpu_layers or 0,
         "n_prompt": item.tokens if prefill else 0,
         "n_gen": 0 if prefill else item.tokens,
         "n_depth": item.depth,

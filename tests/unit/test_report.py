@@ -10,8 +10,19 @@ import pytest
 from pydantic import ValidationError
 
 from edgelm.errors import ProfileError
-from edgelm.report import REPORT_SCHEMA_VERSION, Report, parse_report, read_report, report_schema
+from edgelm.report import (
+    REPORT_SCHEMA_VERSION,
+    DeviceRecord,
+    Measurement,
+    Report,
+    Samples,
+    parse_report,
+    read_report,
+    report_schema,
+)
+from targets.changes import unlike
 from targets.history import Entry, entries, history_path, one, remember, select
+from targets.report.bench_table import markdown, rows
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = {"median": 40.0, "p5": 39.0, "p95": 41.0, "samples": [39.0, 40.0, 41.0]}
@@ -154,6 +165,26 @@ def test_the_history_lists_and_judges(tmp_path: Path, monkeypatch: pytest.Monkey
     assert select(found, "nobody") == []
     chosen: Entry = one(found, found[2].id)
     assert chosen is found[2]
+
+
+def test_a_run_on_a_gpu_is_another_way(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    before = valid(40.0)
+    card = DeviceRecord(name="CUDA0", description="a card", backend="CUDA", kind="gpu", total_bytes=8 * 10**9)
+    on_gpu = {"devices": (card,), "gpu": "CUDA0", "gpu_layers": 31, "layers": 31}
+    there = valid(90.0)
+    there = there.model_copy(update={"engine": there.engine.model_copy(update=on_gpu)})
+    for report in (before, before, before, there, before):
+        remember(report, path)
+    assert [entry.earlier for entry in entries(path)] == [0, 1, 2, 0, 3]
+    assert {"GPU: None / CUDA0", "GPU layers: 0 / 31"} <= set(unlike(before, there))
+    samples = Samples(median=40.0, p5=39.0, p95=41.0, samples=(39.0, 40.0, 41.0))
+    place: dict[str, Any] = {"depth": 0, "sequences": 1, "threads": 2, "started_s": 0.0, "seconds": 1.0}
+    point = Measurement(kind="decode", tokens=128, tps=samples, **place)
+    tables = [report.model_copy(update={"measurements": (point,)}) for report in (before, there)]
+    told = [(row["backends"], row["n_gpu_layers"]) for table in tables for row in rows(table)]
+    assert told == [("CPU", 0), ("CUDA", 31)]
+    assert "| CUDA |" in markdown(tables[1])
 
 
 def test_a_history_that_grew_is_halved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
