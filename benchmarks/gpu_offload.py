@@ -79,7 +79,7 @@ def memory(path: Path, device: Device) -> None:
 def logits(path: Path, device: Device, tokens: int) -> None:
     """How far the GPU's predictions are from the CPU's, for every share."""
     model = open_model(path, EngineOptions(context=WINDOW))
-    ids = model.text_prompt(evaluation_text(None).text[: 12 * tokens])[:tokens]
+    ids = model.text_prompt(evaluation_text(None).content[: 12 * tokens])[:tokens]
     model.close()
     windows = [ids[start : start + WINDOW] for start in range(0, len(ids) - WINDOW + 1, WINDOW)]
     expected = computed(path, EngineOptions(context=WINDOW, all_logits=True), windows)
