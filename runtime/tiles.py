@@ -2,9 +2,10 @@
 
 On CPUs with AMX llama.cpp sets the shapes of the tile registers once in every thread that computes (``mmq.cpp``: a
 flag per thread) and relies on them from then on. ONNX Runtime's products of 8-bit numbers set shapes of their own, in
-the thread that calls them, and llama.cpp's next prompt in that thread is garbage without a word. So once ONNX Runtime
-is in the process, calls of llama.cpp go to a thread that nobody else computes in. Elsewhere a call stays a call. Knows
-neither library.
+the thread that calls them, and llama.cpp's next prompt in that thread is garbage without a word; torch's products of
+bfloat16 leave a thread without shapes, and the next prompt is an illegal instruction. So once one of them is in the
+process, calls of llama.cpp go to a thread that nobody else computes in. Elsewhere a call stays a call. Knows none of
+the libraries.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TypeVar
 from targets.host import instruction_set
 
 Result = TypeVar("Result")
-OTHER = "onnxruntime"
+OTHER, ANOTHER = "onnxruntime", "torch"
 
 
 @functools.cache
@@ -28,7 +29,7 @@ def _has_tiles() -> bool:
 
 def shared() -> bool:
     """Whether this process has another library that sets the tiles of a thread."""
-    return OTHER in sys.modules and _has_tiles()
+    return (OTHER in sys.modules or ANOTHER in sys.modules) and _has_tiles()
 
 
 @functools.cache

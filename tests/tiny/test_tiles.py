@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -20,7 +21,29 @@ from runtime.model import artifact_of
 from runtime.tiles import apart
 
 pytestmark = pytest.mark.tiny
+ROOT = Path(__file__).resolve().parents[2]
 TOKENS = [index * 37 % 300 for index in range(64)]
+# In a process of its own: without ONNX Runtime, and because what is wrong ends the process.
+WITH_TORCH = """
+import sys
+import numpy as np
+from runtime.engine import Chunk, EngineOptions
+from runtime.engines.llamacpp import load_engine
+
+path, tokens = sys.argv[1], [index * 37 % 300 for index in range(64)]
+from pathlib import Path
+engine = load_engine(Path(path), EngineOptions(context=128, all_logits=True, threads_decode=1, threads_prefill=1))
+before = engine.forward([Chunk(0, tokens, "all")]).copy()
+import torch
+torch.set_num_threads(1)
+torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+for _ in range(2):
+    factor = torch.randn(512, 512)
+    factor @ factor
+    engine.truncate(0)
+    np.testing.assert_allclose(engine.forward([Chunk(0, tokens, "all")]), before, atol=1e-4)
+assert "onnxruntime" not in sys.modules
+"""
 
 
 def logits(engine: Engine) -> np.ndarray:
@@ -63,6 +86,15 @@ def test_a_prompt_after_the_other_engine_is_what_it_was_before(tmp_path: Path) -
         np.testing.assert_allclose(logits(engine), before, atol=1e-4)
         np.testing.assert_array_equal(multiply(), expected)
     engine.close()
+
+
+@pytest.mark.reference
+def test_a_prompt_after_products_of_torch_is_what_it_was_before(tmp_path: Path) -> None:
+    source = make_tiny_llama(tmp_path / "model", hidden=256, ffn=512)
+    export(ExportOptions(source=str(source), quant="Q8_0", verify=False), tmp_path / "bundle")
+    command = [sys.executable, "-c", WITH_TORCH, str(artifact_of(tmp_path / "bundle")[0])]
+    child = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+    assert child.returncode == 0, child.stderr
 
 
 def test_calls_go_apart_only_where_tiles_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
