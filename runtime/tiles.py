@@ -19,7 +19,6 @@ from typing import TypeVar
 from targets.host import instruction_set
 
 Result = TypeVar("Result")
-OTHER, ANOTHER = "onnxruntime", "torch"
 
 
 @functools.cache
@@ -29,7 +28,7 @@ def _has_tiles() -> bool:
 
 def shared() -> bool:
     """Whether this process has another library that sets the tiles of a thread."""
-    return (OTHER in sys.modules or ANOTHER in sys.modules) and _has_tiles()
+    return ("onnxruntime" in sys.modules or "torch" in sys.modules) and _has_tiles()
 
 
 @functools.cache

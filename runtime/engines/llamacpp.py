@@ -30,7 +30,7 @@ from runtime.engines.llamacpp_vocabulary import LlamaVocabulary
 from runtime.gguf_header import has_single_blocks, read_gguf_header, workload_from_gguf
 from runtime.huge_pages import collapse_resident, from_first_use
 from runtime.libllama import import_declarations, kernel_set, load_kernels
-from runtime.offload import offload_of
+from runtime.offload import offload_of, room_of
 from runtime.tiles import apart
 from runtime.waiting import decided, let_helpers_go, prepare_openmp
 from targets.host import default_threads
@@ -39,9 +39,6 @@ from targets.vram import Device, OffloadPlan
 _KV_BYTES_PER_ELEMENT = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}  # ggml blocks: q8_0 is 32 int8 and one f16 scale
 _CONTEXT_STEP = 256  # llama_context pads every sequence's share of the cache to this
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
-# With room for 4 rows of logits or fewer, prompts took 9 to 18 % more CPU time on AMX than with 16 or more (SmolLM2 and
-# a distilled one, Q4_0, Q6_K, Q8_0; none more at Q4_K_M). Why, was not found. What is not used costs no memory.
-_LEAST_OUTPUTS = 16
 _LOG_WARN, _LOG_ERROR, _LOG_CONTINUE = 3, 4, 5  # enum ggml_log_level
 _NO_SLOT, ABORTED = 1, 2  # return values of llama_decode and llama_encode
 
@@ -232,8 +229,7 @@ def _create_context(
     # One micro-batch per call: the same work for the CPU, and a call can be interrupted between two of them.
     parameters.n_batch = parameters.n_ubatch = options.batch
     # Without this llama.cpp reserves batch x vocabulary floats (98 MiB for 49,152 tokens) for rows nobody asks for.
-    rows = options.batch if options.all_logits else min(options.logits_rows * options.sequences, options.batch)
-    parameters.n_outputs_max = max(rows, options.sequences, min(_LEAST_OUTPUTS, options.batch))
+    parameters.n_outputs_max = room_of(options).outputs
     parameters.n_outputs_max_per_seq = 0
     parameters.n_threads, parameters.n_threads_batch = threads
     parameters.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_ENABLED
