@@ -177,18 +177,19 @@ def _by_kl(model: Any, windows: Sequence[Sequence[int]], removed: int, progress:
     import torch
 
     layers = model.model.layers
-    ids = torch.tensor([list(windows[0])], device=model.device)
+    # The first and the last: of a corpus of the teacher's own words and of texts one of each.
+    ids = torch.tensor([list(windows[0]), list(windows[-1])], device=model.device)
     gone: list[int] = []
     total = sum(len(layers) - count for count in range(removed))
     with progress.stage("measuring layers", total, unit="trials") as stage, torch.no_grad():
-        whole = torch.log_softmax(model(ids, use_cache=False).logits[0].float(), dim=-1)
+        whole = torch.log_softmax(model(ids, use_cache=False).logits.float(), dim=-1)
         for _ in range(removed):
             costs: dict[int, float] = {}
             for index in range(len(layers)):
                 if index in gone:
                     continue
                 with _without(layers, [*gone, index]):
-                    found = torch.log_softmax(model(ids, use_cache=False).logits[0].float(), dim=-1)
+                    found = torch.log_softmax(model(ids, use_cache=False).logits.float(), dim=-1)
                 costs[index] = float((whole.exp() * (whole - found)).sum(dim=-1).mean())
                 stage.advance()
             gone.append(min(costs, key=lambda index: costs[index]))

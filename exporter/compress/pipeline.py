@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,19 @@ from edgelm.errors import CheckpointError, UsageError
 from edgelm.progress import SILENT, Progress
 from exporter import tokenizer
 from exporter.architectures import describe
+from exporter.calibration import opening_of_a_turn
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
 from exporter.compress import data, importance, result, surgery
 from exporter.compress.data import Corpus
 from exporter.compress.fake_quant import FakeQuantizer
 from exporter.compress.importance import DepthMeasure, Measure
+from exporter.compress.optimizer import Rule
 from exporter.compress.proposal import Proposal, imagined, propose
 from exporter.compress.result import Comparison, CompressRecord
 from exporter.compress.shape import Shape, row_remarks, shape_of, told, wanted_shape
 from exporter.compress.surgery import Kept
 from exporter.compress.training import Trainer, TrainingOptions, write_atomically
-from exporter.compress.writing import own_words
+from exporter.compress.writing import own_words, starts
 from exporter.device import DeviceChoice, memory_errors, resolve_device
 from exporter.given_types import read_types
 from exporter.options import ExportOptions
@@ -43,14 +45,14 @@ from targets.profile import load_profile
 
 IMPORTANCE_WINDOWS = 16
 EVALUATION_TOKENS = 2000
-_HELD_OUT = 8  # windows of the teacher's own words that nobody learns from
+_HELD_OUT = 16  # windows of the teacher's own words that nobody learns from
 _OWN_WORDS, _KEPT, _COMPARISONS = "own_words.npy", "kept.json", "comparisons.json"
 _WRITTEN = "own_words"  # batches of words while the teacher still writes
 # A killed run may go on with these changed: they say how it is computed, or what to do about a loss that is no number.
 _CHANGEABLE = ("device", "micro_batch", "learning_rate")
 _SETTINGS = (
-    "batch", "learning_rate", "temperature", "hidden_weight", "attention_weight", "own_share", "finish_tokens", "seed",
-    "length",
+    "batch", "learning_rate", "optimizer", "temperature", "hidden_weight", "attention_weight", "own_share",
+    "own_tokens", "finish_tokens", "seed", "length",
 )  # fmt: skip
 _TOOLS = ("edgelm", "torch", "transformers", "numpy")
 
@@ -60,7 +62,8 @@ class CompressOptions:
     """What was typed for ``edgelm compress``. None means: as the teacher has it, or not asked for.
 
     ``target`` with limits chooses ``layers`` and ``neurons`` by prediction. ``heads`` counts attention heads.
-    ``texts`` replace the built-in one; ``own_share`` of the training tokens are written by the teacher. ``finish`` is
+    ``texts`` replace the built-in one; ``own_share`` of the training tokens are the teacher's own, who writes
+    ``own_tokens`` of them, all where that is None; fewer are read more than once. ``finish`` is
     what the last ``finish_tokens`` are trained for: a mix (Q4_0, Q4_K_M ...) or a bundle, whose types are taken.
     """
 
@@ -79,6 +82,7 @@ class CompressOptions:
     depth: DepthMeasure = "influence"
     texts: tuple[Path, ...] = ()
     own_share: float = 0.0
+    own_tokens: int | None = None
     tokens: int = 1_000_000
     length: int = 512
     batch: int = 8
@@ -89,6 +93,7 @@ class CompressOptions:
     attention_weight: float = 0.0
     finish: str | None = None
     finish_tokens: int = 200_000
+    optimizer: Rule = "auto"
     seed: int = 0
     device: DeviceChoice = "auto"
 
@@ -208,10 +213,19 @@ def _state_kept_if_worth_it(state: Path) -> Iterator[None]:
 
 
 def _check(options: CompressOptions) -> None:
-    positive = ("tokens", "length", "batch", "micro_batch", "learning_rate", "temperature", "finish_tokens")
+    positive = (
+        "tokens",
+        "own_tokens",
+        "length",
+        "batch",
+        "micro_batch",
+        "learning_rate",
+        "temperature",
+        "finish_tokens",
+    )
     for name in positive:
         value = getattr(options, name)
-        if not value > 0 and not (name == "tokens" and value == 0):
+        if value is not None and not value > 0 and not (name == "tokens" and value == 0):
             raise UsageError(f"--{name.replace('_', '-')} must be above zero, not {value}")
     if not 0 <= options.own_share <= 1:
         raise UsageError(f"--own-share is a share from 0 to 1, not {options.own_share}")
@@ -399,24 +413,26 @@ def _corpus(run: _Run, teacher: Any) -> tuple[Corpus, Corpus | None]:
     total = max(options.tokens, options.finish_tokens if options.finish is not None else 0)
     if not total * options.own_share:
         return corpus, None
-    own = max(1, round(total * options.own_share / length))
+    shared = max(1, round(total * options.own_share / length))
+    own = min(shared, max(1, round((options.own_tokens or total) / length)))
     path = run.state / _OWN_WORDS
     if path.is_file():
         written = data.written_by_teacher(np.load(path, allow_pickle=False), options.seed)
     else:
         with memory_errors("one sequence that the teacher writes", "try a shorter --length, or --device cpu"):
-            words = own_words(teacher, own + _HELD_OUT, length, options.seed, run.state / _WRITTEN, run.progress)
+            kinds = starts(opening_of_a_turn(run.words))
+            words = own_words(teacher, own + _HELD_OUT, length, options.seed, kinds, run.state / _WRITTEN, run.progress)
         written = data.written_by_teacher(words, options.seed)
         partial = path.with_name(f".partial.{path.name}")
         np.save(partial, written.windows)
         partial.replace(path)
         shutil.rmtree(run.state / _WRITTEN, ignore_errors=True)
     held_out = Corpus(written.windows[:_HELD_OUT], ())
-    learned = Corpus(written.windows[_HELD_OUT:], written.sources)
+    learned = Corpus(np.resize(written.windows[_HELD_OUT:], (shared, length)), written.sources)
     if options.own_share == 1:
         return learned, held_out
     # Texts are repeated or thinned so that the shares are as asked for.
-    wanted = max(1, round(own * (1 - options.own_share) / options.own_share))
+    wanted = max(1, round(shared * (1 - options.own_share) / options.own_share))
     chosen = np.random.default_rng(options.seed).permutation(np.resize(np.arange(len(corpus.windows)), wanted))
     return data.together(learned, Corpus(corpus.windows[chosen], corpus.sources)), held_out
 
@@ -432,12 +448,13 @@ def _train(run: _Run, teacher: Any, student: Any, corpus: Corpus, layers: tuple[
     return steps * step_tokens
 
 
-def _training(options: CompressOptions, steps: int, layers: tuple[int, ...], rate: float = 1.0) -> TrainingOptions:
+def _training(options: CompressOptions, steps: int, layers: tuple[int, ...]) -> TrainingOptions:
     return TrainingOptions(
         steps=steps,
         batch=options.batch,
         micro_batch=min(options.micro_batch, options.batch),
-        learning_rate=options.learning_rate * rate,
+        learning_rate=options.learning_rate,
+        optimizer=options.optimizer,
         temperature=options.temperature,
         hidden_weight=options.hidden_weight,
         attention_weight=options.attention_weight,
@@ -462,7 +479,8 @@ def _finish(
         _compare(run, f"quantised to {plan.quant}", teacher, student, held_out)
     step_tokens = options.batch * int(corpus.windows.shape[1])
     steps = max(1, options.finish_tokens // step_tokens)
-    training = _training(options, steps, layers, rate=0.25)
+    # Small steps, each weight by itself: what quantising leaves is a matter of single weights.
+    training = replace(_training(options, steps, layers), learning_rate=0.25 * options.learning_rate, optimizer="adamw")
     trainer = Trainer(teacher, student, corpus, training, run.state / "finish", quantizer)
     trainer.run(run.progress)
     run.curve += [{"stage": "finish", **asdict(item)} for item in trainer.curve]
