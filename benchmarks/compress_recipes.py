@@ -1,6 +1,6 @@
 """Ways to train one pruned student side by side, on the same few tokens in the same order.
 
-    python benchmarks/compress_recipes.py --words DIR --tokens 4000000 --recipes muon:32:2e-3 adamw:128:1e-3 [...]
+    python benchmarks/compress_recipes.py --words DIR --recipe-tokens 4000000 --recipes muon:32:2e-3 adamw:128:1e-3 [...]
 
 A recipe is OPTIMIZER:SEQUENCES-PER-STEP:LEARNING-RATE. Each starts from the same cut (by KL, or ``--depth-by``) and
 reads the corpus that ``compress_gpu.py`` of the same options trains on, whose words the teacher writes into ``--words``
@@ -53,7 +53,8 @@ def main() -> None:
     parser.add_argument("--neurons", type=int, default=1280)
     parser.add_argument("--depth-by", choices=["influence", "kl"], default="kl")
     parser.add_argument("--text", type=Path, action="append", default=[])
-    parser.add_argument("--tokens", type=int, default=4_000_000)
+    parser.add_argument("--tokens", type=int, default=64_000_000, help="of the corpus, as for compress_gpu.py")
+    parser.add_argument("--recipe-tokens", type=int, default=4_000_000, help="that each recipe reads of them")
     parser.add_argument("--own-share", type=float, default=0.75)
     parser.add_argument("--own-tokens", type=int)
     parser.add_argument("--length", type=int, default=512)
@@ -91,7 +92,7 @@ def train(run: Any, teacher: Any, student: Any, corpus: Any, recipe: str, argume
     rule, batch, rate = recipe.split(":")
     tokens_of_a_step = int(batch) * corpus.windows.shape[1]
     training = TrainingOptions(
-        steps=arguments.tokens // tokens_of_a_step,
+        steps=arguments.recipe_tokens // tokens_of_a_step,
         batch=int(batch),
         micro_batch=min(int(batch), arguments.micro_batch),
         learning_rate=float(rate),
