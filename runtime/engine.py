@@ -183,6 +183,15 @@ class StateKeeper(Protocol):
         ...
 
 
+@runtime_checkable
+class DeviceReader(Protocol):
+    """An engine that may have layers on a GPU. Callable from any thread, also while it computes."""
+
+    def device_now(self) -> Device | None:
+        """The GPU that holds layers, with the memory that is free there now; None where the CPU computes all."""
+        ...
+
+
 def common_prefix(held: Sequence[int], wanted: Sequence[int]) -> int:
     """Number of leading tokens that both share."""
     shorter = min(len(held), len(wanted))

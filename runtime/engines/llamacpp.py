@@ -24,7 +24,7 @@ import numpy as np
 from edgelm.errors import BundleError, EngineError, UsageError
 from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits, State, check_chunks
 from runtime.engines.llamacpp_batch import AbortSwitch, Batch
-from runtime.engines.llamacpp_devices import buffer_name, can_offload, find_devices, place_layers
+from runtime.engines.llamacpp_devices import buffer_name, can_offload, device_now, find_devices, place_layers
 from runtime.engines.llamacpp_inputs import InputSquares
 from runtime.engines.llamacpp_vocabulary import LlamaVocabulary
 from runtime.gguf_header import has_single_blocks, read_gguf_header, workload_from_gguf
@@ -551,6 +551,11 @@ class LlamaCppEngine:
         """All of the cache in RAM: llama.cpp clears it when it makes it, so every page was touched."""
         buffers = self._info.buffers
         return buffers.get("kv", 0 if "vram_kv" in buffers else self._info.kv_bytes)
+
+    def device_now(self) -> Device | None:
+        """See ``runtime.engine.DeviceReader``."""
+        loaded, offload = self._loaded, self._info.offload
+        return device_now(loaded.library, offload.device) if loaded is not None and offload is not None else None
 
     def interrupt(self) -> None:
         """See ``Engine.interrupt``. Takes effect within one operation of the graph."""

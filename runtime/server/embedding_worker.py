@@ -21,6 +21,7 @@ from edgelm.errors import EngineError
 from runtime.embedding import LoadedEncoder
 from runtime.encoder import Vectors
 from runtime.engine import EngineInterruptedError
+from runtime.gpu_memory import VramUse
 from runtime.server.logs import log_event
 from runtime.server.metrics import Metrics
 from runtime.server.worker import RETRY_AFTER_LIMIT_S, NotReadyError, QueueFullError, State
@@ -89,6 +90,10 @@ class EmbeddingWorker:
     @property
     def engine_pids(self) -> tuple[int, ...]:
         """It works in the server's own process."""
+        return ()
+
+    def vram(self) -> tuple[VramUse, ...]:
+        """The CPU computes all of it."""
         return ()
 
     def start(self) -> None:
