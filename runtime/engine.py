@@ -60,7 +60,8 @@ class EngineInfo:
     ``vram_compute`` lie in a GPU's memory. ``waiting`` tells how its threads wait for one another, ``waiting_reason``
     why. ``huge_page_bytes`` of its memory were moved to huge pages. ``truncates`` tells whether a sequence can forget
     its last tokens alone. ``devices`` are all that its build sees, ``gpu_backends`` whether it could use GPUs,
-    ``offload`` is what of the model is on a GPU and why (None: the engine knows no GPUs).
+    ``offload`` is what of the model is on a GPU and why (None: the engine knows no GPUs). ``kv_type`` is what the cache
+    holds where the model decides it, "" where the options do.
     """
 
     engine: str
@@ -86,6 +87,7 @@ class EngineInfo:
     devices: tuple[Device, ...] = ()
     gpu_backends: bool = False
     offload: OffloadPlan | None = None
+    kv_type: str = ""
 
 
 @dataclass(frozen=True, slots=True)
