@@ -92,6 +92,19 @@ class _Log:
 
 _log = _Log()
 take_messages = _log.take
+
+
+def note_buffers(device: Device | None) -> None:
+    """From here on note what a model's buffers take, those on ``device`` apart; earlier messages are forgotten."""
+    _log.take()
+    _log.buffers, _log.device = {}, device
+
+
+def noted_buffers() -> dict[str, int]:
+    """Bytes of the buffers that were announced since, as ``EngineInfo.buffers`` names them."""
+    return {"weights_copied": 0, **_log.buffers}
+
+
 _library_lock = threading.Lock()
 _library: Any = None
 
@@ -154,8 +167,7 @@ def load_engine(path: Path, options: EngineOptions, observer: InputSquares | Non
     library = load_library()
     offload = offload_of(library, header, options, path.name)
     started = time.perf_counter()
-    _log.take()
-    _log.buffers, _log.device = {}, offload.device
+    note_buffers(offload.device)
     model = load_weights(library, path, options, repack=not has_single_blocks(header), offload=offload)
     try:
         context = _create_context(library, model, path, options, threads, observer)
@@ -309,7 +321,7 @@ def _describe(
         parameters=library.llama_model_n_params(model),
         load_s=load_s,
         system=library.llama_print_system_info().decode().strip(),
-        buffers={"weights_copied": 0, **_log.buffers},
+        buffers=noted_buffers(),
         waiting=None if waiting is None else waiting.kind,
         waiting_reason="" if waiting is None else waiting.reason,
         truncates=not (library.llama_model_is_recurrent(model) or library.llama_model_is_hybrid(model)),

@@ -25,6 +25,7 @@ import numpy as np
 
 from edgelm.bundle import file_record
 from edgelm.errors import EdgelmError, EngineError, UsageError
+from runtime.encoder import EncoderInfo
 from runtime.engine import Chunk, DeviceReader, Engine, EngineInfo, EngineInterruptedError, EngineOptions, StateKeeper
 from runtime.generate import GenerationRequest, TokenEvent
 from runtime.gpu_memory import VramUse, vram_use
@@ -160,7 +161,7 @@ def retry_after_s(mean_job_s: float, queued: int, sequences: int) -> int:
     return max(1, min(RETRY_AFTER_LIMIT_S, math.ceil(mean_job_s * (queued + 1) / sequences)))
 
 
-def log_ready(info: EngineInfo) -> None:
+def log_ready(info: EngineInfo | EncoderInfo) -> None:
     """Tell that requests are answered from now on."""
     layers = {} if info.offload is None else {"layers": info.offload.sentence()}
     log_event("ready", {"model": info.model_name, "load_s": round(info.load_s, 3), **layers})

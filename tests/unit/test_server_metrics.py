@@ -13,10 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fake_encoder import FakeEncoder, fake_encoder_model, live_embedding_server
 from fake_engine import CARD, FakeEngine, GpuEngine
 from live_server import LiveServer, fake_model, live_server
 from prometheus_client.parser import text_string_to_metric_families
 
+from runtime.encoder import EncoderInfo
 from runtime.sensors import Sensors
 from runtime.server import page as page_module
 from runtime.server.figures import Figures
@@ -24,6 +26,7 @@ from runtime.server.limits import Access
 from runtime.server.logs import LOGGER, JsonLines, log_event
 from runtime.server.metrics import Metrics
 from runtime.server.worker import Worker
+from targets.vram import Device
 
 SECRET = "a-very-secret-prompt"
 
@@ -111,6 +114,32 @@ def test_a_gpu_tells_what_was_planned_for_it_and_what_is_taken() -> None:
     assert found["edgelm_device_memory_bytes", (*of_card, ("kind", "total"))] == CARD.total_bytes
     assert [(use["device"], use["gpu_layers"], use["free_bytes"]) for use in told] == [("CUDA0", 2, free)]
     assert engine.looks == 1
+
+
+class GpuEncoder(FakeEncoder):
+    """The scripted encoder with its layers on the card of the scripted engine."""
+
+    @property
+    def info(self) -> EncoderInfo:
+        engine = GpuEngine().info
+        return replace(super().info, offload=engine.offload, buffers=engine.buffers)
+
+    def device_now(self) -> Device:
+        return CARD
+
+
+def test_an_encoder_on_a_gpu_tells_the_same() -> None:
+    with live_embedding_server(fake_encoder_model(GpuEncoder())) as server:
+        (told,) = json.loads(server.request("GET", "/status")[2])["vram"]
+        assert (told["model"], told["device"], told["free_bytes"]) == ("fake", "CUDA0", CARD.free_bytes)
+        facts = json.loads(server.request("GET", "/status")[2])["models"][0]["facts"]
+        assert facts["GPU"] == "2 of 3 layers on CUDA0 (a card)"
+        assert (
+            b'edgelm_vram_bytes{device="CUDA0",kind="announced",model="fake"} 950.0'
+            in server.request("GET", "/metrics")[2]
+        )
+    with live_embedding_server(fake_encoder_model(FakeEncoder())) as server:
+        assert json.loads(server.request("GET", "/status")[2])["vram"] == []
 
 
 def test_a_gpu_that_tells_no_sizes_has_no_series_of_them() -> None:
