@@ -46,7 +46,7 @@ from runtime.engines.onnx_session import (
     runtime_errors,
 )
 from runtime.huge_pages import collapse_resident
-from runtime.mapped_pages import LettingGo
+from runtime.mapped_pages import let_go
 from runtime.memory import snapshot
 from runtime.onnx_header import FLOAT, FLOAT16, OnnxModel, read_onnx_model
 
@@ -142,9 +142,10 @@ def load_engine(path: Path, options: EngineOptions) -> OnnxEngine:
     runtime = load_library()
     check_providers(runtime, options.providers, path, half=shape.kv_type == "f16")
     before_bytes = snapshot().anonymous_bytes
+    session = open_session(runtime, path, threads, options.providers)
     # Kernels keep packed copies of weights, and the file's pages of a table that is also looked up would stay beside.
-    with LettingGo(path.with_name(f"{path.name}.data")):
-        session = open_session(runtime, path, threads, options.providers)
+    # Not earlier: while ONNX Runtime makes a session it unmaps what it has converted, and maps other memory there.
+    let_go(path.with_name(f"{path.name}.data"))
     device = attention_device(session) if options.providers else None
     huge_page_bytes = collapse_resident()
     info = EngineInfo(
