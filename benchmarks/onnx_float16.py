@@ -71,7 +71,9 @@ def proof(source: str, quant: str, directory: Path) -> dict[str, Any]:
         "source": source.rstrip("/").rpartition("/")[2],
         "quant": quant,
         "artifact_bytes": bundle.manifest.artifact_bytes,
-        **found.model_dump(include={"kl_mean", "kl_mean_interval", "kl_p99", "top1_agreement", "tokens", "reference"}),
+        **found.model_dump(
+            include={"kl_mean", "kl_mean_interval", "kl_p99", "kl_max", "top1_agreement", "tokens", "reference"}
+        ),
     }
 
 
@@ -111,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("sources", nargs="*", help="checkpoints to export and prove")
     parser.add_argument("--no-families", action="store_true", help="leave out the tiny models")
+    parser.add_argument("--quant", action="append", default=[], help="only these of the sources")
     parser.add_argument("--provider", action="append", default=[], help="compare with this provider, best first")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -127,7 +130,7 @@ def main() -> None:
                 keep(row, "onnx_float16-families")
     rows.clear()
     for source in arguments.sources:
-        for quant in QUANTS:
+        for quant in arguments.quant or QUANTS:
             with tempfile.TemporaryDirectory(prefix="onnx-float16-") as directory:
                 row = proof(source, quant, Path(directory) / "bundle")
                 if arguments.provider:
