@@ -316,7 +316,7 @@ def parallel_cores(profile: TargetProfile, family: Family, threads: int) -> floa
 
 def kv_element_bytes(workload: Workload, settings: RunSettings) -> float:
     """Bytes of one cached number: ONNX Runtime's attention keeps what it computes with, whatever is asked for."""
-    return KV_BYTES[workload.own_kv_type or settings.kv_type]
+    return KV_BYTES[workload.own_kv_type or ("f32" if workload.format == "onnx" else settings.kv_type)]
 
 
 def bandwidth_at(

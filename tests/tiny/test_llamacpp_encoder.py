@@ -24,6 +24,7 @@ from runtime.engines.llamacpp_encoder import encoder_offload, load_encoder
 from runtime.gguf_header import read_gguf_header
 from runtime.model import open_model
 from runtime.offload import layered_model
+from runtime.server import serving
 from runtime.server.metrics import Metrics
 from runtime.server.serving import make_backend
 from targets.vram import AUTO_LAYERS, RESERVE_BYTES, Device, Room, vram_parts
@@ -230,6 +231,9 @@ def test_without_a_gpu_layers_are_refused_and_never_dropped(
             make_backend(gguf, options, Metrics(), in_process=False)
     assert run_cli(["run", str(gguf), "a text", "--gpu-layers", "2"]) == 2
     assert "2 layers were to go to a GPU" in capsys.readouterr().err
+    monkeypatch.setattr(serving, "holds_task", lambda path: "translate")
+    with pytest.raises(UsageError, match="is an ONNX model: --gpu-layers and --gpu are for GGUF"):
+        make_backend(gguf, EngineOptions(gpu_layers=2), Metrics(), in_process=False)
     encoder = load_encoder(gguf, EncoderOptions(threads=1, gpu_layers=AUTO_LAYERS))
     assert encoder.info.offload is not None
     assert encoder.info.offload.reason == "this build of llama.cpp is for CPUs only"
