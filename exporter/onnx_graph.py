@@ -6,6 +6,9 @@ which of the batch * sequence positions get logits; ``past_key_values.N.key`` an
 head size) float32, of which the engine binds the same memory as ``present.N.key`` and ``.value``.
 Output: ``logits`` (rows, vocabulary) float32. From the last attention on, only the wanted rows are computed.
 
+With types that end in ``fp16`` all that is float32 is float16 instead (norms sum in float32 all the same), but for the
+logits, which are cast, and what is done with them.
+
 Operators: ONNX opset 23 and com.microsoft 1. Knows how parts are joined; neither their values nor their types.
 """
 
@@ -22,6 +25,7 @@ from onnx import TensorProto, helper
 from exporter.onnx_layout import Decoder, Layer, Part
 from exporter.onnx_nodes import MICROSOFT, Nodes, TypeOf
 from exporter.onnx_storage import Storage
+from exporter.onnx_types import FP16
 
 OPSET, MICROSOFT_OPSET, IR_VERSION = 23, 1, 11
 # What attention can rotate itself; other heads are rotated before it.
@@ -38,11 +42,12 @@ def build_graph(
     """
     builder = _Builder(decoder, type_of)
     builder.decoder_graph()
-    outputs = _outputs(decoder)
+    outputs = _outputs(decoder, builder.floats_type)
     for tensor, name in observed.items():
         builder.channel_squares(name, tensor)
         outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["channels"]))
-    graph = helper.make_graph(builder.nodes, "decoder", _inputs(decoder), outputs, initializer=builder.initializers)
+    inputs = _inputs(decoder, builder.floats_type)
+    graph = helper.make_graph(builder.nodes, "decoder", inputs, outputs, initializer=builder.initializers)
     model = helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, MICROSOFT_OPSET)],
@@ -57,7 +62,7 @@ def _cache_shape(decoder: Decoder, layer: Layer) -> list[str | int]:
     return ["batch", layer.kv_heads, "capacity", decoder.head_size]
 
 
-def _inputs(decoder: Decoder) -> list[Any]:
+def _inputs(decoder: Decoder, floats: int) -> list[Any]:
     info = helper.make_tensor_value_info
     values = [
         info("input_ids", TensorProto.INT64, ["batch", "sequence"]),
@@ -67,16 +72,16 @@ def _inputs(decoder: Decoder) -> list[Any]:
     ]
     for index, layer in enumerate(decoder.layers):
         shape = _cache_shape(decoder, layer)
-        values += [info(f"past_key_values.{index}.{part}", TensorProto.FLOAT, shape) for part in ("key", "value")]
+        values += [info(f"past_key_values.{index}.{part}", floats, shape) for part in ("key", "value")]
     return values
 
 
-def _outputs(decoder: Decoder) -> list[Any]:
+def _outputs(decoder: Decoder, floats: int) -> list[Any]:
     info = helper.make_tensor_value_info
     values = [info("logits", TensorProto.FLOAT, ["rows", decoder.vocabulary])]
     for index, layer in enumerate(decoder.layers):
         shape = _cache_shape(decoder, layer)
-        values += [info(f"present.{index}.{part}", TensorProto.FLOAT, shape) for part in ("key", "value")]
+        values += [info(f"present.{index}.{part}", floats, shape) for part in ("key", "value")]
     return values
 
 
@@ -85,7 +90,7 @@ class _Builder(Nodes):
     which the next norm does in passing."""
 
     def __init__(self, decoder: Decoder, type_of: TypeOf) -> None:
-        super().__init__(type_of)
+        super().__init__(type_of, half=type_of(decoder.output_matrix).floats == FP16.floats)
         self.decoder, self.structure = decoder, decoder.structure
         self._residual, self._pending = "", ""
         fits = decoder.head_size % _HEAD_STEP == 0 and (decoder.rotary_size // 2) % _PAIR_STEP == 0
@@ -226,13 +231,19 @@ class _Builder(Nodes):
         self.node("Add", [starts, steps], "position_ids")
 
     def _sharpness(self, growth: float, step: int) -> None:
-        """(batch, sequence, 1): what queries are multiplied by, 1 + growth * log(1 + position // step)."""
+        """(batch, sequence, 1): what queries are multiplied by, 1 + growth * log(1 + position // step).
+
+        In float32: positions are beyond float16.
+        """
         steps = self.node("Div", ["position_ids", self.scalar("sharpness.step", step)], "sharpness.steps")
         count = self.node("Cast", [steps], "sharpness.count", {"to": int(TensorProto.FLOAT)})
-        one = self.scalar("sharpness.one", 1.0)
+        one = self.scalar("sharpness.one", 1.0, exact=True)
         logarithm = self.node("Log", [self.node("Add", [count, one], "sharpness.counted")], "sharpness.log")
-        grown = self.node("Mul", [logarithm, self.scalar("sharpness.growth", float(growth))], "sharpness.grown")
+        factor = self.scalar("sharpness.growth", float(growth), exact=True)
+        grown = self.node("Mul", [logarithm, factor], "sharpness.grown")
         scale = self.node("Add", [grown, one], "sharpness.scale")
+        if self.half:
+            scale = self.node("Cast", [scale], "sharpness.rounded", {"to": self.floats_type})
         self.node("Unsqueeze", [scale, self.whole_numbers("sharpness.axis", [2])], "sharpness")
 
     # --- attention
@@ -353,7 +364,8 @@ class _Builder(Nodes):
         kind = self.type_of(table)
         name = "token_embd" if self.decoder.head is None else "output"
         cap = self.structure.logit_softcap
-        output = "logits.uncapped" if cap else "logits"
+        capped_from = "logits.uncapped" if cap else "logits"
+        output = "logits.half" if self.half else capped_from
         found = self.decoder.head_bias
         bias = None if found is None else self.floats("output.bias", [found])
         self.read_by[table.name] = hidden
@@ -362,7 +374,10 @@ class _Builder(Nodes):
         else:
             inputs = [hidden, self.floats(f"{name}.weight", [table]), *([bias] if bias else [])]
             self.node("Gemm", inputs, output, {"transB": 1})
+        if self.half:
+            self.node("Cast", [output], capped_from, {"to": int(TensorProto.FLOAT)})
         if cap:
-            shares = self.node("Mul", [output, self.scalar("logits.inverse_cap", 1 / cap)], "logits.shares")
+            inverse = self.scalar("logits.inverse_cap", 1 / cap, exact=True)
+            shares = self.node("Mul", [capped_from, inverse], "logits.shares")
             bounded = self.node("Tanh", [shares], "logits.bounded")
-            self.node("Mul", [bounded, self.scalar("logits.cap", float(cap))], "logits")
+            self.node("Mul", [bounded, self.scalar("logits.cap", float(cap), exact=True)], "logits")

@@ -19,7 +19,7 @@ from exporter.onnx_types import WeightType
 MICROSOFT = "com.microsoft"
 # 4: activations may be quantised to int8 per block; the weights' rounding costs far more, and it is twice as fast.
 ACCURACY_LEVEL = 4
-_DTYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8}
+_DTYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": TensorProto.UINT8}
 _MICROSOFT_OPERATORS = frozenset(
     {
         "GatherBlockQuantized",
@@ -37,11 +37,15 @@ NONE: Attributes = MappingProxyType({})
 
 
 class Nodes:
-    """Nodes, initializers and data file of one model. Methods return names of values."""
+    """Nodes, initializers and data file of one model. Methods return names of values.
 
-    def __init__(self, type_of: TypeOf) -> None:
-        self.type_of = type_of
-        self.storage = Storage()
+    ``half``: all that is computed is float16, which a matrix multiplies exactly; otherwise float32.
+    """
+
+    def __init__(self, type_of: TypeOf, *, half: bool = False) -> None:
+        self.type_of, self.half = type_of, half
+        self.storage = Storage("float16" if half else "float32")
+        self.floats_type = int(TensorProto.FLOAT16 if half else TensorProto.FLOAT)
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
         self._matrices: dict[str, QuantizedMatrix] = {}
@@ -68,11 +72,12 @@ class Nodes:
             self.initializers.append(helper.make_tensor(name, TensorProto.INT64, [len(values)], values))
         return name
 
-    def scalar(self, name: str, value: float) -> str:
-        """An inline float32 number; whole ones given as ``int`` are int64."""
+    def scalar(self, name: str, value: float, *, exact: bool = False) -> str:
+        """An inline number of the graph's float type, float32 when ``exact``; whole ones given as ``int`` are int64."""
         if name not in self._known:
             self._known.add(name)
-            kind = TensorProto.INT64 if isinstance(value, int) else TensorProto.FLOAT
+            kind = TensorProto.FLOAT if exact else self.floats_type
+            kind = TensorProto.INT64 if isinstance(value, int) else kind
             self.initializers.append(helper.make_tensor(name, kind, [], [value]))
         return name
 
@@ -114,8 +119,9 @@ class Nodes:
             "N": matrix.data.shape[0],
             "bits": matrix.kind.bits,
             "block_size": matrix.kind.block,
-            "accuracy_level": ACCURACY_LEVEL,
         }
+        if not self.half:
+            attributes["accuracy_level"] = ACCURACY_LEVEL
         return self.node("MatMulNBits", inputs, output, attributes)
 
     def quantized(self, name: str, weights: Sequence[TensorDescription], kind: WeightType) -> QuantizedMatrix:
@@ -129,7 +135,7 @@ class Nodes:
         return self._matrices[name]
 
     def floats(self, name: str, parts: Sequence[TensorDescription], *, transposed: bool = False) -> str:
-        """Tensors below each other as float32."""
+        """Tensors below each other as floats."""
         if name not in self._known:
             self.external(self.storage.add_float(name, parts, transposed=transposed).place)
         return name

@@ -1,14 +1,15 @@
 """Which type every tensor of an ONNX artefact gets, and what that costs. Pure: reads and writes nothing.
 
 A ``--quant`` for ONNX is a recipe (``int8``, ``int4``, ``int4-mixed``) or the name of one type for every matrix
-(``int4-64-asym``, ``fp32``; see ``onnx_types``).
+(``int4-64-asym``, ``fp32``; see ``onnx_types``). ``fp16``, and any of them with ``-fp16`` behind it, is a graph that
+computes with float16.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from edgelm.bundle import TensorPlan
@@ -16,7 +17,7 @@ from edgelm.errors import UsageError
 from exporter.architectures.base import ModelDescription, TensorDescription
 from exporter.onnx_layout import check_expressible, position_limit, table_elements
 from exporter.onnx_rotary import FACTORS
-from exporter.onnx_types import FP32, WeightType, parse_type
+from exporter.onnx_types import FP32, HALF, WeightType, parse_type
 
 _GRAPH_BYTES = 2**14
 _NODE_BYTES = 320  # per stored tensor: its entry, its share of nodes, and alignment of its data
@@ -44,6 +45,19 @@ class Recipe:
     every_layer: bool = False
     calibrated: bool = False
     balanced: bool = False
+
+    @property
+    def halved(self) -> Recipe:
+        """The same in a graph that computes with float16. Nothing is balanced there: balancing is for kernels that
+        round activations to 8 bits, and those of float16 do not."""
+        return replace(
+            self,
+            name=f"{self.name}{HALF}",
+            body=self.body.halved,
+            tables=self.tables.halved,
+            sensitive=None if self.sensitive is None else self.sensitive.halved,
+            balanced=False,
+        )
 
     @property
     def reads_text(self) -> bool:
@@ -81,7 +95,7 @@ CANDIDATES = ("int8", "int4-mixed", "int4")
 
 def recipe_named(name: str) -> Recipe:
     """The recipe of that name, or one that stores every matrix in the type of that name. Raises ``UsageError``."""
-    recipe = RECIPES.get(name.lower())
+    recipe = RECIPES.get(name.lower()) or _half_recipe(name.lower())
     if recipe is not None:
         return recipe
     try:
@@ -89,9 +103,16 @@ def recipe_named(name: str) -> Recipe:
     except UsageError as error:
         raise UsageError(
             f"'{name}' is no quantisation of ONNX models",
-            hint=f"there are: {', '.join(RECIPES)}; or one type for all, as int4-64 or int4-32-asym",
+            hint=f"there are: {', '.join(RECIPES)}; or one type for all, as int4-64 or int4-32-asym; fp16, or any of "
+            "them with -fp16 behind it, for graphs that compute with float16",
         ) from error
     return Recipe(kind.name, kind, kind)
+
+
+def _half_recipe(name: str) -> Recipe | None:
+    """The recipe that ``NAME-fp16`` names; None for types, which say the same of themselves."""
+    recipe = RECIPES.get(name.removesuffix(HALF)) if name.endswith(HALF) else None
+    return recipe.halved if recipe is not None and recipe.body.is_quantized else None
 
 
 def tensor_plans(
@@ -118,7 +139,8 @@ def tensor_plans(
 
 def artifact_bytes(description: ModelDescription, plans: Sequence[TensorPlan], context: int) -> int:
     """Expected size of ``model.onnx`` and its data file together."""
-    tables = 4 * position_limit(description, context) * table_elements(description)
+    number_bytes = 2 if any(plan.type.endswith("fp16") for plan in plans) else 4
+    tables = number_bytes * position_limit(description, context) * table_elements(description)
     return sum(plan.size_bytes for plan in plans) + tables + _GRAPH_BYTES + _NODE_BYTES * len(plans)
 
 
@@ -126,15 +148,29 @@ def _decide(
     tensor: TensorDescription, recipe: Recipe, overrides: Sequence[tuple[str, str]], layers: int
 ) -> tuple[WeightType, str]:
     if len(tensor.shape) != 2 or tensor.name == _POSITIONS:
-        return FP32, "vectors and learned positions stay as they are"
+        stays = FP32 if recipe.body.floats == FP32.floats else FP32.halved
+        return stays, "vectors and learned positions are not rounded to blocks"
     for pattern, kind in overrides:
         if re.search(pattern, tensor.name):
-            return parse_type(kind), f"asked for by --type '{pattern}={kind}'"
+            return _override(pattern, kind, recipe), f"asked for by --type '{pattern}={kind}'"
     if tensor.name in _EMBEDDINGS:
         return recipe.tables, f"embedding or head in {recipe.name}"
     if recipe.sensitive is not None and recipe.is_sensitive(tensor.name, layers):
         return recipe.sensitive, f"{recipe.name} keeps this one better"
     return recipe.body, f"default of {recipe.name}"
+
+
+def _override(pattern: str, name: str, recipe: Recipe) -> WeightType:
+    """The type of ``--type``, with the floats of the recipe's graph: all of a graph computes with the same."""
+    kind = parse_type(name)
+    if kind.floats == recipe.body.floats:
+        return kind
+    if kind.is_quantized and kind.floats == FP32.floats:
+        return kind.halved
+    raise UsageError(
+        f"--type '{pattern}={name}' does not go with --quant {recipe.name}: a graph computes with float16 or float32",
+        hint="name types of one kind, with -fp16 behind all of them or behind none",
+    )
 
 
 def _more_bits(index: int, total: int) -> bool:

@@ -23,7 +23,7 @@ _PAGE, _LINE, _LARGE = 4096, 64, 2**16
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """An array in the data file. ``dtype`` is ``float32`` or ``uint8``."""
+    """An array in the data file. ``dtype`` is ``float32``, ``float16`` or ``uint8``."""
 
     name: str
     dtype: str
@@ -54,7 +54,7 @@ class QuantizedMatrix:
 
 @dataclass(frozen=True, slots=True)
 class FloatArray:
-    """Tensors one after the other (along rows), as float32. ``transposed``: stored as (columns, rows)."""
+    """Tensors one after the other (along rows), as floats. ``transposed``: stored as (columns, rows)."""
 
     parts: tuple[TensorDescription, ...]
     place: Place
@@ -74,8 +74,9 @@ Content = QuantizedMatrix | FloatArray | Computed
 
 @dataclass(slots=True)
 class Storage:
-    """The data file as far as it is laid out."""
+    """The data file as far as it is laid out. ``floats`` is the type of all that is neither integers nor packed."""
 
+    floats: str = "float32"
     contents: list[Content] = field(default_factory=list)
     size_bytes: int = 0
 
@@ -86,22 +87,24 @@ class Storage:
             kind,
             tuple(parts),
             self._place(f"{name}.data", "uint8", kind.data_shape(rows, columns)),
-            self._place(f"{name}.scales", "float32", (rows, kind.blocks(columns))),
+            self._place(f"{name}.scales", self.floats, (rows, kind.blocks(columns))),
             self._place(f"{name}.zeros", "uint8", kind.zeros_shape(rows, columns)) if kind.asymmetric else None,
         )
         self.contents.append(matrix)
         return matrix
 
     def add_float(self, name: str, parts: Sequence[TensorDescription], *, transposed: bool = False) -> FloatArray:
-        """Lay out float32 tensors below each other."""
+        """Lay out tensors below each other, as floats."""
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        array = FloatArray(tuple(parts), self._place(name, "float32", shape[::-1] if transposed else shape), transposed)
+        array = FloatArray(
+            tuple(parts), self._place(name, self.floats, shape[::-1] if transposed else shape), transposed
+        )
         self.contents.append(array)
         return array
 
     def add_computed(self, name: str, values: npt.NDArray[np.float32]) -> Computed:
         """Lay out a calculated array."""
-        array = Computed(values, self._place(name, "float32", values.shape))
+        array = Computed(values, self._place(name, self.floats, values.shape))
         self.contents.append(array)
         return array
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +46,7 @@ MODEL_NAME = "model.onnx"
 SLAB_ELEMENTS = 2**17
 COMPENSATED_SLAB_ELEMENTS = 2**19  # column by column: longer columns, less overhead
 _STRIPE = 64
+_LARGEST_HALF = float(np.finfo(np.float16).max)
 _COMPENSATED_BITS = 4  # rounding to 8 bits loses less than the kernels' own 8-bit activations
 
 
@@ -344,6 +346,18 @@ def _turned(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return columns
 
 
+def _stored(place: Place, values: npt.NDArray[np.float32] | npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    """Values as they lie in the file. Raises ``CheckpointError`` for those that float16 cannot hold."""
+    if place.dtype != "float16":
+        return np.ascontiguousarray(values)
+    if float(np.abs(values).max(initial=0)) > _LARGEST_HALF:
+        raise CheckpointError(
+            f"{place.name} has numbers beyond {_LARGEST_HALF:.0f}, which float16 cannot hold",
+            hint="use a --quant without -fp16",
+        )
+    return np.ascontiguousarray(values.astype(np.float16))
+
+
 def _reordered(part: TensorDescription) -> bool:
     """Whether a matrix can only be read as a whole."""
     return bool(part.split or part.interleave or part.transposed)
@@ -380,7 +394,7 @@ class _Worker:
         """Write rows of an array from its row ``row`` on."""
         row_bytes = place.size_bytes // place.shape[0]
         position = place.offset + row * row_bytes
-        view = np.ascontiguousarray(values).data.cast("B")
+        view = _stored(place, values).data.cast("B")
         while len(view):
             count = os.pwrite(self._descriptor, view, position)
             view, position = view[count:], position + count
@@ -434,6 +448,7 @@ class _Worker:
         if len(rows) == width:
             self.put(place, 0, columns)
             return
-        for index, values in enumerate(columns):
-            position = place.offset + 4 * (index * width + task.row)
+        stored = _stored(place, columns)
+        for index, values in enumerate(stored):
+            position = place.offset + stored.itemsize * (index * width + task.row)
             os.pwrite(self._descriptor, np.ascontiguousarray(values).data, position)

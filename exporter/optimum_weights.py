@@ -67,6 +67,11 @@ def rounding_named(name: str) -> Rounding:
             f"'{name}' is no quantisation of encoders and of encoder-decoders in ONNX",
             hint="there are fp32, int8 (per channel, activations too), and weights in blocks: int8-32, int8-128, ...",
         ) from error
+    if kind.floats != 32:
+        raise UsageError(
+            f"'{name}' is for decoders: encoders and encoder-decoders in ONNX compute with float32",
+            hint="use fp32, or a type without fp16",
+        )
     return Rounding(kind.name, kind)
 
 

@@ -22,7 +22,7 @@ from exporter.optimum_weights import rounding_named
 from exporter.options import ExportOptions
 from targets.predict import RunSettings, predict
 from targets.profile import TargetProfile
-from targets.workload import TypedWeights, Workload
+from targets.workload import TypedWeights, Workload, own_kv_type
 
 COPY, MIXED = "COPY", "MIXED"
 CANDIDATES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_NL", "Q4_0", "IQ4_XS", "Q3_K_M", "Q3_K_S", "Q2_K")
@@ -453,6 +453,7 @@ def _workload(
         hidden=dimensions.hidden,
         vocabulary=dimensions.vocabulary,
         kv_elements_per_token=0 if description.encoder else 2 * dimensions.kv_heads_total * dimensions.head_size,
+        own_kv_type=own_kv_type(format_name, groups),
     )
 
 

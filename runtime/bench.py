@@ -342,7 +342,7 @@ def _settings(options: BenchOptions, info: EngineInfo, found: Sequence[Measureme
         context=info.context,
         threads_decode=info.threads_decode,
         threads_prefill=info.threads_prefill,
-        kv_type="f32" if info.engine == "onnxruntime" else options.kv_type,
+        kv_type=info.kv_type or options.kv_type,
         threads_reason="asked for" if asked else decode.reason,
         affinity=tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else (),
         sequences=options.sequences[0],

@@ -17,6 +17,8 @@ from edgelm.errors import BundleError, EngineError, UsageError
 from runtime.encoder import Encoder, EncoderOptions, Vectors
 from runtime.engine import EngineOptions
 from runtime.engines import load_encoder
+from runtime.engines.llamacpp import load_library
+from runtime.engines.llamacpp_encoder import encoder_offload
 from runtime.engines.llamacpp_encoder import load_encoder as load_llamacpp_encoder
 from runtime.gguf_header import read_gguf_header
 from runtime.model import TOKENIZER_NAME, artifact_of, check_memory, is_encoder
@@ -97,6 +99,8 @@ def open_encoder(path: Path, options: EncoderOptions) -> LoadedEncoder:
 
 def _open_onnx(artifact: Path, bundle: Bundle | None, options: EncoderOptions) -> LoadedEncoder:
     """An ONNX encoder: its tokenizer and how its vectors are scaled stand in the bundle."""
+    if options.gpu_layers > 0 or options.gpu:
+        raise UsageError(f"{artifact} is an ONNX model: --gpu-layers and --gpu are for GGUF", hint="leave them out")
     tokenizer_path = bundle.file(TOKENIZER_NAME) if bundle else None
     record = bundle.manifest.encoder if bundle else None
     if bundle is None or tokenizer_path is None or record is None:
@@ -117,7 +121,9 @@ def _open_onnx(artifact: Path, bundle: Bundle | None, options: EncoderOptions) -
 
 def _open_gguf(artifact: Path, bundle: Bundle | None, options: EncoderOptions) -> LoadedEncoder:
     header = read_gguf_header(artifact)
-    check_memory(artifact, header, EngineOptions(context=max(options.context, options.batch), mmap=options.mmap))
+    sizes = EngineOptions(context=max(options.context, options.batch), mmap=options.mmap)
+    offload = encoder_offload(load_library(), header, options, artifact.name)
+    check_memory(artifact, header, sizes, on_gpu_bytes=offload.spared_bytes)
     tokenizer_path = bundle.file(TOKENIZER_NAME) if bundle else None
     words = JsonTokenizer(tokenizer_path) if tokenizer_path else None
     encoder = load_llamacpp_encoder(artifact, options)

@@ -8,7 +8,7 @@ thread-safe: one owner calls at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from edgelm.bundle import Pooling
 from edgelm.errors import ContextOverflowError, EngineError, UsageError
+from targets.vram import OffloadPlan
 
 Vectors = npt.NDArray[np.float32]
 THREADS_LIMIT = 512
@@ -28,7 +29,8 @@ class EncoderOptions:
     ``context`` is the most tokens of one sequence, 0 for as many as the model has positions. ``batch`` is the most
     tokens computed in one step, over all its sequences; it is raised to ``context``, since attention looks both ways
     and a sequence cannot be computed in parts. ``sequences`` is the most sequences of one step. ``threads`` of 0 means:
-    ask the host (``targets.host``). ``mmap`` maps the file instead of copying it into anonymous memory.
+    ask the host (``targets.host``). ``mmap`` maps the file instead of copying it into anonymous memory. ``gpu_layers``
+    and ``gpu`` are those of ``runtime.engine.EngineOptions``.
     """
 
     context: int = 0
@@ -36,11 +38,14 @@ class EncoderOptions:
     sequences: int = 64
     threads: int = 0
     mmap: bool = True
+    gpu_layers: int = 0
+    gpu: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderInfo:
-    """What a loaded encoder says of itself. Sizes in bytes, ``dimensions`` is the length of a vector."""
+    """What a loaded encoder says of itself. Sizes in bytes, ``dimensions`` is the length of a vector. ``buffers`` and
+    ``offload`` are those of ``runtime.engine.EngineInfo``."""
 
     engine: str
     versions: dict[str, str]
@@ -58,6 +63,8 @@ class EncoderInfo:
     parameters: int
     load_s: float
     system: str
+    buffers: dict[str, int] = field(default_factory=dict)
+    offload: OffloadPlan | None = None
 
 
 class Encoder(Protocol):

@@ -60,7 +60,8 @@ class EngineInfo:
     ``vram_compute`` lie in a GPU's memory. ``waiting`` tells how its threads wait for one another, ``waiting_reason``
     why. ``huge_page_bytes`` of its memory were moved to huge pages. ``truncates`` tells whether a sequence can forget
     its last tokens alone. ``devices`` are all that its build sees, ``gpu_backends`` whether it could use GPUs,
-    ``offload`` is what of the model is on a GPU and why (None: the engine knows no GPUs).
+    ``offload`` is what of the model is on a GPU and why (None: the engine knows no GPUs). ``kv_type`` is what the cache
+    holds where the model decides it, "" where the options do.
     """
 
     engine: str
@@ -86,6 +87,7 @@ class EngineInfo:
     devices: tuple[Device, ...] = ()
     gpu_backends: bool = False
     offload: OffloadPlan | None = None
+    kv_type: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +182,15 @@ class StateKeeper(Protocol):
 
         Raises ``EngineError`` when the state is not of that many tokens; the sequence is empty then.
         """
+        ...
+
+
+@runtime_checkable
+class DeviceReader(Protocol):
+    """An engine that may have layers on a GPU. Callable from any thread, also while it computes."""
+
+    def device_now(self) -> Device | None:
+        """The GPU that holds layers, with the memory that is free there now; None where the CPU computes all."""
         ...
 
 

@@ -413,8 +413,8 @@ def _positive(header: GGUFHeader, key: str, default: int | None = None) -> int:
     return value
 
 
-def _per_layer(header: GGUFHeader, key: str, layers: int, default: Sequence[int] | None = None) -> list[int]:
-    """A count per layer: one number for all, or an array with one for each."""
+def count_per_layer(header: GGUFHeader, key: str, layers: int, default: Sequence[int] | None = None) -> list[int]:
+    """A count per layer: one number for all, or an array with one for each. Raises ``BundleError``."""
     value = header.metadata.get(key)
     if value is None and default is not None:
         return list(default)
@@ -454,8 +454,8 @@ def kv_elements_per_layer(header: GGUFHeader) -> list[int]:
     if layers > MAX_COUNT:
         raise BundleError(f"metadata key '{architecture}.block_count' announces {layers} layers")
     hidden = _positive(header, f"{architecture}.embedding_length")
-    heads = _per_layer(header, f"{architecture}.attention.head_count", layers)
-    kv_heads = _per_layer(header, f"{architecture}.attention.head_count_kv", layers, heads)
+    heads = count_per_layer(header, f"{architecture}.attention.head_count", layers)
+    kv_heads = count_per_layer(header, f"{architecture}.attention.head_count_kv", layers, heads)
     head_size = hidden // max(heads[0], 1) or None
     key_length = _positive(header, f"{architecture}.attention.key_length", head_size)
     value_length = _positive(header, f"{architecture}.attention.value_length", head_size)

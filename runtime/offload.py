@@ -10,7 +10,7 @@ from typing import Any
 
 from runtime.engine import EngineOptions
 from runtime.engines.llamacpp_devices import can_offload, find_devices
-from runtime.gguf_header import GGUFHeader, kv_elements_per_layer
+from runtime.gguf_header import GGUFHeader, count_per_layer, kv_elements_per_layer
 from targets.vram import LayeredModel, OffloadPlan, Room, choose_device, plan_offload, why_no_gpu
 
 _LAYER = re.compile(r"blk\.(\d{1,5})\.")
@@ -39,18 +39,29 @@ def layered_model(header: GGUFHeader, name: str) -> LayeredModel:
             head += tensor.size_bytes
         elif tensor.name == _LOOKUP:
             lookup, vocabulary, hidden = tensor.size_bytes, tensor.shape[0], tensor.shape[-1]
-    tied = 0 if any(tensor.name == "output.weight" for tensor in header.tensors) else lookup
+    heads = _encoder_heads(header)
+    tied = 0 if heads or any(tensor.name == "output.weight" for tensor in header.tensors) else lookup
     return LayeredModel(
         name=name,
         layers=tuple(weights),
         head_bytes=head + tied,
         tied_bytes=tied,
-        kv_elements=tuple(per_layer),
+        kv_elements=(0,) * len(per_layer) if heads else tuple(per_layer),
         hidden=hidden,
         feed_forward=widest,
         vocabulary=vocabulary,
         widest_bytes=largest,
+        encoder_heads=heads,
     )
+
+
+def _encoder_heads(header: GGUFHeader) -> int:
+    """Heads of a model whose attention looks both ways, 0 for any other."""
+    architecture = header.metadata.get("general.architecture")
+    if header.metadata.get(f"{architecture}.attention.causal") is not False:
+        return 0
+    layers = len(kv_elements_per_layer(header))
+    return max(count_per_layer(header, f"{architecture}.attention.head_count", layers))
 
 
 def room_of(options: EngineOptions) -> Room:

@@ -45,7 +45,7 @@ ELEMENT_NAMES: Mapping[int, str] = MappingProxyType(
 )
 """Element types that weights are stored in."""
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-FLOAT, INT32, INT64 = 1, 6, 7
+FLOAT, INT32, INT64, FLOAT16 = 1, 6, 7, 10
 
 Dimension = int | str | None
 

@@ -236,7 +236,9 @@ def _ways(model: _Model, first: _Way) -> Iterator[_Way]:
     options = replace(first.options, batch=min(first.options.batch, _SMALL_BATCH))
     yield _Way(options, first.in_process)
     yield _Way(options, in_process=True)
-    if model.workload.format == "onnx":  # its cache is float32 and its weights are the engine's own business
+    if (
+        model.workload.format == "onnx"
+    ):  # its cache is what it computes with, and its weights are the engine's own business
         return
     yield _Way(replace(options, mmap=False), in_process=True)
     if model.q8_cache:
@@ -290,8 +292,9 @@ def _reasons(model: _Model, way: _Way, free: Choice, decode: Choice, prefill: Ch
         "threads_decode": decode,
         "threads_prefill": prefill,
     }
-    if model.workload.format == "onnx":
-        reasons["kv_type"] = Choice(value="f32", reason="what ONNX Runtime's attention keeps")
+    own = model.workload.own_kv_type
+    if own is not None:
+        reasons["kv_type"] = Choice(value=own, reason="what ONNX Runtime's attention keeps")
         reasons["threads_prefill"] = Choice(value=decode.value, reason="ONNX Runtime has one pool of threads")
         return reasons
     mapped = "loads at once, and nothing is copied but what the kernels rearrange"

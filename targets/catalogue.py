@@ -17,7 +17,7 @@ from pydantic import Field
 
 from edgelm.bundle import Record
 from edgelm.errors import UsageError
-from targets.workload import TypedWeights, Workload
+from targets.workload import TypedWeights, Workload, own_kv_type
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -57,10 +57,15 @@ BITS = {
     "IQ1_S": 1.5625,
     "Q1_0": 1.125,
 }
-# Bits per weight of ONNX types in the block sizes that recipes take, float32 scales and zero points included.
-ONNX_BITS = {"int4-32-asym": 5.125, "int8-32": 9.0, "fp32": 32.0}
-ONNX_NAMES = "fp32, int8, int4, int4-mixed, int4-gptq, int4-mixed-gptq, or a type as int4-64-asym"
-_ONNX_NAME = re.compile(r"fp32|int4(-mixed)?(-gptq)?|int[48](-(16|32|64|128))?(-asym)?")
+# Bits per weight of ONNX types in the block sizes that recipes take, scales and zero points included: of graphs that
+# compute with float32, and with float16.
+_FULL_BITS = {"int4-32-asym": 5.125, "int8-32": 9.0, "fp32": 32.0}
+_HALF_BITS = {"int4-32-asym-fp16": 4.625, "int8-32-fp16": 8.5, "fp16": 16.0}
+ONNX_BITS = _FULL_BITS | _HALF_BITS
+ONNX_NAMES = (
+    "fp32, int8, int4, int4-mixed, int4-gptq, int4-mixed-gptq, or a type as int4-64-asym; fp16, or one with -fp16"
+)
+_ONNX_NAME = re.compile(r"fp32|fp16|(int4(-mixed)?(-gptq)?|int[48](-(16|32|64|128))?(-asym)?)(-fp16)?")
 # Names that say nothing of types: a file taken as it was, and types that were chosen for every tensor.
 _BY_SIZE = ("COPY", "MIXED")
 # Shares of the weights between embedding and head, by preset; a mix of one type is that type.
@@ -147,7 +152,7 @@ def workload_from_figures(
     if format_name is None:
         format_name = "onnx" if _ONNX_NAME.fullmatch(quant.lower()) else "gguf"
     if parameters is not None and format_name == "onnx":
-        mix = _onnx_mix_of_size(file_bytes / parameters)
+        mix = _onnx_mix_of_size(file_bytes / parameters, _HALF_BITS if quant.lower().endswith("fp16") else _FULL_BITS)
     elif parameters is not None and quant.upper() in _BY_SIZE:
         mix = _mix_of_size(file_bytes / parameters)
     else:
@@ -181,6 +186,7 @@ def workload_from_figures(
         hidden=shape.hidden,
         vocabulary=shape.vocabulary,
         kv_elements_per_token=shape.kv_elements,
+        own_kv_type=own_kv_type(format_name, (item.type for item in weights)),
     )
 
 
@@ -204,9 +210,9 @@ def _mix_of_size(bytes_per_weight: float) -> dict[str, float]:
     return {min(BITS, key=lambda kind: abs(BITS[kind] / 8 - bytes_per_weight)): 1.0}
 
 
-def _onnx_mix_of_size(bytes_per_weight: float) -> dict[str, float]:
+def _onnx_mix_of_size(bytes_per_weight: float, types: dict[str, float]) -> dict[str, float]:
     """The two neighbours among ONNX types that give a file of this size together: recipes mix them tensor by tensor."""
-    names, sizes = list(ONNX_BITS), list(ONNX_BITS.values())
+    names, sizes = list(types), list(types.values())
     bits = min(max(8 * bytes_per_weight, sizes[0]), sizes[-1])
     upper = next(index for index in range(1, len(sizes)) if bits <= sizes[index])
     share = (bits - sizes[upper - 1]) / (sizes[upper] - sizes[upper - 1])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from edgelm.bundle import Prediction, RamParts
@@ -167,6 +167,7 @@ def predict_speed(
     family = family_of(profile, constants)
     scale = device_scale(profile, constants)
     spread = constants.spread
+    workload = workload if family.gpu else multiplied(workload)
     known_decode = scale.decode_rows > 0 or profile.memory.effective is not None
     measured = profile.compute_scale is not None or profile.kernel_cycles is not None
     known_prefill = scale.prefill_rows > 0 or measured
@@ -176,6 +177,18 @@ def predict_speed(
         prefill_factor=spread.prefill_known if known_prefill else spread.prefill_unknown,
         decode_factor=spread.decode_known if known_decode else spread.decode_unknown,
     )
+
+
+def multiplied(workload: Workload) -> Workload:
+    """A workload as a CPU computes it: ONNX Runtime has no products of float16 there, and makes float32 of weights once
+    and for all when it loads."""
+    if not any(item.type == "fp16" for item in workload.weights):
+        return workload
+    weights = [
+        TypedWeights("fp32", item.parameters, 4 * item.parameters) if item.type == "fp16" else item
+        for item in workload.weights
+    ]
+    return replace(workload, weights=tuple(weights))
 
 
 def family_of(profile: TargetProfile, constants: Calibration) -> Family:
@@ -302,8 +315,8 @@ def parallel_cores(profile: TargetProfile, family: Family, threads: int) -> floa
 
 
 def kv_element_bytes(workload: Workload, settings: RunSettings) -> float:
-    """Bytes of one cached number: ONNX Runtime's attention keeps float32 whatever is asked for."""
-    return KV_BYTES["f32" if workload.format == "onnx" else settings.kv_type]
+    """Bytes of one cached number: ONNX Runtime's attention keeps what it computes with, whatever is asked for."""
+    return KV_BYTES[workload.own_kv_type or ("f32" if workload.format == "onnx" else settings.kv_type)]
 
 
 def bandwidth_at(
@@ -349,8 +362,7 @@ def ram_parts(workload: Workload, profile: TargetProfile, settings: RunSettings,
     kv_bytes = workload.kv_elements_per_token * kv_element_bytes(workload, settings) * cells
     batch = min(settings.batch, settings.context)
     compute_bytes = COMPUTE_BASE_BYTES + batch * workload.hidden * LIVE_ACTIVATIONS * 4 + workload.vocabulary * 4
-    on_cpu = not family.gpu and workload.format == "gguf"
-    repack_bytes = _repack_bytes(workload, settings, family) if on_cpu else 0.0
+    repack_bytes = 0.0 if family.gpu else _repack_bytes(workload, settings, family)
     entry_bytes = VOCABULARY_ENTRY_BYTES + (TOKENIZER_ENTRY_BYTES if settings.source_tokenizer else 0)
     return RamParts(
         weights_bytes=workload.file_bytes,
@@ -366,8 +378,13 @@ def _repack_bytes(workload: Workload, settings: RunSettings, family: Family) -> 
 
     Mapped, the file stays and the copies come on top. Read without a map, weights are rearranged in place of the
     original, which takes more only where the arrangement does; a tied table is both looked up and multiplied, so
-    llama.cpp loads it a second time as the head.
+    llama.cpp loads it a second time as the head. ONNX Runtime keeps float32 in place of float16 (``multiplied``), and
+    a tied table once more to look up.
     """
+    if workload.format == "onnx":
+        grown = multiplied(workload).streamed_bytes - workload.streamed_bytes
+        tied = workload.lookup is None and grown
+        return grown + (2 * workload.vocabulary * workload.hidden if tied else 0)
     extra = 0.0
     for item in workload.weights:
         if item.type in family.repacked:

@@ -6,16 +6,19 @@ Built from an export plan or from the header of a model file by the rooms above.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
 from edgelm.bundle import ExportPlan, ModelShape
 
+OwnKvType = Literal["f32", "f16"]
+
 
 @dataclass(frozen=True, slots=True)
 class TypedWeights:
-    """All weights stored in one type (``Q4_0``, ``F32``; ONNX: ``int4``, ``int8``, ``fp32``)."""
+    """All weights stored in one type (``Q4_0``, ``F32``; ONNX: ``int4``, ``int8``, ``fp32``, ``fp16``)."""
 
     type: str
     parameters: int
@@ -28,7 +31,8 @@ class Workload:
 
     ``weights`` are read in full for every token (a tied embedding is among them, as the head); ``lookup`` is an
     embedding table of which one row per token is read, None when tied. ``kv_elements_per_token`` counts keys and values
-    of all layers. ``file_bytes`` is the size of the artefact on disk.
+    of all layers. ``file_bytes`` is the size of the artefact on disk. ``own_kv_type`` is what the cache holds where the
+    model decides it, None where options do.
     """
 
     format: Literal["gguf", "onnx"]
@@ -41,11 +45,19 @@ class Workload:
     hidden: int
     vocabulary: int
     kv_elements_per_token: int
+    own_kv_type: OwnKvType | None = None
 
     @property
     def streamed_bytes(self) -> int:
         """Weight bytes read for every generated token."""
         return sum(item.size_bytes for item in self.weights)
+
+
+def own_kv_type(format_name: str, types: Iterable[str]) -> OwnKvType | None:
+    """What the cache of a model with weights of these types holds: an ONNX graph keeps what it computes with."""
+    if format_name != "onnx":
+        return None
+    return "f16" if any(kind.endswith("fp16") for kind in types) else "f32"
 
 
 def workload_from_plan(plan: ExportPlan) -> Workload | None:
@@ -73,6 +85,7 @@ def workload_from_plan(plan: ExportPlan) -> Workload | None:
         hidden=shape.hidden,
         vocabulary=shape.vocabulary,
         kv_elements_per_token=shape.kv_elements_per_token,
+        own_kv_type=own_kv_type(plan.format, parameters),
     )
 
 

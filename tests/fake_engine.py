@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from edgelm.errors import ContextOverflowError, EngineError
 from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, Logits, State
+from targets.vram import Device, OffloadPlan, VramParts
 
 BOS, EOS, IM_START, IM_END = 256, 257, 258, 259
 SPECIAL = {BOS: "<s>", EOS: "</s>", IM_START: "<|im_start|>", IM_END: "<|im_end|>"}
@@ -221,3 +222,24 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
             return True
         time.sleep(0.005)
     return condition()
+
+
+CARD = Device("CUDA0", "a card", "CUDA", "gpu", 6_000_000_000, 8_000_000_000)
+
+
+@dataclass
+class GpuEngine(FakeEngine):
+    """The scripted engine with 2 of its 3 layers on ``card``, of which 100 bytes fewer are free at every look."""
+
+    card: Device | None = CARD
+    looks: int = 0
+
+    @property
+    def info(self) -> EngineInfo:
+        plan = OffloadPlan(2, 3, self.card, VramParts(700, 200, 100), "all of it that fits")
+        buffers = {"vram_weights": 690, "vram_kv": 200, "vram_compute": 60, "compute": 5}
+        return replace(super().info, offload=plan, buffers=buffers)
+
+    def device_now(self) -> Device | None:
+        self.looks += 1
+        return self.card and replace(self.card, free_bytes=self.card.free_bytes - 100 * self.looks)

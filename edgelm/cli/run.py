@@ -16,6 +16,7 @@ from edgelm.errors import ContextOverflowError, UsageError
 from edgelm.units import format_bytes
 
 if TYPE_CHECKING:
+    from runtime.encoder import EncoderOptions
     from runtime.engine import KvType
     from runtime.generate import Answer, Session
     from runtime.model import LoadedModel
@@ -121,7 +122,10 @@ def command(
         _print_task(bundle, prompt, max_tokens, TaskOptions(context or 0, threads or 0), as_json=as_json)
         return
     if holds_encoder(bundle):
-        _print_vector(bundle, prompt, threads or 0, context or 0, as_json=as_json)
+        from runtime.encoder import EncoderOptions
+
+        wanted = EncoderOptions(context or 0, threads=threads or 0, gpu_layers=gpu_layers, gpu=gpu)
+        _print_vector(bundle, prompt, wanted, as_json=as_json)
         return
     if prompt is None and as_json:
         raise UsageError("--json needs a PROMPT", hint="a chat has no single answer")
@@ -170,18 +174,20 @@ def command(
         model.close()
 
 
-def _print_vector(bundle: Path, text: str | None, threads: int, context: int, *, as_json: bool) -> None:
+def _print_vector(bundle: Path, text: str | None, options: EncoderOptions, *, as_json: bool) -> None:
     """What a model makes that turns texts into vectors. Options that are for answers are refused."""
     import time
 
     from runtime.embedding import open_encoder
-    from runtime.encoder import EncoderOptions
     from runtime.memory import snapshot
 
-    _only(bundle, {"bundle", "prompt", "threads", "context", "as_json"}, "is an encoder", "prints the vector of TEXT")
+    allowed = {"bundle", "prompt", "threads", "context", "gpu_layers", "gpu", "as_json"}
+    _only(bundle, allowed, "is an encoder", "prints the vector of TEXT")
     if text is None:
         raise UsageError(f"{bundle} is an encoder: it holds no chat", hint="edgelm run BUNDLE TEXT prints the vector")
-    model = open_encoder(bundle, EncoderOptions(context=context, threads=threads))
+    model = open_encoder(bundle, options)
+    if model.encoder.info.offload is not None and model.encoder.info.offload.device is not None:
+        click.echo(f"gpu {model.encoder.info.offload.sentence()}", err=True)
     try:
         ids = model.text_ids(text)
         started = time.perf_counter()

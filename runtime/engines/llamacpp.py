@@ -24,7 +24,7 @@ import numpy as np
 from edgelm.errors import BundleError, EngineError, UsageError
 from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits, State, check_chunks
 from runtime.engines.llamacpp_batch import AbortSwitch, Batch
-from runtime.engines.llamacpp_devices import buffer_name, can_offload, find_devices, place_layers
+from runtime.engines.llamacpp_devices import buffer_name, can_offload, device_now, find_devices, place_layers
 from runtime.engines.llamacpp_inputs import InputSquares
 from runtime.engines.llamacpp_vocabulary import LlamaVocabulary
 from runtime.gguf_header import has_single_blocks, read_gguf_header, workload_from_gguf
@@ -92,6 +92,19 @@ class _Log:
 
 _log = _Log()
 take_messages = _log.take
+
+
+def note_buffers(device: Device | None) -> None:
+    """From here on note what a model's buffers take, those on ``device`` apart; earlier messages are forgotten."""
+    _log.take()
+    _log.buffers, _log.device = {}, device
+
+
+def noted_buffers() -> dict[str, int]:
+    """Bytes of the buffers that were announced since, as ``EngineInfo.buffers`` names them."""
+    return {"weights_copied": 0, **_log.buffers}
+
+
 _library_lock = threading.Lock()
 _library: Any = None
 
@@ -154,8 +167,7 @@ def load_engine(path: Path, options: EngineOptions, observer: InputSquares | Non
     library = load_library()
     offload = offload_of(library, header, options, path.name)
     started = time.perf_counter()
-    _log.take()
-    _log.buffers, _log.device = {}, offload.device
+    note_buffers(offload.device)
     model = load_weights(library, path, options, repack=not has_single_blocks(header), offload=offload)
     try:
         context = _create_context(library, model, path, options, threads, observer)
@@ -309,7 +321,7 @@ def _describe(
         parameters=library.llama_model_n_params(model),
         load_s=load_s,
         system=library.llama_print_system_info().decode().strip(),
-        buffers={"weights_copied": 0, **_log.buffers},
+        buffers=noted_buffers(),
         waiting=None if waiting is None else waiting.kind,
         waiting_reason="" if waiting is None else waiting.reason,
         truncates=not (library.llama_model_is_recurrent(model) or library.llama_model_is_hybrid(model)),
@@ -551,6 +563,11 @@ class LlamaCppEngine:
         """All of the cache in RAM: llama.cpp clears it when it makes it, so every page was touched."""
         buffers = self._info.buffers
         return buffers.get("kv", 0 if "vram_kv" in buffers else self._info.kv_bytes)
+
+    def device_now(self) -> Device | None:
+        """See ``runtime.engine.DeviceReader``."""
+        loaded, offload = self._loaded, self._info.offload
+        return device_now(loaded.library, offload.device) if loaded is not None and offload is not None else None
 
     def interrupt(self) -> None:
         """See ``Engine.interrupt``. Takes effect within one operation of the graph."""

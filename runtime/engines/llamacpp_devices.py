@@ -51,6 +51,13 @@ def find_devices(library: Any) -> tuple[Device, ...]:
     return tuple(_device(core, handle) for handle in _handles(registry))
 
 
+def device_now(library: Any, device: Device | None) -> Device | None:
+    """A device with the memory that is free there now; None when it is None or gone."""
+    if device is None:
+        return None
+    return next((found for found in find_devices(library) if found.name == device.name), None)
+
+
 def can_offload(library: Any) -> bool:
     """Whether this build can use a GPU at all, present or not."""
     registry, core = _ggml(library._lib._name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,20 @@ from runtime.engines.llamacpp import (
     load_error,
     load_library,
     load_weights,
+    note_buffers,
+    noted_buffers,
     take_messages,
 )
 from runtime.engines.llamacpp_batch import AbortSwitch, Batch
+from runtime.engines.llamacpp_devices import device_now
 from runtime.engines.llamacpp_vocabulary import LlamaVocabulary
-from runtime.gguf_header import has_single_blocks, read_gguf_header
+from runtime.gguf_header import GGUFHeader, has_single_blocks, read_gguf_header
 from runtime.huge_pages import collapse_resident, from_first_use
 from runtime.libllama import kernel_set
+from runtime.offload import offload_of
 from runtime.tiles import apart
 from targets.host import default_threads
+from targets.vram import Device, OffloadPlan
 
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 
@@ -49,26 +55,29 @@ def load_encoder(path: Path, options: EncoderOptions) -> LlamaCppEncoder:
     """Load a GGUF file of an encoder.
 
     Raises ``BundleError`` when the file is missing, malformed or says no way to pool, ``UsageError`` for options that
-    make no sense, ``EngineError`` when llama.cpp or the memory refuses.
+    make no sense, ``EngineError`` when llama.cpp or the memory refuses, ``DoesNotFitError`` when the GPU's does.
     """
     check_encoder_options(options)
     if options.sequences > MAX_SEQUENCES:
         raise UsageError(f"llama.cpp keeps at most {MAX_SEQUENCES} sequences, {options.sequences} were asked for")
     check_file(path)
-    repack = not has_single_blocks(read_gguf_header(path))
+    header = read_gguf_header(path)
+    repack = not has_single_blocks(header)
     threads = options.threads or int(default_threads()[1].value)
     library = load_library()
+    offload = encoder_offload(library, header, options, path.name)
     started = time.perf_counter()
-    take_messages()
+    note_buffers(offload.device)
     sizes = EngineOptions(context=max(options.context, 1), mmap=options.mmap)
-    model = load_weights(library, path, sizes, repack=repack)
+    model = load_weights(library, path, sizes, repack=repack, offload=offload)
     context = None
     try:
         length = options.context or int(library.llama_model_n_ctx_train(model))
-        context = _create_context(library, model, path, options, (length, threads))
+        context = _create_context(library, model, path, options, (length, threads), on_gpu=offload.gpu_layers > 0)
         collapse_resident()
         loaded = Loaded(library, model, context)
         info = _describe(loaded, path, options, (length, threads), time.perf_counter() - started)
+        info = replace(info, buffers=noted_buffers(), offload=offload)
     except (EngineError, BundleError):
         if context is not None:
             library.llama_free(context)
@@ -77,7 +86,21 @@ def load_encoder(path: Path, options: EncoderOptions) -> LlamaCppEncoder:
     return LlamaCppEncoder(loaded, info)
 
 
-def _create_context(library: Any, model: Any, path: Path, options: EncoderOptions, size: tuple[int, int]) -> Any:
+def encoder_offload(library: Any, header: GGUFHeader, options: EncoderOptions, name: str) -> OffloadPlan:
+    """How many layers go to which GPU, as ``runtime.offload.offload_of``, for batches as the encoder will compute them.
+
+    Raises ``UsageError`` and ``DoesNotFitError``.
+    """
+    trained = header.metadata.get(f"{header.metadata.get('general.architecture')}.context_length")
+    longest = options.context or (trained if isinstance(trained, int) else 0)
+    batch = max(options.batch, longest)
+    wanted = EngineOptions(context=batch, batch=batch, gpu_layers=options.gpu_layers, gpu=options.gpu)
+    return offload_of(library, header, wanted, name)
+
+
+def _create_context(
+    library: Any, model: Any, path: Path, options: EncoderOptions, size: tuple[int, int], *, on_gpu: bool
+) -> Any:
     """``size`` are the longest sequence and the threads."""
     length, threads = size
     parameters = library.llama_context_default_params()
@@ -88,7 +111,9 @@ def _create_context(library: Any, model: Any, path: Path, options: EncoderOption
     parameters.kv_unified = True  # there is no cache; the context is not to be divided among sequences
     parameters.n_threads = parameters.n_threads_batch = threads
     parameters.embeddings = True
-    parameters.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    # Encoders have small heads, for which a GPU may lack flash attention: asked for all the same, the CPU would
+    # compute the attention of every layer.
+    parameters.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_AUTO if on_gpu else library.LLAMA_FLASH_ATTN_TYPE_ENABLED
     parameters.no_perf = True
     with from_first_use():
         context = library.llama_init_from_model(model, parameters)
@@ -191,6 +216,11 @@ class LlamaCppEncoder:
             if not address:
                 raise EngineError(f"llama.cpp gave no vector for sequence {index}: {take_messages()}")
             out[index] = np.ctypeslib.as_array(address, (self._info.dimensions,))
+
+    def device_now(self) -> Device | None:
+        """See ``runtime.engine.DeviceReader``."""
+        loaded, offload = self._loaded, self._info.offload
+        return device_now(loaded.library, offload.device) if loaded is not None and offload is not None else None
 
     def interrupt(self) -> None:
         """See ``Encoder.interrupt``. Takes effect within one operation of the graph."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgelm.errors import BundleError, EngineError, UsageError
+from edgelm.units import format_bytes
 from runtime.engine import (
     Chunk,
     Engine,
@@ -31,8 +33,9 @@ from runtime.engine import (
     State,
     check_chunks,
 )
+from runtime.engines.onnx_cache import make_cache
 from runtime.engines.onnx_foreign import ForeignOnnxEngine, check_foreign_options, understand
-from runtime.engines.onnx_providers import check_attention, device_inputs
+from runtime.engines.onnx_providers import attention_device, check_providers, device_inputs
 from runtime.engines.onnx_session import (
     SessionThreads,
     choose_threads,
@@ -43,9 +46,9 @@ from runtime.engines.onnx_session import (
     runtime_errors,
 )
 from runtime.huge_pages import collapse_resident
-from runtime.mapped_pages import LettingGo
-from runtime.memory import resident_range, snapshot
-from runtime.onnx_header import FLOAT, OnnxModel, read_onnx_model
+from runtime.mapped_pages import let_go
+from runtime.memory import snapshot
+from runtime.onnx_header import FLOAT, FLOAT16, OnnxModel, read_onnx_model
 
 GRAPH = "decoder-1"
 PREFILL_STEP = 128
@@ -53,14 +56,16 @@ PREFILL_STEP = 128
 _MAX_SEQUENCES = 256
 _BINDINGS_KEPT = 16
 _PAST = re.compile(r"past_key_values\.([0-9]{1,4})\.key")
+_KV_TYPES = {FLOAT: "f32", FLOAT16: "f16"}
 _CONTROL_INPUTS = ("input_ids", "seqlens_k", "total_sequence_length", "logit_rows")
 
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What the graph says of itself. ``kv_heads`` per layer."""
+    """What the graph says of itself. ``kv_heads`` per layer; ``kv_type`` is that of all that it computes with."""
 
     kv_heads: tuple[int, ...]
+    kv_type: str
     head_size: int
     vocabulary: int
     context_limit: int
@@ -69,8 +74,12 @@ class _Shape:
     weights_bytes: int
 
     @property
-    def kv_elements_per_token(self) -> int:
-        return 2 * sum(self.kv_heads) * self.head_size
+    def kv_dtype(self) -> npt.DTypeLike:
+        return np.float16 if self.kv_type == "f16" else np.float32
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return np.dtype(self.kv_dtype).itemsize * 2 * sum(self.kv_heads) * self.head_size
 
 
 def load_any_engine(path: Path, options: EngineOptions) -> Engine:
@@ -106,6 +115,7 @@ def _load_foreign(path: Path, model: OnnxModel, options: EngineOptions) -> Forei
         + ", caches that grow (a graph that EdgeLM did not export)",
         waiting=threads.waiting.kind,
         waiting_reason=threads.waiting.reason,
+        kv_type="f32",
     )
     run_options = runtime.RunOptions()
     run_options.log_severity_level = 4
@@ -130,12 +140,13 @@ def load_engine(path: Path, options: EngineOptions) -> OnnxEngine:
         )
     started = time.perf_counter()
     runtime = load_library()
+    check_providers(runtime, options.providers, path, half=shape.kv_type == "f16")
     before_bytes = snapshot().anonymous_bytes
+    session = open_session(runtime, path, threads, options.providers)
     # Kernels keep packed copies of weights, and the file's pages of a table that is also looked up would stay beside.
-    with LettingGo(path.with_name(f"{path.name}.data")):
-        session = open_session(runtime, path, threads, options.providers)
-    if options.providers:
-        check_attention(session)
+    # Not earlier: while ONNX Runtime makes a session it unmaps what it has converted, and maps other memory there.
+    let_go(path.with_name(f"{path.name}.data"))
+    device = attention_device(session) if options.providers else None
     huge_page_bytes = collapse_resident()
     info = EngineInfo(
         engine="onnxruntime",
@@ -149,16 +160,17 @@ def load_engine(path: Path, options: EngineOptions) -> OnnxEngine:
         threads_decode=threads.count,
         threads_prefill=threads.count,
         weights_bytes=shape.weights_bytes,
-        kv_bytes=4 * shape.kv_elements_per_token * options.context * options.sequences,
+        kv_bytes=shape.kv_bytes_per_token * options.context * options.sequences,
         parameters=shape.parameters,
         load_s=time.perf_counter() - started,
-        system=describe(session, threads, options.providers),
+        system=describe(session, threads, options.providers) + ("" if device is None else f", cache on {device}"),
         buffers={"weights_copied": max(snapshot().anonymous_bytes - before_bytes, 0)},
         huge_page_bytes=huge_page_bytes,
         waiting=threads.waiting.kind,
         waiting_reason=threads.waiting.reason,
+        kv_type=shape.kv_type,
     )
-    return OnnxEngine(runtime, session, info, shape, options)
+    return OnnxEngine(runtime, session, info, (shape, device), options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +207,10 @@ def _check_options(options: EngineOptions) -> None:
     if options.sequences > _MAX_SEQUENCES:
         raise UsageError(f"at most {_MAX_SEQUENCES} sequences are kept, {options.sequences} were asked for")
     if options.kv_type == "q8_0":
-        raise UsageError("the KV cache of an ONNX model is float32", hint="use a GGUF bundle for a quantised cache")
+        raise UsageError(
+            "the KV cache of an ONNX model is what its graph computes with, float32 or float16",
+            hint="use a GGUF bundle for a quantised cache",
+        )
     if not options.mmap:
         raise UsageError("ONNX Runtime maps weights by itself; mmap cannot be switched off", hint="leave it on")
 
@@ -228,16 +243,19 @@ def _read_shape(path: Path, model: OnnxModel) -> _Shape:
     if not layers or set(inputs) != expected or logits is None or len(outputs) != 2 * layers + 1:
         raise BundleError(f"{path} does not have the inputs and outputs of its graph {GRAPH}", hint="export it again")
     caches = [inputs[f"past_key_values.{index}.key"] for index in range(layers)]
-    shapes = [cache.shape for cache in caches if cache.type == FLOAT and cache.shape and len(cache.shape) == 4]
+    kinds = {cache.type for cache in caches}
+    shapes = [cache.shape for cache in caches if cache.shape and len(cache.shape) == 4]
     heads = [shape[1] for shape in shapes if isinstance(shape[1], int) and 0 < shape[1] < 2**16]
     sizes = {shape[3] for shape in shapes if isinstance(shape[3], int) and 0 < shape[3] < 2**16}
     vocabulary = logits.shape[-1] if logits.shape else None
-    if len(heads) != layers or len(sizes) != 1 or not isinstance(vocabulary, int) or not 0 < vocabulary < 2**31:
+    has_cache = len(heads) == layers and len(sizes) == 1 and len(kinds) == 1 and kinds <= _KV_TYPES.keys()
+    if not has_cache or not isinstance(vocabulary, int) or not 0 < vocabulary < 2**31:
         raise BundleError(f"{path} does not state the shapes of its cache and logits", hint="export it again")
     # An embedding that is the head as well is one piece of data under two names.
     places = {item.external or item.name: item.size_bytes for item in model.initializers}
     return _Shape(
         kv_heads=tuple(heads),
+        kv_type=_KV_TYPES[kinds.pop()],
         head_size=sizes.pop(),
         vocabulary=vocabulary,
         context_limit=_count(path, model, "edgelm.context_limit"),
@@ -273,9 +291,9 @@ class _Binding:
         self.bind_controls(_CONTROL_INPUTS)
         for index, pair in enumerate(engine.caches):
             for part, cache in zip(("key", "value"), pair, strict=True):
-                shape, address = (batch, *cache.shape[1:]), cache[first:].ctypes.data
-                self.io.bind_input(f"past_key_values.{index}.{part}", "cpu", 0, np.float32, shape, address)
-                self.io.bind_output(f"present.{index}.{part}", "cpu", 0, np.float32, shape, address)
+                place = (cache.device, 0, cache.dtype.type, (batch, *cache.shape[1:]), cache.address(first))
+                self.io.bind_input(f"past_key_values.{index}.{part}", *place)
+                self.io.bind_output(f"present.{index}.{part}", *place)
         self._logits_address = 0
 
     def bind_controls(self, names: Iterable[str]) -> None:
@@ -309,7 +327,16 @@ class _Step:
 class OnnxEngine:
     """``runtime.engine.Engine`` over one ``InferenceSession``. Not thread-safe, except for ``interrupt``."""
 
-    def __init__(self, runtime: Any, session: Any, info: EngineInfo, shape: _Shape, options: EngineOptions) -> None:
+    def __init__(
+        self,
+        runtime: Any,
+        session: Any,
+        info: EngineInfo,
+        placed: tuple[_Shape, str | None],
+        options: EngineOptions,
+    ) -> None:
+        """``placed`` are the graph's shape and the device that the cache lies on, None for RAM."""
+        shape, device = placed
         self.session: Any = session
         self._info = info
         self._options = options
@@ -317,12 +344,21 @@ class OnnxEngine:
         self._lengths = [0] * options.sequences
         copied = device_inputs(session) if options.providers else frozenset()
         self._copied = tuple(name for name in _CONTROL_INPUTS if name in copied)
-        # calloc: pages cost nothing until a token is written there. Sequence first, so that one or several
-        # neighbouring sequences are one piece of memory.
-        self.caches = [
-            tuple(np.zeros((options.sequences, heads, options.context, shape.head_size), np.float32) for _ in "kv")
-            for heads in shape.kv_heads
-        ]
+        try:
+            self.caches = [
+                tuple(
+                    make_cache(
+                        runtime, (options.sequences, heads, options.context, shape.head_size), shape.kv_dtype, device
+                    )
+                    for _ in "kv"
+                )
+                for heads in shape.kv_heads
+            ]
+        except runtime_errors(runtime) as error:
+            raise EngineError(
+                f"no room for a cache of {format_bytes(info.kv_bytes)}: {first_line(error)}",
+                hint="use a smaller --context or fewer sequences",
+            ) from error
         self._logits = np.empty((options.sequences, shape.vocabulary), np.float32)
         self._bindings: dict[tuple[int, int, int, int], _Binding] = {}
         self._run_options = runtime.RunOptions()
@@ -461,29 +497,30 @@ class OnnxEngine:
         self._lengths[sequence] = length
 
     def state(self, sequence: int = 0) -> State:
-        """See ``runtime.engine.StateKeeper``: float32 keys and values of (heads, tokens, head size), layer by layer."""
+        """See ``runtime.engine.StateKeeper``: keys and values of (heads, tokens, head size), layer by layer."""
         length = self.length(sequence)
         if self.session is None:
             raise EngineError("the engine is closed")
-        held = [cache[sequence, :, :length].reshape(-1) for pair in self.caches for cache in pair]
+        held = [cache.read(sequence, length).reshape(-1) for pair in self.caches for cache in pair]
         return np.concatenate(held).view(np.uint8)
 
     def restore(self, state: State, length: int, sequence: int = 0) -> None:
         """See ``runtime.engine.StateKeeper``."""
         self.truncate(0, sequence)
-        caches = [cache[sequence, :, :length] for pair in self.caches for cache in pair]
-        if not 0 < length <= self._info.context or len(state) != sum(cache.nbytes for cache in caches):
+        caches = [cache for pair in self.caches for cache in pair]
+        shapes = [(cache.shape[1], length, cache.shape[3]) for cache in caches]
+        sizes = [prod(shape) * cache.dtype.itemsize for shape, cache in zip(shapes, caches, strict=True)]
+        if not 0 < length <= self._info.context or len(state) != sum(sizes):
             raise EngineError(f"{len(state)} bytes are no state of {length} tokens")
         start = 0
-        for cache in caches:
-            cache[...] = np.frombuffer(state, np.float32, cache.size, start).reshape(cache.shape)
-            start += cache.nbytes
+        for cache, shape, size in zip(caches, shapes, sizes, strict=True):
+            cache.write(sequence, np.frombuffer(state, cache.dtype, prod(shape), start).reshape(shape))
+            start += size
         self._lengths[sequence] = length
 
     def resident_kv_bytes(self) -> int:
         """What tokens were written to: the rest of the cache was never touched."""
-        arrays = [array for pair in self.caches for array in pair]
-        found = [resident_range(array.ctypes.data, array.nbytes) for array in arrays]
+        found = [cache.resident_bytes() for pair in self.caches for cache in pair]
         return sum(size for size in found if size is not None) if None not in found else self._info.kv_bytes
 
     def interrupt(self) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from edgelm.errors import EngineError, UsageError
 
 CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
 ATTENTION = "GroupQueryAttention"
 _SUFFIX = "ExecutionProvider"
 _RAM = frozenset({"Cpu", "CudaPinned"})  # names of memory that the CPU reads
@@ -76,19 +78,44 @@ def device_inputs(session: Any) -> frozenset[str]:
     return frozenset(value.name for value, memory in pairs if memory.name not in _RAM)
 
 
-def check_attention(session: Any) -> None:
-    """Raises ``EngineError`` when another provider than the CPU computes attention.
+def check_providers(runtime: Any, asked: Sequence[str], path: Path, *, half: bool) -> None:
+    """Raises ``UsageError`` when CUDA alone is to compute a float32 graph.
 
-    The cache lies in RAM and its past and present are the same memory. Others are not known to append in place, and
-    their answers would be wrong without a word. ONNX Runtime's CUDA kernel takes no float32, so attention is left to
-    the CPU there.
+    ONNX Runtime's CUDA attention has kernels for float16 and bfloat16 only; with ``cpu`` behind it the CPU computes
+    attention.
     """
+    found = resolve(runtime, asked)
+    if CUDA in found and CPU not in found and not half:
+        raise UsageError(
+            f"{path} computes with float32, for which ONNX Runtime's CUDA has no attention",
+            hint="export with --quant fp16 or int4-fp16, or name cpu behind it to let the CPU compute attention",
+        )
+
+
+def attention_device(session: Any) -> str | None:
+    """The device whose memory the cache has to lie in, None for RAM: where attention is computed.
+
+    Past and present of the cache are the same memory. CUDA's attention appends there in place as the CPU's does
+    (ONNX Runtime, docs/ContribOperators.md: past and present may be the same tensor). Others are not known to, and
+    their answers would be wrong without a word. Raises ``EngineError`` when one of them computes attention.
+    """
+    device: str | None = None
     for name, count in _kinds(session).items():
-        if count[ATTENTION] and name != CPU:
+        if not count[ATTENTION] or name == CPU:
+            continue
+        if name != CUDA:
             raise EngineError(
                 f"{short_name(name)} would compute {ATTENTION}, and is not known to keep the cache in place",
                 hint="use another provider",
             )
+        device = "cuda"
+    kinds = [count[ATTENTION] for count in _kinds(session).values()]
+    if device is not None and sum(map(bool, kinds)) > 1:
+        raise EngineError(
+            f"CUDA computes {ATTENTION} of some layers only, and the cache has to lie in one place",
+            hint="use --provider cpu",
+        )
+    return device
 
 
 def _kinds(session: Any) -> dict[str, Counter[str]]:

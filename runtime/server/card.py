@@ -40,10 +40,10 @@ def _engine_facts(info: EngineInfo | EncoderInfo) -> dict[str, str]:
     if isinstance(info, EncoderInfo):
         facts["Vectors"] = f"{info.dimensions} numbers, of texts up to {info.context} tokens"
         facts["Engine"] = f"{info.engine}, {info.threads} threads"
-        return facts
-    facts["Context"] = f"{info.context} tokens, {info.sequences} at once"
-    facts["KV cache"] = format_bytes(info.kv_bytes)
-    facts["Engine"] = f"{info.engine}, {info.threads_decode} threads"
+    else:
+        facts["Context"] = f"{info.context} tokens, {info.sequences} at once"
+        facts["KV cache"] = format_bytes(info.kv_bytes)
+        facts["Engine"] = f"{info.engine}, {info.threads_decode} threads"
     if info.offload is not None and info.offload.device is not None:
         plan, device = info.offload, info.offload.device
         facts["GPU"] = f"{plan.gpu_layers} of {plan.most} layers on {device.name} ({device.description})"

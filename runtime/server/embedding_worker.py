@@ -20,10 +20,11 @@ import numpy as np
 from edgelm.errors import EngineError
 from runtime.embedding import LoadedEncoder
 from runtime.encoder import Vectors
-from runtime.engine import EngineInterruptedError
+from runtime.engine import DeviceReader, EngineInterruptedError
+from runtime.gpu_memory import VramUse, vram_use
 from runtime.server.logs import log_event
 from runtime.server.metrics import Metrics
-from runtime.server.worker import RETRY_AFTER_LIMIT_S, NotReadyError, QueueFullError, State
+from runtime.server.worker import RETRY_AFTER_LIMIT_S, NotReadyError, QueueFullError, State, log_ready
 
 QUEUE_LIMIT = 64
 """Requests under way or waiting; each holds at most what one body can carry."""
@@ -91,6 +92,12 @@ class EmbeddingWorker:
         """It works in the server's own process."""
         return ()
 
+    def vram(self) -> tuple[VramUse, ...]:
+        """What the encoder has on a GPU; nothing where the CPU computes all."""
+        encoder = self._model.encoder
+        now = encoder.device_now() if isinstance(encoder, DeviceReader) else None
+        return vram_use(self._model.name, encoder.info.offload, encoder.info.buffers, now)
+
     def start(self) -> None:
         """Start the thread; it computes one vector before anything else."""
         self._thread.start()
@@ -138,8 +145,7 @@ class EmbeddingWorker:
         try:
             self._compute_one_vector()
             self._state = "ready"
-            info = self._model.encoder.info
-            log_event("ready", {"model": info.model_name, "load_s": round(info.load_s, 3)})
+            log_ready(self._model.encoder.info)
             while self._wait_for_work():
                 self._step()
         except EngineError as error:

@@ -26,7 +26,7 @@ from runtime.server import wire
 from runtime.server.logs import log_event, start_logging
 from runtime.server.metrics import Metrics, Observation
 from runtime.server.scheduler import Failure, Job, JobEvent
-from runtime.server.worker import NotReadyError, QueueFullError, Worker, keep_prompts
+from runtime.server.worker import NotReadyError, QueueFullError, Worker, device_now, keep_prompts
 from runtime.supervisor import Channel, tie_to_parent
 
 TOKENS_EVERY_S = 0.025
@@ -67,6 +67,8 @@ class EngineProcess:
         self._told_observations_s = 0.0
         # A long text must not keep a cancellation waiting.
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")
+        # A driver that does not answer must not keep anything waiting.
+        self._looking = ThreadPoolExecutor(1, "look")
 
     def serve(self, open_served: Open) -> int:
         """Load, compute, and stop when told to or when the server is gone; the exit status."""
@@ -107,6 +109,11 @@ class EngineProcess:
             self._tokenizing.submit(self._answer, message, model)
         elif isinstance(message, wire.Encode | wire.Decode):
             self._answer(message, model)
+        elif isinstance(message, wire.LookAtDevice):
+            self._looking.submit(self._look, message, model)
+
+    def _look(self, message: wire.LookAtDevice, model: LoadedModel) -> None:
+        self._say(wire.DeviceSeen(message.call, device_now(model.engine)))
 
     def _submit(self, message: wire.Submit, model: LoadedModel) -> None:
         number, ended = message.job, False

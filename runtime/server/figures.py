@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from runtime.gpu_memory import VramUse
 from runtime.memory import MemorySnapshot, snapshot
 from runtime.sensors import THROTTLE_FLAGS, Reading, Sensors
 from runtime.server.metrics import Gauge, Metrics
@@ -43,6 +44,10 @@ class Shown(Protocol):
         """Processes of engines; none for an engine in the server's own."""
         ...
 
+    def vram(self) -> tuple[VramUse, ...]:
+        """What its models have on GPUs; nothing where none takes part."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Look:
@@ -53,6 +58,7 @@ class _Look:
     engine: MemorySnapshot | None
     machine: Reading
     major_faults: int
+    vram: tuple[VramUse, ...]
 
 
 class Figures:
@@ -88,6 +94,7 @@ class Figures:
                 "engine": None if reading.engine is None else _split(reading.engine),
                 "available_bytes": machine.available_bytes,
             },
+            "vram": [{**asdict(use), "used_bytes": use.used_bytes} for use in reading.vram],
             "machine": {
                 "temperature_c": machine.temperature_c,
                 "clock_mhz": machine.clock_mhz,
@@ -113,6 +120,7 @@ class Figures:
             engine=_together(engines) if engines else None,
             machine=self._sensors.read(),
             major_faults=server.major_faults + sum(engine.major_faults for engine in engines),
+            vram=self._backend.vram(),
         )
 
     def _gauges(self) -> Iterator[Gauge]:
@@ -133,7 +141,26 @@ class Figures:
             yield Gauge("edgelm_kv_bytes", "Memory set aside for the KV cache", kv.reserved_bytes)
         text = "Pages that server and engine had to read from disk since they started"
         yield Gauge("edgelm_major_faults", text, reading.major_faults)
+        yield from _vram_gauges(reading.vram)
         yield from _machine_gauges(reading.machine)
+
+
+def _vram_gauges(uses: tuple[VramUse, ...]) -> Iterator[Gauge]:
+    """Of every model what it has on its GPU, and of every GPU once what is taken and free there."""
+    for use in uses:
+        place = (("device", use.device), ("model", use.model))
+        for kind, size in (("planned", use.planned_bytes), ("announced", use.announced_bytes)):
+            text = "Memory of a GPU for one model, as planned and as the engine announced it"
+            yield Gauge("edgelm_vram_bytes", text, size, (*place, ("kind", kind)))
+        for kind, layers in (("gpu", use.gpu_layers), ("all", use.layers)):
+            text = "Layers of a model on a GPU and in all, the head counted as one"
+            yield Gauge("edgelm_model_layers", text, layers, (*place, ("kind", kind)))
+    for use in {use.device: use for use in uses}.values():
+        for kind, told in (("used", use.used_bytes), ("free", use.free_bytes), ("total", use.total_bytes)):
+            if told is not None:
+                text = "Memory of a GPU that holds layers, as its driver tells it; other programs' use is in it"
+                labels = (("device", use.device), ("description", use.description), ("kind", kind))
+                yield Gauge("edgelm_device_memory_bytes", text, told, labels)
 
 
 def _machine_gauges(machine: Reading) -> Iterator[Gauge]:

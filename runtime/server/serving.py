@@ -219,13 +219,16 @@ def make_backend(
     if holds_task(path) is not None:
         if options.sequences > 1:
             raise UsageError("--parallel is for models that generate", hint="this one answers text after text")
+        if options.gpu_layers > 0 or options.gpu:
+            raise UsageError(f"{path} is an ONNX model: --gpu-layers and --gpu are for GGUF", hint="leave them out")
         return TaskWorker(open_task(path, TaskOptions(options.context, options.threads_prefill)), metrics)
     if holds_encoder(path):
         if options.sequences > 1:
             raise UsageError("--parallel is for models that generate", hint="an encoder shares its steps by itself")
-        return EmbeddingWorker(
-            open_encoder(path, EncoderOptions(options.context, threads=options.threads_prefill)), metrics
+        wanted = EncoderOptions(
+            options.context, threads=options.threads_prefill, gpu_layers=options.gpu_layers, gpu=options.gpu
         )
+        return EmbeddingWorker(open_encoder(path, wanted), metrics)
     if in_process:
         loaded = open_model(path, options)
         return Worker(loaded, metrics, prompts=keep_prompts(loaded, options, prompts, metrics))

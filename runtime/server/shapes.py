@@ -117,6 +117,22 @@ class MemoryFacts(Shape):
     available_bytes: int | None
 
 
+class VramFacts(Shape):
+    """What one model has on a GPU; free, total and used (by all programs) are the device's, null where it tells no
+    sizes."""
+
+    model: str
+    device: str
+    description: str
+    gpu_layers: int
+    layers: int
+    planned_bytes: int
+    announced_bytes: int
+    free_bytes: int | None
+    total_bytes: int | None
+    used_bytes: int | None
+
+
 class MachineFacts(Shape):
     """What sensors tell; null where there are none."""
 
@@ -147,7 +163,9 @@ class ModelCard(Shape):
 
 
 class Status(Shape):
-    """The server's figures now. ``time_s`` is a clock that never jumps: two documents tell the rates between them."""
+    """The server's figures now. ``time_s`` is a clock that never jumps: two documents tell the rates between them.
+
+    ``vram`` is empty where no GPU takes part."""
 
     time_s: float
     state: State
@@ -155,6 +173,7 @@ class Status(Shape):
     tokens: TokenCounts
     kv: KvUse | None
     memory: MemoryFacts
+    vram: list[VramFacts]
     machine: MachineFacts
     engine_deaths: int
     models: list[ModelCard]

@@ -18,6 +18,7 @@ from typing import Protocol
 from edgelm.bundle import Manifest
 from edgelm.errors import DoesNotFitError, EdgelmError, EngineError
 from edgelm.units import format_bytes
+from runtime.gpu_memory import VramUse
 from runtime.server.figures import Shown
 from runtime.server.logs import log_event
 from runtime.server.metrics import Gauge, Metrics
@@ -139,6 +140,10 @@ class Shelf:
     @property
     def engine_pids(self) -> tuple[int, ...]:
         return tuple(pid for servant in self._servants() for pid in servant.engine_pids)
+
+    def vram(self) -> tuple[VramUse, ...]:
+        """What all loaded models have on GPUs."""
+        return tuple(use for servant in self._servants() for use in servant.vram())
 
     def start(self) -> None:
         """Begin to load the first model."""

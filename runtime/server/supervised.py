@@ -24,6 +24,7 @@ from edgelm.errors import BundleError, EdgelmError, EngineError, UsageError
 from runtime.chat import ChatTemplate
 from runtime.engine import EngineInfo, EngineOptions
 from runtime.generate import GenerationRequest, TokenEvent
+from runtime.gpu_memory import VramUse, vram_use
 from runtime.model import PromptingModel
 from runtime.server import wire
 from runtime.server.logs import log_event
@@ -44,6 +45,8 @@ from runtime.server.worker import (
 from runtime.supervisor import Death, FrameError, Supervisor
 
 CALL_TIMEOUT_S = 60.0
+LOOK_TIMEOUT_S = 2.0
+"""Figures are not worth a longer wait: an engine that is read from a swapping disk answers later."""
 LOAD_TIMEOUT_S = 1800.0
 """Longer than a model that fills a board's memory takes to be hashed and read from a slow card."""
 WATCH_S = 1.0
@@ -61,7 +64,7 @@ class RemoteModel(PromptingModel):
 class RemoteTokenizer:
     """``TextTokenizer`` in the engine process. Raises ``NotReadyError`` when the process is not there."""
 
-    def __init__(self, call: Callable[[Callable[[int], wire.ToEngine]], wire.Encoded | wire.Decoded]) -> None:
+    def __init__(self, call: Callable[[Callable[[int], wire.ToEngine]], wire.Answer]) -> None:
         self._call = call
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
@@ -116,7 +119,7 @@ class SupervisedWorker:
         self._state: State = "starting"
         self._model: RemoteModel | None = None
         self._jobs: dict[int, Job] = {}
-        self._calls: dict[int, Future[wire.Encoded | wire.Decoded]] = {}
+        self._calls: dict[int, Future[wire.Answer]] = {}
         self._numbers = itertools.count(1)
         self._running = 0
         self._kv_tokens = 0
@@ -176,6 +179,17 @@ class SupervisedWorker:
     def kv(self) -> KvUse | None:
         return None if self._model is None else kv_use(self._kv_tokens, self._model.info)
 
+    def vram(self) -> tuple[VramUse, ...]:
+        model = self._model
+        if model is None or model.info.offload is None or model.info.offload.device is None:
+            return ()
+        try:
+            answer = self._ask(wire.LookAtDevice, LOOK_TIMEOUT_S)
+        except NotReadyError:
+            return ()  # nothing of it lies anywhere now
+        now = answer.device if isinstance(answer, wire.DeviceSeen) else None
+        return vram_use(model.name, model.info.offload, model.info.buffers, now)
+
     def start(self) -> None:
         self._supervisor.start()
         self._watchdog.start()
@@ -229,7 +243,7 @@ class SupervisedWorker:
         said = wire.unpack_from_engine(message)
         if isinstance(said, wire.Progress):
             self._progress(said)
-        elif isinstance(said, wire.Encoded | wire.Decoded):
+        elif isinstance(said, wire.Answer):
             with self._lock:
                 waiting = self._calls.pop(said.call, None)
             if waiting is not None:
@@ -322,9 +336,17 @@ class SupervisedWorker:
     def _send(self, message: wire.ToEngine) -> None:
         self._supervisor.send(wire.pack_to_engine(message))
 
-    def _call(self, make: Callable[[int], wire.ToEngine]) -> wire.Encoded | wire.Decoded:
+    def _call(self, make: Callable[[int], wire.ToEngine]) -> wire.Answer:
         """Ask the engine process and wait for its answer; not for the event loop."""
-        waiting: Future[wire.Encoded | wire.Decoded] = Future()
+        answer = self._ask(make, CALL_TIMEOUT_S)
+        if answer is None:
+            self._end_hung(CALL_TIMEOUT_S)
+            raise NotReadyError("the engine process does not answer")
+        return answer
+
+    def _ask(self, make: Callable[[int], wire.ToEngine], patience_s: float) -> wire.Answer | None:
+        """As ``_call``, but None when no answer has come in time, for which nobody is blamed."""
+        waiting: Future[wire.Answer] = Future()
         with self._lock:
             if self._state != "ready" or self._stopping:
                 raise NotReadyError(_WHY_NOT.get(self._state, "the server is stopping"))
@@ -332,13 +354,11 @@ class SupervisedWorker:
             self._calls[number] = waiting
             self._send(make(number))
         try:
-            return waiting.result(CALL_TIMEOUT_S)
+            return waiting.result(patience_s)
         except NoAnswerError:
             with self._lock:
                 unanswered = self._calls.pop(number, None) is not None
-            if unanswered:
-                self._end_hung(CALL_TIMEOUT_S)
-            raise NotReadyError("the engine process does not answer") from None
+            return None if unanswered else waiting.result()
 
     def _progress(self, progress: wire.Progress) -> None:
         self._running, self._kv_tokens = progress.running, progress.kv_tokens

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from edgelm.errors import ContextOverflowError, EdgelmError, EngineError, UsageError
 from runtime.engine import EngineInterruptedError
+from runtime.gpu_memory import VramUse
 from runtime.server.logs import log_event
 from runtime.server.metrics import Metrics
 from runtime.server.worker import RETRY_AFTER_LIMIT_S, NotReadyError, QueueFullError, State
@@ -68,6 +69,10 @@ class TaskWorker:
     @property
     def engine_pids(self) -> tuple[int, ...]:
         """It works in the server's own process."""
+        return ()
+
+    def vram(self) -> tuple[VramUse, ...]:
+        """The CPU computes all of it."""
         return ()
 
     @property

@@ -22,6 +22,7 @@ from runtime.server.pace import Pace
 from runtime.server.prompt_files import PromptCacheOptions
 from runtime.server.scheduler import Failure
 from runtime.supervisor import FrameError
+from targets.vram import Device
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,23 @@ class Decode:
     special: bool = False
     raw: bool = False
     kind: Literal["decode"] = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class LookAtDevice:
+    """How much memory is free on the engine's GPU: answered by ``DeviceSeen`` with the same number."""
+
+    call: int
+    kind: Literal["look_at_device"] = "look_at_device"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSeen:
+    """The GPU as it is now, None when there is none any more."""
+
+    call: int
+    device: Device | None
+    kind: Literal["device_seen"] = "device_seen"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +178,9 @@ class Progress:
     kind: Literal["progress"] = "progress"
 
 
-ToEngine = Load | Submit | Cancel | Abort | Stop | Encode | Decode
-FromEngine = Loaded | Ready | Refused | Progress | Encoded | Decoded
+Answer = Encoded | Decoded | DeviceSeen
+ToEngine = Load | Submit | Cancel | Abort | Stop | Encode | Decode | LookAtDevice
+FromEngine = Loaded | Ready | Refused | Progress | Encoded | Decoded | DeviceSeen
 
 _Message = TypeVar("_Message")
 # A plain step: a mark that no JSON begins with; running, tokens held, steps, slowest and best time, how many tokens

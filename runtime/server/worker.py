@@ -25,14 +25,17 @@ import numpy as np
 
 from edgelm.bundle import file_record
 from edgelm.errors import EdgelmError, EngineError, UsageError
-from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, StateKeeper
+from runtime.encoder import EncoderInfo
+from runtime.engine import Chunk, DeviceReader, Engine, EngineInfo, EngineInterruptedError, EngineOptions, StateKeeper
 from runtime.generate import GenerationRequest, TokenEvent
+from runtime.gpu_memory import VramUse, vram_use
 from runtime.model import LoadedModel, PromptingModel
 from runtime.server.logs import log_event
 from runtime.server.metrics import Metrics
 from runtime.server.pace import Pace
 from runtime.server.prompt_files import PromptCacheOptions, PromptFiles
 from runtime.server.scheduler import Failure, Job, JobEvent, Scheduler
+from targets.vram import Device
 
 State = Literal["starting", "ready", "restarting", "failed", "stopped"]
 RETRY_AFTER_LIMIT_S = 60
@@ -58,6 +61,11 @@ class KvUse:
     tokens: int
     capacity_tokens: int
     reserved_bytes: int
+
+
+def device_now(engine: Engine) -> Device | None:
+    """The GPU that an engine computes on, with the memory that is free there now; None where there is none."""
+    return engine.device_now() if isinstance(engine, DeviceReader) else None
 
 
 def kv_use(tokens: int, info: EngineInfo) -> KvUse:
@@ -108,6 +116,10 @@ class Backend(Protocol):
         """Processes of engines; none for an engine in the server's own."""
         ...
 
+    def vram(self) -> tuple[VramUse, ...]:
+        """What its models have on GPUs; nothing where none takes part. Asks a driver: not for the event loop."""
+        ...
+
     @property
     def keeps_prompts(self) -> bool:
         """Whether it is of use to tell which tokens of a prompt others share."""
@@ -149,7 +161,7 @@ def retry_after_s(mean_job_s: float, queued: int, sequences: int) -> int:
     return max(1, min(RETRY_AFTER_LIMIT_S, math.ceil(mean_job_s * (queued + 1) / sequences)))
 
 
-def log_ready(info: EngineInfo) -> None:
+def log_ready(info: EngineInfo | EncoderInfo) -> None:
     """Tell that requests are answered from now on."""
     layers = {} if info.offload is None else {"layers": info.offload.sentence()}
     log_event("ready", {"model": info.model_name, "load_s": round(info.load_s, 3), **layers})
@@ -275,6 +287,10 @@ class Worker:
     @property
     def engine_pids(self) -> tuple[int, ...]:
         return ()
+
+    def vram(self) -> tuple[VramUse, ...]:
+        info = self._engine.info
+        return vram_use(self._model.name, info.offload, info.buffers, device_now(self._engine))
 
     @property
     def keeps_prompts(self) -> bool:

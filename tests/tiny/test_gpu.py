@@ -267,7 +267,7 @@ def test_answers_are_the_same_and_a_prefix_is_kept(gguf: Path, gpu: Device) -> N
 @pytest.mark.gpu
 def test_a_server_answers_from_there(gguf: Path, gpu: Device) -> None:
     arguments = {"model": "tiny", "prompt": "hello", "max_tokens": 8, "temperature": 0}
-    texts = []
+    texts, vram = [], []
     for layers in (0, AUTO_LAYERS):
         metrics = Metrics()
         options = EngineOptions(context=256, gpu_layers=layers)
@@ -279,7 +279,13 @@ def test_a_server_answers_from_there(gguf: Path, gpu: Device) -> None:
             request.add_header("Content-Type", "application/json")
             with urllib.request.urlopen(request, timeout=180) as reply:
                 texts.append(json.loads(reply.read())["choices"][0]["text"])
+            with urllib.request.urlopen(f"{server.url}/status", timeout=60) as reply:
+                vram.append(json.loads(reply.read())["vram"])
     assert texts[0] == texts[1]
+    assert vram[0] == []
+    assert [(use["device"], use["gpu_layers"]) for use in vram[1]] == [(gpu.name, ALL)]
+    assert vram[1][0]["announced_bytes"] > 0
+    assert vram[1][0]["free_bytes"] is None or 0 < vram[1][0]["free_bytes"] <= vram[1][0]["total_bytes"]
 
 
 @pytest.mark.gpu

@@ -11,13 +11,23 @@ from artifacts import write_artifact
 from tiny_encoders import TEXTS, VOCABULARY, make_tiny_bert
 from tiny_models import make_tiny_llama
 
-from edgelm.errors import BundleError, ContextOverflowError, EngineError, UsageError
+from edgelm.cli.app import run_cli
+from edgelm.errors import BundleError, ContextOverflowError, DoesNotFitError, EngineError, UsageError
 from exporter.checkpoint import open_checkpoint, open_source
+from runtime import offload
 from runtime.embedding import open_encoder, unit_length
 from runtime.encoder import Encoder, EncoderOptions
 from runtime.engine import EngineInterruptedError, EngineOptions
-from runtime.engines.llamacpp_encoder import load_encoder
+from runtime.engines.llamacpp import load_library
+from runtime.engines.llamacpp_devices import find_devices
+from runtime.engines.llamacpp_encoder import encoder_offload, load_encoder
+from runtime.gguf_header import read_gguf_header
 from runtime.model import open_model
+from runtime.offload import layered_model
+from runtime.server import serving
+from runtime.server.metrics import Metrics
+from runtime.server.serving import make_backend
+from targets.vram import AUTO_LAYERS, RESERVE_BYTES, Device, Room, vram_parts
 
 pytestmark = pytest.mark.tiny
 ONE = EncoderOptions(threads=1)
@@ -166,3 +176,85 @@ def test_decoders_and_encoders_are_told_apart(gguf: Path, tmp_path: Path) -> Non
 def test_unit_length_leaves_zeros_alone() -> None:
     vectors = unit_length(np.array([[3, 4], [0, 0]], np.float32))
     assert vectors.tolist() == [[pytest.approx(0.6), pytest.approx(0.8)], [0, 0]]
+
+
+# -- on a GPU ------------------------------------------------------------------------------------------------------
+
+CARD = Device("CUDA0", "a card", "CUDA", "gpu", 2**30, 2**30)
+
+
+def test_an_encoder_has_neither_head_nor_cache_on_a_gpu(gguf: Path) -> None:
+    header = read_gguf_header(gguf)
+    model = layered_model(header, "tiny")
+    inside = sum(tensor.size_bytes for tensor in header.tensors if tensor.name.startswith("blk."))
+    assert (sum(model.layers), model.head_bytes, model.tied_bytes, model.encoder_heads) == (inside, 0, 0, 4)
+    parts = vram_parts(model, Room(512, batch=512), model.most)
+    assert (parts.weights_bytes, parts.kv_bytes) == (inside, 0)
+
+
+@pytest.mark.parametrize("batch", [128, 512, 2048])
+def test_the_room_for_a_batch_is_at_least_what_is_announced(gguf: Path, batch: int) -> None:
+    """The CPU announces what flash attention leaves alive, which is less; without it more grows with the square."""
+    encoder = load_encoder(gguf, EncoderOptions(batch=batch, threads=1))
+    announced = encoder.info.buffers["compute"]
+    encoder.close()
+    model = layered_model(read_gguf_header(gguf), "tiny")
+    planned = vram_parts(model, Room(batch, batch=batch), model.most).compute_bytes
+    assert announced < planned < announced + (model.encoder_heads + 1) * 4 * batch * batch + 2**18
+
+
+def test_the_plan_of_an_encoder_counts_its_longest_text_as_a_batch(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header, library = read_gguf_header(gguf), load_library()
+    monkeypatch.setattr(offload, "find_devices", lambda library: (CARD,))
+    plan = encoder_offload(library, header, EncoderOptions(gpu_layers=AUTO_LAYERS), "tiny")
+    assert (plan.gpu_layers, plan.most, plan.device) == (3, 3, CARD)
+    assert plan.spared_bytes == plan.parts.weights_bytes
+    longer = encoder_offload(library, header, EncoderOptions(context=4096, gpu_layers=AUTO_LAYERS), "tiny")
+    assert longer.parts.compute_bytes > 50 * plan.parts.compute_bytes
+    small = Device("CUDA0", "a card", "CUDA", "gpu", RESERVE_BYTES + 2**20, 2**30)
+    monkeypatch.setattr(offload, "find_devices", lambda library: (small,))
+    with pytest.raises(DoesNotFitError, match=r"3 of 3 layers of tiny need .* on CUDA0"):
+        encoder_offload(library, header, EncoderOptions(gpu_layers=3), "tiny")
+    assert encoder_offload(library, header, EncoderOptions(gpu_layers=AUTO_LAYERS), "tiny").device is None
+
+
+def test_without_a_gpu_layers_are_refused_and_never_dropped(
+    gguf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(offload, "find_devices", lambda library: ())
+    monkeypatch.setattr(offload, "can_offload", lambda library: False)
+    for options in (
+        EngineOptions(context=64, gpu_layers=2),
+        EngineOptions(context=64, gpu_layers=AUTO_LAYERS, gpu="CUDA0"),
+    ):
+        with pytest.raises(UsageError, match=r"2 layers were to go to a GPU|no GPU 'CUDA0'"):
+            make_backend(gguf, options, Metrics(), in_process=False)
+    assert run_cli(["run", str(gguf), "a text", "--gpu-layers", "2"]) == 2
+    assert "2 layers were to go to a GPU" in capsys.readouterr().err
+    monkeypatch.setattr(serving, "holds_task", lambda path: "translate")
+    with pytest.raises(UsageError, match="is an ONNX model: --gpu-layers and --gpu are for GGUF"):
+        make_backend(gguf, EngineOptions(gpu_layers=2), Metrics(), in_process=False)
+    encoder = load_encoder(gguf, EncoderOptions(threads=1, gpu_layers=AUTO_LAYERS))
+    assert encoder.info.offload is not None
+    assert encoder.info.offload.reason == "this build of llama.cpp is for CPUs only"
+    assert encoder.device_now() is None
+    encoder.close()
+
+
+@pytest.mark.gpu
+def test_vectors_of_a_gpu_are_those_of_the_cpu(gguf: Path) -> None:
+    device = next((found for found in find_devices(load_library()) if found.is_gpu), None)
+    if device is None:
+        pytest.skip("no GPU that this build of llama.cpp can use (docs/gpu.md has the builds)")
+    sequences = random_ids([1, 96, 3, 40, 96, 17])
+    expected = load_encoder(gguf, ONE)
+    found = load_encoder(gguf, EncoderOptions(threads=1, gpu_layers=AUTO_LAYERS))
+    plan, buffers = found.info.offload, found.info.buffers
+    assert plan is not None
+    assert (plan.gpu_layers, plan.device and plan.device.name) == (3, device.name)
+    assert buffers["vram_weights"] == pytest.approx(plan.parts.weights_bytes, abs=2**16)
+    assert buffers["vram_compute"] <= 1.1 * plan.parts.compute_bytes + 2**16
+    cosines = (unit_length(expected.encode(sequences)) * unit_length(found.encode(sequences))).sum(axis=1)
+    assert cosines.min() > 0.9999
+    expected.close()
+    found.close()

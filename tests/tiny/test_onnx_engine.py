@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -216,9 +217,9 @@ def test_prompts_and_single_tokens_in_one_call(engine: OnnxEngine) -> None:
 
 def test_full_neighbours_are_left_alone(engine: OnnxEngine) -> None:
     engine.forward([Chunk(1, tokens(512), "none"), Chunk(0, tokens(3), "none"), Chunk(2, tokens(4), "none")])
-    before = engine.caches[0][0][1].copy()
+    before = engine.caches[0][0].read(1, 512).copy()
     engine.forward([Chunk(0, [1]), Chunk(2, [2])])
-    np.testing.assert_array_equal(before, engine.caches[0][0][1])
+    np.testing.assert_array_equal(before, engine.caches[0][0].read(1, 512))
 
 
 def test_context_overflow_is_refused_before_anything_is_computed(engine: OnnxEngine) -> None:
@@ -290,4 +291,6 @@ def test_a_context_longer_than_the_rotary_table_is_refused(tmp_path: Path) -> No
 def test_thread_choice_is_told(engine: OnnxEngine) -> None:
     assert "2 threads, " in engine.info.system
     assert engine.info.threads_decode == engine.info.threads_prefill == 2
-    assert engine.info.kv_bytes == sum(cache.nbytes for pair in engine.caches for cache in pair)
+    caches = [cache for pair in engine.caches for cache in pair]
+    assert engine.info.kv_bytes == sum(prod(cache.shape) * cache.dtype.itemsize for cache in caches)
+    assert engine.info.kv_type == "f32"

@@ -18,7 +18,7 @@ from exporter.options import ExportOptions
 from exporter.pipeline import export
 from runtime.engine import Chunk, EngineOptions
 from runtime.engines import load_engine
-from runtime.engines.onnx_providers import ATTENTION, check_attention, device_inputs, installed, resolve
+from runtime.engines.onnx_providers import ATTENTION, CPU, CUDA, attention_device, device_inputs, installed, resolve
 from runtime.settings import Asked, choose_settings
 from targets.profile import load_profile, parse_profile, profile_toml
 from tests.tiny.test_onnx_engine import build, tokens
@@ -135,11 +135,16 @@ def session(kinds: dict[str, Counter[str]], memory: str = "Cpu") -> SimpleNamesp
 
 def test_attention_of_an_unknown_provider() -> None:
     """Its caches might not be in place: wrong answers without a word."""
-    check_attention(
-        session({"CPUExecutionProvider": Counter({ATTENTION: 2}), "QNNExecutionProvider": Counter({"Mul": 1})})
-    )
+    left = session({CPU: Counter({ATTENTION: 2}), "QNNExecutionProvider": Counter({"Mul": 1})})
+    assert attention_device(left) is None
     with pytest.raises(EngineError, match=f"QNN would compute {ATTENTION}"):
-        check_attention(session({"QNNExecutionProvider": Counter({ATTENTION: 2})}))
+        attention_device(session({"QNNExecutionProvider": Counter({ATTENTION: 2})}))
+
+
+def test_attention_on_cuda_has_its_cache_there() -> None:
+    assert attention_device(session({CUDA: Counter({ATTENTION: 2}), CPU: Counter({"Shape": 1})})) == "cuda"
+    with pytest.raises(EngineError, match="of some layers only"):
+        attention_device(session({CUDA: Counter({ATTENTION: 1}), CPU: Counter({ATTENTION: 1})}))
 
 
 def test_memory_of_devices() -> None:

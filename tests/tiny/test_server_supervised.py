@@ -37,7 +37,7 @@ sys.path[:] = {path!r}
 import os, time
 import numpy as np
 from edgelm.errors import BundleError
-from fake_engine import FakeEngine
+from fake_engine import FakeEngine, GpuEngine
 from live_server import fake_model
 from runtime.server.engine_process import main
 
@@ -54,6 +54,13 @@ class Fragile(FakeEngine):
         return logits
 
 
+class Hidden(GpuEngine):
+    # Its driver does not answer.
+
+    def device_now(self):
+        time.sleep(60)
+
+
 def load(path, options):
     while path.name == "slow" and path.parent.exists():
         time.sleep(0.02)
@@ -62,6 +69,10 @@ def load(path, options):
     if path.name == "crashing":
         print("about to crash", file=sys.stderr, flush=True)
         os.abort()
+    if path.name == "hidden":
+        return fake_model(Hidden(context=4096))
+    if path.name == "gpu":
+        return fake_model(GpuEngine(context=4096))
     return fake_model(Fragile(context=4096, sequences=2, step_delay_s=0.002))
 
 
@@ -134,6 +145,36 @@ def stream(server: LiveServer, prompt: str, max_tokens: int) -> Iterator[http.cl
         yield response
     finally:
         connection.close()
+
+
+def vram(server: LiveServer) -> list[dict[str, Any]]:
+    told: list[dict[str, Any]] = json.loads(server.request("GET", "/status")[2])["vram"]
+    return told
+
+
+def test_the_engine_process_tells_what_is_free_on_its_gpu() -> None:
+    with supervised("gpu") as running:
+        assert wait_until(lambda: is_ready(running), START_TIMEOUT_S)
+        (first,) = vram(running)
+        assert (first["device"], first["gpu_layers"], first["announced_bytes"]) == ("CUDA0", 2, 950)
+        # Every look finds less, so what is told is not what was told once.
+        assert wait_until(lambda: vram(running)[0]["free_bytes"] < first["free_bytes"], 10)
+        assert figure(running, "edgelm_vram_bytes") == 1000 + 950
+        pid = worker_of(running).pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: not vram(running), 10)  # a process that is gone holds nothing
+        assert wait_until(lambda: bool(vram(running)), START_TIMEOUT_S)
+
+
+def test_a_driver_that_does_not_answer_costs_its_figures_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime.server.supervised, "LOOK_TIMEOUT_S", 0.2)
+    with supervised("hidden") as running:
+        assert wait_until(lambda: is_ready(running), START_TIMEOUT_S)
+        (told,) = vram(running)
+        assert (told["planned_bytes"], told["free_bytes"], told["used_bytes"]) == (1000, None, None)
+        assert is_ready(running)
+        assert figure(running, "edgelm_engine_hangs_total") == 0
 
 
 def test_answers_are_those_of_an_engine_in_this_process(server: LiveServer) -> None:

@@ -76,6 +76,16 @@ def test_constant_and_zero_rows_survive(name: str) -> None:
     np.testing.assert_allclose(back[:2], rows[:2], rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", [*ALL, "fp32"])
+def test_float16_halves_scales_and_plain_floats_and_nothing_else(name: str) -> None:
+    kind = parse_type(name)
+    half = parse_type(f"{name}-fp16") if kind.is_quantized else parse_type("fp16")
+    assert half == kind.halved
+    assert half.halved == half
+    floats = ROWS.shape[0] * (kind.blocks(ROWS.shape[1]) if kind.is_quantized else ROWS.shape[1])
+    assert half.size_bytes(ROWS.shape) == kind.size_bytes(ROWS.shape) - 2 * floats
+
+
 @pytest.mark.parametrize("name", ["int3", "int4-48", "q4_0", "int8-asym-32", "", "int4-32-sym"])
 def test_unknown_types_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match="is no ONNX weight type"):

@@ -40,7 +40,9 @@ def test_sizes_add_up(checkpoint: Checkpoint, profile: TargetProfile) -> None:
     assert plan.context.value == 1024
 
 
-@pytest.mark.parametrize(("format_", "quant"), [("gguf", "Q4_K_M"), ("onnx", "int4")])
+@pytest.mark.parametrize(
+    ("format_", "quant"), [("gguf", "Q4_K_M"), ("onnx", "int4"), ("onnx", "fp16"), ("onnx", "int4-fp16")]
+)
 def test_a_plan_alone_predicts_what_was_predicted_for_it(
     checkpoint: Checkpoint, profile: TargetProfile, format_: Literal["gguf", "onnx"], quant: str
 ) -> None:

@@ -213,22 +213,45 @@ def test_names_and_presets() -> None:
         (9.0, {"int8-32"}),
         (6.2, {"int4-32-asym", "int8-32"}),
         (4.6, {"int4-32-asym"}),
+        (16.2, {"fp16"}),
+        (8.5, {"int8-32-fp16"}),
+        (5.0, {"int4-32-asym-fp16", "int8-32-fp16"}),
     ],
 )
 def test_types_of_onnx_files_are_read_off_their_size(bits: float, types: set[str]) -> None:
     size = round(135e6 * bits / 8)
-    workload = workload_from_figures(parameters=135e6, file_bytes=size, quant="int4")
+    quant = "int4-fp16" if any(kind.endswith("fp16") for kind in types) else "int4"
+    workload = workload_from_figures(parameters=135e6, file_bytes=size, quant=quant)
+    assert workload.own_kv_type == ("f16" if quant == "int4-fp16" else "f32")
     assert workload.format == "onnx"
     assert {item.type for item in workload.weights} == types
     stored = [*workload.weights, *([workload.lookup] if workload.lookup else [])]
     assert sum(item.size_bytes for item in stored) == pytest.approx(size, rel=1e-6)
 
 
+def test_a_cpu_multiplies_float16_as_float32() -> None:
+    """ONNX Runtime has no such products there: it keeps copies, and reads those for every token."""
+    board, size = load_profile("raspberry-pi-5-4gb"), RunSettings(context=512, depth=128)
+    half = workload_from_figures(parameters=135e6, file_bytes=270_000_000, quant="fp16", model="SmolLM2-135M")
+    full = workload_from_figures(parameters=135e6, file_bytes=540_000_000, quant="fp32", model="SmolLM2-135M")
+    first, second = predict(half, board, size), predict(full, board, size)
+    assert first.ram_parts is not None
+    assert second.ram_parts is not None
+    assert first.ram_parts.kv_bytes == second.ram_parts.kv_bytes / 2
+    # Copies of all, and the tied table once more to look up.
+    table = 2 * half.vocabulary * half.hidden
+    assert first.ram_parts.repack_bytes == pytest.approx(270_000_000 + table, rel=0.01)
+    assert second.ram_parts.repack_bytes == 0
+    assert first.decode_tps == pytest.approx(second.decode_tps, rel=0.02)
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     billions=st.floats(min_value=1e-3, max_value=500),
     bits=st.floats(min_value=1.2, max_value=20),
-    quant=st.sampled_from(["Q4_K_M", "Q8_0", "F16", "Q2_K", "IQ4_NL", "COPY", "MIXED", "int8", "int4-mixed", "fp32"]),
+    quant=st.sampled_from(
+        ["Q4_K_M", "Q8_0", "F16", "Q2_K", "IQ4_NL", "COPY", "MIXED", "int8", "int4-mixed", "fp32", "fp16"]
+    ),
 )
 def test_any_size_gives_a_workload_that_can_be_predicted(billions: float, bits: float, quant: str) -> None:
     workload = workload_from_figures(

@@ -9,13 +9,16 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_engine import FakeEngine
+from fake_encoder import FakeEncoder, fake_encoder_model, live_embedding_server
+from fake_engine import CARD, FakeEngine, GpuEngine
 from live_server import LiveServer, fake_model, live_server
 from prometheus_client.parser import text_string_to_metric_families
 
+from runtime.encoder import EncoderInfo
 from runtime.sensors import Sensors
 from runtime.server import page as page_module
 from runtime.server.figures import Figures
@@ -23,6 +26,7 @@ from runtime.server.limits import Access
 from runtime.server.logs import LOGGER, JsonLines, log_event
 from runtime.server.metrics import Metrics
 from runtime.server.worker import Worker
+from targets.vram import Device
 
 SECRET = "a-very-secret-prompt"
 
@@ -91,6 +95,67 @@ def test_the_status_document_tells_what_the_metrics_tell(server: LiveServer) -> 
     assert told["memory"]["engine"] is None
     assert told["engine_deaths"] == 0
     assert server.request("GET", "/status", headers={"Host": "evil.example"})[0] == 403
+
+
+def test_a_gpu_tells_what_was_planned_for_it_and_what_is_taken() -> None:
+    engine = GpuEngine(context=64)
+    with live_server(fake_model(engine)) as server:
+        found, told = samples(server), json.loads(server.request("GET", "/status")[2])["vram"]
+    assert {labels: value for (name, labels), value in found.items() if name == "edgelm_vram_bytes"} == {
+        (("device", "CUDA0"), ("kind", "planned"), ("model", "fake")): 1000,
+        (("device", "CUDA0"), ("kind", "announced"), ("model", "fake")): 950,
+    }
+    assert found["edgelm_model_layers", (("device", "CUDA0"), ("kind", "gpu"), ("model", "fake"))] == 2
+    assert found["edgelm_model_layers", (("device", "CUDA0"), ("kind", "all"), ("model", "fake"))] == 3
+    of_card = (("description", "a card"), ("device", "CUDA0"))
+    free = CARD.free_bytes - 100 * engine.looks  # both documents share one look
+    assert found["edgelm_device_memory_bytes", (*of_card, ("kind", "free"))] == free
+    assert found["edgelm_device_memory_bytes", (*of_card, ("kind", "used"))] == CARD.total_bytes - free
+    assert found["edgelm_device_memory_bytes", (*of_card, ("kind", "total"))] == CARD.total_bytes
+    assert [(use["device"], use["gpu_layers"], use["free_bytes"]) for use in told] == [("CUDA0", 2, free)]
+    assert engine.looks == 1
+
+
+class GpuEncoder(FakeEncoder):
+    """The scripted encoder with its layers on the card of the scripted engine."""
+
+    @property
+    def info(self) -> EncoderInfo:
+        engine = GpuEngine().info
+        return replace(super().info, offload=engine.offload, buffers=engine.buffers)
+
+    def device_now(self) -> Device:
+        return CARD
+
+
+def test_an_encoder_on_a_gpu_tells_the_same() -> None:
+    with live_embedding_server(fake_encoder_model(GpuEncoder())) as server:
+        (told,) = json.loads(server.request("GET", "/status")[2])["vram"]
+        assert (told["model"], told["device"], told["free_bytes"]) == ("fake", "CUDA0", CARD.free_bytes)
+        facts = json.loads(server.request("GET", "/status")[2])["models"][0]["facts"]
+        assert facts["GPU"] == "2 of 3 layers on CUDA0 (a card)"
+        assert (
+            b'edgelm_vram_bytes{device="CUDA0",kind="announced",model="fake"} 950.0'
+            in server.request("GET", "/metrics")[2]
+        )
+    with live_embedding_server(fake_encoder_model(FakeEncoder())) as server:
+        assert json.loads(server.request("GET", "/status")[2])["vram"] == []
+
+
+def test_a_gpu_that_tells_no_sizes_has_no_series_of_them() -> None:
+    with live_server(fake_model(GpuEngine(card=replace(CARD, free_bytes=0, total_bytes=0)))) as server:
+        found, told = samples(server), json.loads(server.request("GET", "/status")[2])["vram"]
+    assert not any(name == "edgelm_device_memory_bytes" for name, _ in found)
+    assert any(name == "edgelm_vram_bytes" for name, _ in found)
+    assert (told[0]["free_bytes"], told[0]["used_bytes"], told[0]["planned_bytes"]) == (None, None, 1000)
+
+
+def test_without_a_gpu_there_are_no_series_of_one(server: LiveServer) -> None:
+    names = {name for name, _ in samples(server)}
+    assert not names & {"edgelm_vram_bytes", "edgelm_model_layers", "edgelm_device_memory_bytes"}
+    assert json.loads(server.request("GET", "/status")[2])["vram"] == []
+    with live_server(fake_model(GpuEngine(card=None))) as beside:
+        assert not any("vram" in name for name, _ in samples(beside))
 
 
 def test_two_servers_in_one_process_count_apart(server: LiveServer) -> None:
