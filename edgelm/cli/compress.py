@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="What decides which neurons, heads and channels stay.",
 )
-@click.option("--depth-by", type=click.Choice(["influence", "kl"]), default="influence", show_default=True)
+@click.option("--depth-by", type=click.Choice(["influence", "kl", "cosine"]), default="influence", show_default=True)
 @click.option("--finish", metavar="QUANT|BUNDLE", help="Train on through this mix, or through a bundle's own types.")
 @click.option("--finish-tokens", type=click.IntRange(min=1), default=200_000, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -105,7 +105,8 @@ def command(
       edgelm compress ./teacher --target raspberry-pi-4-2gb --min-decode-tps 20 --dry-run
     """
     from edgelm.cli.console import print_json, stderr_progress
-    from exporter.compress.pipeline import CompressOptions, compress, proposal
+    from exporter.compress.pipeline import compress, proposal
+    from exporter.compress.run import CompressOptions
 
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
@@ -180,15 +181,14 @@ def _show(student: Student) -> None:
     from rich.table import Table
 
     from edgelm.cli.console import print_table
+    from exporter.compress.result import figures
 
     record = student.record
     title = f"{student.path}: {record.shape}, {record.parameters / 1e6:.1f} M parameters"
     table = Table(title=title, title_justify="left")
-    for heading in ("stage", "text", "KL", "p99 KL", "same top token", "perplexity", "teacher's"):
+    headings, rows = figures(record.comparisons)
+    for heading in headings:
         table.add_column(heading)
-    for item in record.comparisons:
-        table.add_row(
-            item.stage, item.text, f"{item.kl_mean:.4f}", f"{item.kl_p99:.3f}", f"{item.top1_agreement:.1%}",
-            f"{item.ppl:.2f}", f"{item.ppl_teacher:.2f}",
-        )  # fmt: skip
+    for row in rows:
+        table.add_row(*row)
     print_table(table)

@@ -20,7 +20,8 @@ Axes = Mapping[str, tuple[str | None, ...]]
 class Anatomy:
     """One kind of model. ``layers`` is the path of the list of layers, the paths after it are within a layer.
 
-    ``down`` reads what the neurons put out, ``output`` what the heads put out, ``stream`` the channels of the width. ``neurons`` is the name of their count in the configuration. ``encoder``: makes vectors of texts.
+    ``down`` reads what the neurons put out, ``output`` what the heads put out, ``stream`` the channels of the width.
+    ``neurons`` is the name of their count in the configuration. ``encoder``: makes vectors of texts.
     """
 
     layers: str

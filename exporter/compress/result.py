@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from edgelm.bundle import FileRecord, Record
 from edgelm.errors import CheckpointError, UsageError
 from exporter.checkpoint import Checkpoint
@@ -23,7 +25,8 @@ from exporter.tokenizer import SourceTokenizer
 RECORD_NAME, CURVE_NAME = STUDENT_RECORD, "training.jsonl"
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
-    "chat_template.jinja", "chat_template.json",
+    "chat_template.jinja", "chat_template.json", "modules.json", "sentence_bert_config.json",
+    "config_sentence_transformers.json",
 )  # fmt: skip
 
 
@@ -38,6 +41,24 @@ class Comparison(Record):
     top1_agreement: float
     ppl: float
     ppl_teacher: float
+
+
+class VectorComparison(Record):
+    """An encoder's vectors beside its teacher's for the same passages, as ``EmbeddingQuality`` has them."""
+
+    stage: str
+    text: str
+    texts: int
+    tokens: int
+    cosine_mean: float
+    cosine_p1: float
+    cosine_min: float
+    error_max: float
+    nearest_agreement: float
+
+
+Row = Comparison | VectorComparison
+ROW: TypeAdapter[Row] = TypeAdapter(Row)
 
 
 class CompressRecord(Record):
@@ -62,7 +83,7 @@ class CompressRecord(Record):
     types: dict[str, str] | None
     """By GGUF name, what it was trained for: ``edgelm export --types-from`` takes them."""
     remarks: tuple[str, ...]
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[Row, ...]
     elapsed_s: float
     tool_versions: dict[str, str]
 
@@ -115,7 +136,8 @@ def write_student(
     if checkpoint.source.kind == "gguf":  # whose configuration was made up from its dimensions
         for name in ("bos", "eos"):
             setattr(student.config, f"{name}_token_id", words.gguf_metadata.get(f"tokenizer.ggml.{name}_token_id"))
-    student.generation_config = GenerationConfig()  # the teacher's file replaces it
+    if hasattr(student, "generation_config"):
+        student.generation_config = GenerationConfig()  # the teacher's file replaces it
     student.save_pretrained(directory, safe_serialization=True)
     write_tokenizer(directory, checkpoint, words)
     (directory / RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -128,11 +150,21 @@ def write_curve(directory: Path, curve: Sequence[Mapping[str, Any]]) -> None:
     (directory / CURVE_NAME).write_text(lines, encoding="utf-8")
 
 
+def _copied(source: Path) -> list[Path]:
+    named = [source / name for name in _TOKENIZER_FILES]
+    if (source / "modules.json").is_file():  # checked when the encoder was described
+        steps = json.loads((source / "modules.json").read_text(encoding="utf-8"))
+        named += [source / item["path"] / "config.json" for item in steps if item.get("path")]
+    return [path for path in named if path.is_file()]
+
+
 def write_tokenizer(directory: Path, checkpoint: Checkpoint, words: SourceTokenizer) -> None:
+    """The tokenizer's files as the source has them, and those that say how an encoder's tokens become a vector."""
     if checkpoint.source.kind == "huggingface":
-        for name in _TOKENIZER_FILES:
-            if (checkpoint.source.path / name).is_file():
-                shutil.copyfile(checkpoint.source.path / name, directory / name)
+        for path in _copied(checkpoint.source.path):
+            target = directory / path.relative_to(checkpoint.source.path)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
         return
     metadata = words.gguf_metadata
     tokens = metadata["tokenizer.ggml.tokens"]
@@ -151,11 +183,6 @@ def write_tokenizer(directory: Path, checkpoint: Checkpoint, words: SourceTokeni
 def model_card(name: str, record: CompressRecord) -> str:
     """The README of a student: its teacher, each step, the data with hashes, and what was lost."""
     settings = "\n".join(f"| {key} | {value} |" for key, value in record.settings.items())
-    rows = "\n".join(
-        f"| {item.stage} | {item.text} | {item.tokens} | {item.kl_mean:.4f} | {item.kl_p99:.3f} "
-        f"| {item.top1_agreement:.1%} | {item.ppl:.3f} | {item.ppl_teacher:.3f} |"
-        for item in record.comparisons
-    )
     named = [(record.source, item) for item in record.source_files]
     if record.teacher != record.source:
         named += [(record.teacher, item) for item in record.teacher_files]
@@ -172,9 +199,7 @@ Units were chosen by {record.measured_by}.
 {finish}
 ## Beside the teacher
 
-| stage | text | tokens | mean KL (nats) | p99 KL | same top token | perplexity | teacher's |
-|---|---|---|---|---|---|---|---|
-{rows}
+{_table(record.comparisons)}
 
 ## Training
 
@@ -190,3 +215,30 @@ Units were chosen by {record.measured_by}.
 
 {files}
 """
+
+
+def figures(comparisons: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings and rows of a table of comparisons, all of one kind."""
+    if all(isinstance(item, VectorComparison) for item in comparisons):
+        headings: tuple[str, ...] = (
+            "stage", "text", "passages", "mean cosine", "p1", "lowest", "same nearest passage",
+        )  # fmt: skip
+    else:
+        headings = ("stage", "text", "tokens", "mean KL (nats)", "p99 KL", "same top token", "perplexity", "teacher's")
+    return headings, [_figures(item) for item in comparisons]
+
+
+def _figures(item: Row) -> tuple[str, ...]:
+    if isinstance(item, VectorComparison):
+        cosines = (f"{value:.4f}" for value in (item.cosine_mean, item.cosine_p1, item.cosine_min))
+        return (item.stage, item.text, str(item.texts), *cosines, f"{item.nearest_agreement:.1%}")
+    return (
+        item.stage, item.text, str(item.tokens), f"{item.kl_mean:.4f}", f"{item.kl_p99:.3f}",
+        f"{item.top1_agreement:.1%}", f"{item.ppl:.3f}", f"{item.ppl_teacher:.3f}",
+    )  # fmt: skip
+
+
+def _table(comparisons: Sequence[Row]) -> str:
+    headings, rows = figures(comparisons)
+    lines = [headings, tuple("---" for _ in headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

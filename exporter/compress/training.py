@@ -103,6 +103,11 @@ class Trainer:
         """All steps so far, those of an earlier run of the same training included."""
         return tuple(self._state.curve)
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step."""
+        return self._options.batch * int(self._corpus.windows.shape[1])
+
     def run(self, progress: Progress) -> None:
         """Train to the last step, from the saved state on if there is one.
 
@@ -114,7 +119,7 @@ class Trainer:
         if self._device.type == "cpu" and self._state.step < self._options.steps:
             self._check_memory()
         options, state = self._options, self._state
-        tokens = options.batch * self._corpus.windows.shape[1]
+        tokens = self.step_tokens
         saved_s = time.monotonic()
         every_s = _SAVE_EVERY_S if options.save_every_s is None else options.save_every_s
         with progress.stage("distilling", options.steps * tokens, unit="tokens") as stage:
@@ -211,7 +216,7 @@ class Trainer:
     def _check_memory(self) -> None:
         """Refuse before the first step what would be killed during it. Raises ``DoesNotFitError``."""
         options, length = self._options, int(self._corpus.windows.shape[1])
-        fixed, each = training_bytes(self._state.student, length, quantised=self._quantizer is not None)
+        fixed, each = self._bytes(length)
         available = available_memory()
         fitting = int((int(available.value) - fixed) // each)
         if fitting >= options.micro_batch:
@@ -224,6 +229,9 @@ class Trainer:
             if fitting > 0
             else "a single sequence does not fit: try a shorter --length or a smaller student",
         )
+
+    def _bytes(self, length: int) -> tuple[int, int]:
+        return training_bytes(self._state.student, length, quantised=self._quantizer is not None)
 
     def _too_large(self, error: RuntimeError) -> Exception:
         if not is_out_of_memory(error):

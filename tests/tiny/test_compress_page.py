@@ -16,7 +16,7 @@ import pytest
 
 from edgelm.cli.app import run_cli
 from edgelm.cli.compress import command
-from exporter.compress import pipeline as pipeline_module
+from exporter.compress import decoders as decoders_module
 from tests.tiny_models import make_tiny_llama
 
 pytestmark = [pytest.mark.tiny, pytest.mark.reference]
@@ -40,7 +40,7 @@ def test_the_page_leads_from_a_teacher_to_an_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline_module, "EVALUATION_TOKENS", 300)
+    monkeypatch.setattr(decoders_module, "EVALUATION_TOKENS", 300)
     make_tiny_llama(tmp_path / "teacher", layers=4, ffn=256)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])

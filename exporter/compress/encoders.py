@@ -1,0 +1,195 @@
+"""How encoders are taught and judged: passages of text, and the teacher's vectors of them.
+
+What is learned from are sentences, paragraphs and runs of paragraphs of the texts, since vectors are made of all of
+these. Figures are those of an export's proof (``embedding_quality``), over passages that nobody learned from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgelm.errors import CheckpointError, UsageError
+from exporter.architectures import describe
+from exporter.architectures.base import EncoderDescription
+from exporter.calibration import read_conversations
+from exporter.checkpoint import Checkpoint
+from exporter.compress import importance
+from exporter.compress.anatomy import ANATOMIES
+from exporter.compress.data import Corpus, Ids
+from exporter.compress.fake_quant import FakeQuantizer
+from exporter.compress.importance import Importance
+from exporter.compress.result import VectorComparison
+from exporter.compress.run import CompressOptions, Run
+from exporter.compress.shape import Shape
+from exporter.compress.surgery import without_pooler
+from exporter.compress.training import Trainer, TrainingOptions
+from exporter.compress.vector_training import PADDING, VectorTrainer, pooled
+from exporter.device import DeviceChoice
+from exporter.embedding_quality import cut_passages, embed_all, embedder, figures
+from exporter.reference import open_transformers_encoder
+from exporter.texts import evaluation_text
+from exporter.token_identity import open_tokenizer
+from runtime.tokenizer import ends_added
+
+IMPORTANCE_TEXTS = 48
+_SHORTEST = 3  # tokens of a text that says anything
+_SENTENCE_END = re.compile(r"(?<=[.!?:])\s+")
+_GGUF_ARCHITECTURES = ("bert",)
+
+
+def is_encoder(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint makes vectors of texts."""
+    anatomy = ANATOMIES.get(checkpoint.architecture)
+    return checkpoint.architecture in _GGUF_ARCHITECTURES or (anatomy is not None and anatomy.encoder)
+
+
+def check_encoder(options: CompressOptions, checkpoint: Checkpoint) -> None:
+    """Refuse what an encoder has not. Raises ``UsageError`` and ``CheckpointError``."""
+    width = "an encoder's vectors have its width, and a teacher's can be compared only with as many numbers"
+    heads = "in these configurations the width and the heads decide the size of a head, so heads cannot go alone"
+    choose = "--target chooses among decoders' shapes; give an encoder's by --layers and --neurons"
+    refused = (
+        ("--hidden", options.hidden is not None, width),
+        ("--heads", options.heads is not None, heads),
+        ("--target", options.target is not None, choose),
+        ("--own-share", options.own_share > 0, "an encoder writes no text"),
+        ("--temperature", options.temperature != 1, "an encoder predicts no distribution"),
+        ("--attention-weight", options.attention_weight > 0, "of an encoder only --hidden-weight is compared"),
+        ("--depth-by kl", options.depth == "kl", "an encoder predicts no tokens; --depth-by cosine is its like"),
+    )
+    for name, given, reason in refused:
+        if given:
+            raise UsageError(f"{name} does not go with an encoder: {reason}", hint=f"leave out {name}")
+    named = checkpoint.config.get("architectures")
+    head = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+    sentences = checkpoint.source.kind == "gguf" or (checkpoint.source.path / "modules.json").is_file()
+    if "For" in head and not sentences:
+        raise CheckpointError(
+            f"{checkpoint.source.location} is a {head}: its head would be lost, only models of vectors are compressed",
+            hint="name a sentence model, which has a modules.json",
+        )
+
+
+class Encoders:
+    """The kind of models that make one vector of a text."""
+
+    figure = "distance"
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        encoder = describe(run.checkpoint).encoder
+        assert encoder is not None
+        self._encoder: EncoderDescription = encoder
+
+    def open(self, checkpoint: Checkpoint, device: DeviceChoice) -> AbstractContextManager[Any]:
+        """The model as transformers has it, without a layer behind the first token."""
+        return self._opened(checkpoint, device)
+
+    @contextmanager
+    def _opened(self, checkpoint: Checkpoint, device: DeviceChoice) -> Iterator[Any]:
+        with open_transformers_encoder(checkpoint, self._run.progress, device=device) as (_, model):
+            yield without_pooler(model)
+
+    def check_teacher(self, teacher: Any, student: Any) -> None:
+        """Raises ``CheckpointError`` for a teacher whose vectors have another length."""
+        theirs, ours = teacher.config.hidden_size, student.config.hidden_size
+        if theirs != ours:
+            raise CheckpointError(
+                f"{self._run.options.teacher} makes vectors of {theirs} numbers, {self._run.options.source} of {ours}",
+                hint="choose a teacher of the same width",
+            )
+
+    def corpus(self, teacher: Any) -> tuple[Corpus, None]:
+        """Ids of texts of all lengths, special tokens around each, filled up with ``PADDING``."""
+        options, run = self._run.options, self._run
+        tokenizer = open_tokenizer(run.words.tokenizer_json, "tokenizer.json")
+        bare, whole = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+        prefix, suffix = ends_added(bare, whole)
+        longest = min(options.length, self._encoder.context)
+        rows: list[list[int]] = []
+        sources = []
+        for path in options.texts or (None,):
+            text = read_conversations(path, run.words)
+            pieces = list(_pieces(text.content, tokenizer, longest - len(prefix) - len(suffix)))
+            rows += [[*prefix, *piece, *suffix] for piece in pieces]
+            count = sum(map(len, pieces))
+            sources.append(f"{text.name}: {len(pieces)} texts of {count} tokens, SHA-256 {text.sha256}")
+        if not rows:
+            raise UsageError("the training text holds no sentence: nothing to learn from", hint="give longer texts")
+        windows: Ids = np.full((len(rows), max(map(len, rows))), PADDING, np.int32)
+        for row, ids in zip(windows, rows, strict=True):
+            row[: len(ids)] = ids
+        return Corpus(windows, tuple(sources)), None
+
+    def measure(self, base: Any, corpus: Corpus, wanted: Shape) -> Importance:
+        """On texts spread evenly over what is learned from."""
+        rows = corpus.windows[:: max(1, len(corpus.windows) // IMPORTANCE_TEXTS)][:IMPORTANCE_TEXTS]
+        options, record = self._run.options, self._encoder.record
+
+        def pool(states: Any) -> Any:
+            import torch
+
+            mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+            return pooled(states, mask, record)
+
+        texts = [row[row != PADDING].tolist() for row in rows]
+        return importance.measure(
+            base, texts, wanted, self._run.progress, units=options.units, depth=options.depth, pool=pool
+        )
+
+    def compare(self, stage: str, teacher: Any, student: Any, held_out: Corpus | None) -> None:
+        """Add a row for the evaluation text, unless an earlier part of this run has done so."""
+        run = self._run
+        if run.compared(stage):
+            return
+        text = evaluation_text()
+        passages = cut_passages(text, run.checkpoint, self._encoder.context)
+        expected, found = (
+            embed_all(embedder(model, self._encoder.record), passages, "measuring quality", run.progress)
+            for model in (teacher, student)
+        )
+        run.comparisons.append(
+            VectorComparison(
+                stage=stage,
+                text=text.name,
+                texts=len(passages),
+                tokens=sum(map(len, passages)),
+                **asdict(figures(expected, found)),
+            )
+        )
+        run.keep_comparisons()
+
+    def step_tokens(self, corpus: Corpus) -> int:
+        """Texts of a step times the mean of their lengths."""
+        return max(1, round(self._run.options.batch * float((corpus.windows != PADDING).sum(axis=1).mean())))
+
+    def trainer(
+        self, teacher: Any, student: Any, corpus: Corpus, options: TrainingOptions, directory: Path,
+        quantizer: FakeQuantizer | None,
+    ) -> Trainer:  # fmt: skip
+        """By the teacher's vectors."""
+        return VectorTrainer(teacher, student, corpus, options, directory, quantizer, self._encoder.record)
+
+
+def _pieces(text: str, tokenizer: Any, room: int) -> Iterator[list[int]]:
+    """Ids of sentences, of paragraphs of several, and of runs of paragraphs that fill the room; longer ones are cut."""
+    paragraphs = [part for part in text.split("\n\n") if part.strip()]
+    for paragraph in paragraphs:
+        sentences = [part for part in _SENTENCE_END.split(paragraph) if part.strip()]
+        for part in sentences if len(sentences) < 2 else [*sentences, paragraph]:
+            yield from _cut(tokenizer.encode(part, add_special_tokens=False).ids, room)
+    yield from _cut(tokenizer.encode(text, add_special_tokens=False).ids, room)
+
+
+def _cut(ids: Sequence[int], room: int) -> Iterator[list[int]]:
+    for start in range(0, len(ids), room):
+        piece = list(ids[start : start + room])
+        if len(piece) >= _SHORTEST:
+            yield piece
