@@ -184,19 +184,19 @@ class Trainer:
         loss_sum, kl_sum = torch.zeros(2, dtype=torch.float64, device=self._device)
         for start in range(0, len(rows), options.micro_batch):
             part = rows[start : start + options.micro_batch]
-            ids = torch.from_numpy(self._corpus.windows[part]).long().to(self._device)
             share = len(part) / len(rows)
-            loss, kl = self._loss(ids)
+            loss, kl = self._loss(part)
             (loss * share).backward()
             loss_sum += loss.detach() * share
             kl_sum += kl * share
         return float(loss_sum), float(kl_sum)
 
-    def _loss(self, ids: Any) -> tuple[Any, Any]:
+    def _loss(self, rows: Indices) -> tuple[Any, Any]:
         import torch
 
         options = self._options
         deep = options.hidden_weight > 0
+        ids = torch.from_numpy(self._corpus.windows[rows]).long().to(self._device)
         with computing_in_bfloat16(self._device):
             with torch.no_grad(), _Attention(self._teacher, options.matched, options.attention_weight) as expected:
                 teacher = self._teacher(ids, use_cache=False, output_hidden_states=deep)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from edgelm.bundle import EncoderRecord
-from edgelm.progress import Stage
-from exporter.compress.data import Corpus, Indices
+from edgelm.progress import Progress, Stage
+from exporter.compress.data import Corpus, Indices, batches
 from exporter.compress.fake_quant import FakeQuantizer
 from exporter.compress.shape import shape_of
 from exporter.compress.training import Trainer, TrainingOptions
@@ -22,6 +22,7 @@ from exporter.device import computing_in_bfloat16
 
 PADDING = -1
 """In the rows of a corpus of texts of different lengths: no token."""
+_TAUGHT_AT_ONCE = 32
 _FLOAT32_BYTES = 4
 # As in ``training``: gradient and moments of each weight; per position and layer what backward needs of each channel
 # and neuron, and per head each other position's score, its softmax and both gradients.
@@ -38,6 +39,7 @@ class VectorTrainer(Trainer):
         super().__init__(teacher, student, corpus, options, directory, quantizer)
         self._record = record
         self._lengths = (corpus.windows != PADDING).sum(axis=1)
+        self._vectors: Any = None
 
     @property
     def step_tokens(self) -> int:
@@ -52,21 +54,59 @@ class VectorTrainer(Trainer):
         # Texts of like lengths are computed together, so that little is padded. The sum is the same.
         return super()._gradients(rows[np.argsort(self._lengths[rows], kind="stable")])
 
-    def _loss(self, ids: Any) -> tuple[Any, Any]:
+    def run(self, progress: Progress) -> None:
+        """As ``Trainer.run``. What the teacher makes of each text is computed once, unless its states are compared."""
+        options = self._options
+        if options.hidden_weight == 0 and self._vectors is None:
+            order = batches(len(self._lengths), options.batch, options.seed, 0)
+            used = np.unique(np.concatenate([next(order) for _ in range(options.steps)]))
+            with progress.stage("the teacher's vectors", len(used), unit="texts") as stage:
+                self._vectors = self._taught(used[np.argsort(self._lengths[used], kind="stable")], stage)
+        super().run(progress)
+
+    def _taught(self, rows: Indices, stage: Stage) -> Any:
+        """The teacher's vector of each of ``rows``, at its place among all texts (texts, width).
+
+        In batches of one size, whatever the micro-batch: a resumed run gets the very same.
+        """
+        import torch
+
+        vectors = torch.zeros(len(self._lengths), self._record.dimensions, device=self._device)
+        for start in range(0, len(rows), _TAUGHT_AT_ONCE):
+            part = rows[start : start + _TAUGHT_AT_ONCE]
+            inputs, mask = self._inputs(part)
+            with torch.no_grad(), computing_in_bfloat16(self._device):
+                states = self._teacher(**inputs).last_hidden_state
+            vectors[torch.from_numpy(part).to(self._device)] = pooled(states.float(), mask, self._record)
+            stage.advance(len(part))
+        return vectors
+
+    def _inputs(self, rows: Indices) -> tuple[dict[str, Any], Any]:
+        """What a model is called with for some texts, and where their tokens are (texts, tokens)."""
+        import torch
+
+        width = int(self._lengths[rows].max())
+        ids = torch.from_numpy(self._corpus.windows[rows, :width]).long().to(self._device)
+        mask = ids != PADDING
+        ids = ids.masked_fill(~mask, self._state.student.config.pad_token_id or 0)
+        return {"input_ids": ids, "attention_mask": mask.long()}, mask
+
+    def _loss(self, rows: Indices) -> tuple[Any, Any]:
         import torch
 
         options = self._options
-        deep = options.hidden_weight > 0
-        mask = ids != PADDING
-        width = int(mask.sum(dim=1).max())
-        mask = mask[:, :width]
-        ids = ids[:, :width].masked_fill(~mask, self._state.student.config.pad_token_id or 0)
-        inputs = {"input_ids": ids, "attention_mask": mask.long(), "output_hidden_states": deep}
+        inputs, mask = self._inputs(rows)
+        deep = self._vectors is None
         with computing_in_bfloat16(self._device):
-            with torch.no_grad():
-                teacher = self._teacher(**inputs)
-            student = self._state.student(**inputs)
-        expected, found = (pooled(item.last_hidden_state.float(), mask, self._record) for item in (teacher, student))
+            student = self._state.student(**inputs, output_hidden_states=deep)
+            if deep:
+                with torch.no_grad():
+                    teacher = self._teacher(**inputs, output_hidden_states=True)
+        if deep:
+            expected = pooled(teacher.last_hidden_state.float(), mask, self._record)
+        else:
+            expected = self._vectors[torch.from_numpy(rows).to(self._device)]
+        found = pooled(student.last_hidden_state.float(), mask, self._record)
         loss = ((found - expected).square().sum(dim=-1) / expected.square().sum(dim=-1)).mean()
         distance = 1 - torch.cosine_similarity(found.detach(), expected).mean()
         if deep:
