@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 @click.option("--neurons", type=click.IntRange(min=1), metavar="N", help="Feed-forward neurons that stay, per layer.")
 @click.option("--heads", type=click.IntRange(min=1), metavar="N", help="Attention heads that stay, per layer.")
 @click.option("--hidden", type=click.IntRange(min=1), metavar="N", help="Width that stays.")
+@click.option(
+    "--vocabulary",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens that stay: those that --text uses most, and all that any text can be written with.",
+)
 @click.option("--target", metavar="ID|FILE", help="Choose layers and neurons so that the limits hold on this device.")
 @click.option("--quant", default="Q4_K_M", show_default=True, metavar="NAME", help="The mix that --target plans with.")
 @click.option("--min-decode-tps", type=float, metavar="X", help="With --target: tokens per second that are needed.")
@@ -68,6 +74,7 @@ def command(
     neurons: int | None,
     heads: int | None,
     hidden: int | None,
+    vocabulary: int | None,
     target: str | None,
     quant: str,
     min_decode_tps: float | None,
@@ -117,6 +124,7 @@ def command(
         neurons=neurons,
         heads=heads,
         hidden=hidden,
+        vocabulary=vocabulary,
         target=target,
         quant=quant,
         min_decode_tps=min_decode_tps,

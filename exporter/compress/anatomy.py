@@ -117,3 +117,5 @@ ANATOMIES: Mapping[str, Anatomy] = {
     "distilbert": _DISTILBERT,
 }
 """By ``model_type``: every family that can be pruned."""
+POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")
+"""Families whose first position is the row behind the padding token's number."""

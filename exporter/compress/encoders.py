@@ -31,8 +31,9 @@ from exporter.compress.shape import Shape
 from exporter.compress.surgery import without_pooler
 from exporter.compress.training import Trainer, TrainingOptions
 from exporter.compress.vector_training import PADDING, VectorTrainer, pooled
+from exporter.compress.vocabulary import VocabularyCut
 from exporter.device import DeviceChoice
-from exporter.embedding_quality import cut_passages, embed_all, embedder, figures
+from exporter.embedding_quality import Figures, cut_passages, embed_all, embedder, figures
 from exporter.reference import open_transformers_encoder
 from exporter.texts import evaluation_text
 from exporter.token_identity import open_tokenizer
@@ -155,16 +156,28 @@ class Encoders:
             embed_all(embedder(model, self._encoder.record), passages, "measuring quality", run.progress)
             for model in (teacher, student)
         )
-        run.comparisons.append(
-            VectorComparison(
-                stage=stage,
-                text=text.name,
-                texts=len(passages),
-                tokens=sum(map(len, passages)),
-                **asdict(figures(expected, found)),
-            )
+        self._add(stage, text.name, passages, figures(expected, found))
+
+    def _add(self, stage: str, text: str, passages: Sequence[Sequence[int]], found: Figures) -> None:
+        count = sum(map(len, passages))
+        row = VectorComparison(stage=stage, text=text, texts=len(passages), tokens=count, **asdict(found))
+        self._run.comparisons.append(row)
+        self._run.keep_comparisons()
+
+    def compare_cut(self, stage: str, teacher: Any, student: Any, cut: VocabularyCut) -> None:
+        """The passages as texts, each model's in its own tokens; those that become too long are cut as in use."""
+        run, record, context = self._run, self._encoder.record, self._encoder.context
+        if run.compared(stage):
+            return
+        text = evaluation_text()
+        whole = open_tokenizer(run.words.tokenizer_json, "tokenizer.json")
+        spans = [whole.decode(ids) for ids in cut_passages(text, run.checkpoint, context)]
+        passages = [_read(whole, spans, context), _read(open_tokenizer(cut.tokenizer_json, "new"), spans, context)]
+        expected, found = (
+            embed_all(embedder(model, record), texts, "measuring quality", run.progress)
+            for model, texts in zip((teacher, student), passages, strict=True)
         )
-        run.keep_comparisons()
+        self._add(stage, text.name, passages[1], figures(expected, found))
 
     def step_tokens(self, corpus: Corpus) -> int:
         """Texts of a step times the mean of their lengths."""
@@ -176,6 +189,12 @@ class Encoders:
     ) -> Trainer:  # fmt: skip
         """By the teacher's vectors."""
         return VectorTrainer(teacher, student, corpus, options, directory, quantizer, self._encoder.record)
+
+
+def _read(tokenizer: Any, texts: Sequence[str], context: int) -> list[list[int]]:
+    """Ids of texts, special tokens around each, the last one kept when a text is too long."""
+    found = [tokenizer.encode(text).ids for text in texts]
+    return [ids if len(ids) <= context else [*ids[: context - 1], ids[-1]] for ids in found]
 
 
 def _pieces(text: str, tokenizer: Any, room: int) -> Iterator[list[int]]:

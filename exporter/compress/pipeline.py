@@ -16,8 +16,10 @@ from edgelm.bundle import file_record
 from edgelm.errors import CheckpointError, UsageError
 from edgelm.progress import SILENT, Progress
 from exporter import tokenizer
+from exporter.calibration import read_conversations
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
 from exporter.compress import result, surgery
+from exporter.compress.anatomy import POSITIONS_AFTER_PADDING
 from exporter.compress.data import Corpus
 from exporter.compress.decoders import Decoders
 from exporter.compress.encoders import Encoders, check_encoder, is_encoder
@@ -28,6 +30,7 @@ from exporter.compress.run import KEPT, CompressOptions, Kind, Run, claim_state,
 from exporter.compress.shape import Shape, group_of, row_remarks, shape_of, told, wanted_shape
 from exporter.compress.surgery import Kept
 from exporter.compress.training import TrainingOptions, write_atomically
+from exporter.compress.vocabulary import VocabularyCut, check_vocabulary, choose_tokens, cut_tables
 from exporter.device import DeviceChoice, resolve_device
 from exporter.given_types import read_types
 from exporter.options import ExportOptions
@@ -92,6 +95,8 @@ def proposal(options: CompressOptions, progress: Progress = SILENT) -> tuple[Sha
     _check(options)
     checkpoint = open_checkpoint(open_source(options.source))
     _check_kind(options, checkpoint)
+    if options.vocabulary is not None:
+        check_vocabulary(tokenizer.read_tokenizer(checkpoint), options.vocabulary)
     config = _config(checkpoint, progress)
     full, wanted, found = _shape(options, checkpoint, config)
     _check_shape(options, checkpoint, config, (full, wanted))
@@ -112,6 +117,8 @@ def compress(
     checkpoint = open_checkpoint(open_source(options.source))
     _check_kind(options, checkpoint)
     words = tokenizer.read_tokenizer(checkpoint)
+    if options.vocabulary is not None:
+        check_vocabulary(words, options.vocabulary)
     teacher_checkpoint = _teacher(options, checkpoint, words)
     state = destination.with_name(f".{destination.name}.training")
     run = Run(options, checkpoint, words, state, progress)
@@ -130,6 +137,7 @@ def compress(
             if learned:
                 lessons.compare("distilled", student)
             finished = _finish(lessons, student, kept.layers) if options.finish else None
+            cut = _cut_vocabulary(lessons, student) if options.vocabulary else None
             record = CompressRecord(
                 teacher=teacher_checkpoint.source.location,
                 teacher_files=tuple(file_record(path) for path in teacher_checkpoint.files),
@@ -141,6 +149,7 @@ def compress(
                 parameters_teacher=teacher.num_parameters(),
                 parameters=student.num_parameters(),
                 layers_kept=kept.layers,
+                vocabulary=student.config.vocab_size,
                 measured_by=f"{options.units} (layers: {options.depth})",
                 data=lessons.corpus.sources,
                 data_sha256=lessons.corpus.sha256,
@@ -149,12 +158,12 @@ def compress(
                 trained_for=finished.quant if finished else None,
                 types=finished.types if finished else None,
                 comparisons=tuple(run.comparisons),
-                remarks=tuple(row_remarks(base.config, wanted)),
+                remarks=(*row_remarks(base.config, wanted), *([cut.remark] if cut else [])),
                 elapsed_s=time.monotonic() - started,
                 tool_versions={tool: version(tool) for tool in _TOOLS},
             )
             with result.new_directory(destination, force=force) as staging:
-                result.write_student(staging, student, checkpoint, words, record)
+                result.write_student(staging, student, checkpoint, words, record, cut)
                 result.write_curve(staging, run.curve)
     shutil.rmtree(state, ignore_errors=True)
     return Student(destination, record)
@@ -373,6 +382,19 @@ def _finish(lessons: Lessons, student: Any, layers: tuple[int, ...]) -> _Finishe
     with quantizer.applied():
         lessons.compare(f"finished for {plan.quant}", student)
     return _Finished(plan.quant, {item.name: item.type for item in plan.tensors}, learned)
+
+
+def _cut_vocabulary(lessons: Lessons, student: Any) -> VocabularyCut:
+    """Leave the tokens that the texts use. Last of all: until then student and teacher speak of the same tokens."""
+    run = lessons.run
+    texts = [read_conversations(path, run.words).content for path in run.options.texts or (None,)]
+    # RoBERTa counts positions from the padding token's number, which has to stay what it is.
+    counted = student.config.model_type in POSITIONS_AFTER_PADDING
+    fixed = range(student.config.pad_token_id + 1) if counted else ()
+    cut = choose_tokens(run.words, texts, run.options.vocabulary or 0, fixed)
+    cut_tables(student, cut.kept)
+    lessons.kind.compare_cut(f"{len(cut.kept)} tokens", lessons.teacher, student, cut)
+    return cut
 
 
 def _save_plain(run: Run, student: Any, directory: Path) -> None:

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from edgelm.bundle import FileRecord, Record
 from edgelm.errors import CheckpointError, UsageError
 from exporter.checkpoint import Checkpoint
+from exporter.compress.vocabulary import VocabularyCut, rewrite
 from exporter.given_types import STUDENT_RECORD
 from exporter.tokenizer import SourceTokenizer
 
@@ -31,7 +32,12 @@ _TOKENIZER_FILES = (
 
 
 class Comparison(Record):
-    """A student beside its teacher on one text: mean KL in nats per token, share of equal likeliest tokens."""
+    """A student beside its teacher on one text: mean KL in nats per token, share of equal likeliest tokens.
+
+    Once the vocabulary is cut, the text is in the tokens that stayed, and so are the teacher's predictions that KL and
+    perplexities count: what it gave to other tokens is shared among these. Bits per byte of text count everything, the
+    teacher's by all of its tokens; None where tokens need not be text.
+    """
 
     stage: str
     text: str
@@ -41,6 +47,8 @@ class Comparison(Record):
     top1_agreement: float
     ppl: float
     ppl_teacher: float
+    bits_per_byte: float | None = None
+    bits_per_byte_teacher: float | None = None
 
 
 class VectorComparison(Record):
@@ -74,6 +82,7 @@ class CompressRecord(Record):
     parameters_teacher: int
     parameters: int
     layers_kept: tuple[int, ...]
+    vocabulary: int
     measured_by: str
     data: tuple[str, ...]
     data_sha256: str
@@ -125,9 +134,17 @@ def check_destination(destination: Path, *, force: bool) -> None:
 
 
 def write_student(
-    directory: Path, student: Any, checkpoint: Checkpoint, words: SourceTokenizer, record: CompressRecord
+    directory: Path,
+    student: Any,
+    checkpoint: Checkpoint,
+    words: SourceTokenizer,
+    record: CompressRecord,
+    cut: VocabularyCut | None = None,
 ) -> None:
-    """Weights (bfloat16, or float32 after training for a quantisation), tokenizer, record and model card."""
+    """Weights (bfloat16, or float32 after training for a quantisation), tokenizer, record and model card.
+
+    With ``cut`` the student has the rows that stayed, and its files get the new ids.
+    """
     import torch
     from transformers import GenerationConfig
 
@@ -140,6 +157,8 @@ def write_student(
         student.generation_config = GenerationConfig()  # the teacher's file replaces it
     student.save_pretrained(directory, safe_serialization=True)
     write_tokenizer(directory, checkpoint, words)
+    if cut is not None:
+        rewrite(directory, cut)
     (directory / RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     (directory / "README.md").write_text(model_card(directory.name, record), encoding="utf-8")
 
@@ -188,15 +207,18 @@ def model_card(name: str, record: CompressRecord) -> str:
         named += [(record.teacher, item) for item in record.teacher_files]
     files = "\n".join(f"- {whose}: `{item.name}` {item.sha256}" for whose, item in named)
     data = "\n".join(f"- {item}" for item in record.data) or "- none: pruned only"
+    remarks = "".join(f"\n- {item}" for item in record.remarks)
     finish = f"\nThe weights were finished for {record.trained_for}.\n" if record.trained_for else ""
     return f"""# {name}
 
-{record.shape}: {record.parameters / 1e6:.1f} M parameters, pruned with EdgeLM from {record.source}
+{record.shape}, {record.vocabulary} tokens: {record.parameters / 1e6:.1f} M parameters.
+Pruned with EdgeLM from {record.source}
 ({record.shape_source}) and distilled from {record.teacher}
 ({record.shape_teacher}: {record.parameters_teacher / 1e6:.1f} M).
 Layers of {record.source} that stayed: {", ".join(map(str, record.layers_kept))}.
 Units were chosen by {record.measured_by}.
-{finish}
+{finish}{remarks}
+
 ## Beside the teacher
 
 {_table(record.comparisons)}
@@ -224,7 +246,10 @@ def figures(comparisons: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str
             "stage", "text", "passages", "mean cosine", "p1", "lowest", "same nearest passage",
         )  # fmt: skip
     else:
-        headings = ("stage", "text", "tokens", "mean KL (nats)", "p99 KL", "same top token", "perplexity", "teacher's")
+        headings = (
+            "stage", "text", "tokens", "mean KL (nats)", "p99 KL", "same top token", "perplexity", "teacher's",
+            "bits per byte", "teacher's",
+        )  # fmt: skip
     return headings, [_figures(item) for item in comparisons]
 
 
@@ -235,6 +260,7 @@ def _figures(item: Row) -> tuple[str, ...]:
     return (
         item.stage, item.text, str(item.tokens), f"{item.kl_mean:.4f}", f"{item.kl_p99:.3f}",
         f"{item.top1_agreement:.1%}", f"{item.ppl:.3f}", f"{item.ppl_teacher:.3f}",
+        *("-" if bits is None else f"{bits:.4f}" for bits in (item.bits_per_byte, item.bits_per_byte_teacher)),
     )  # fmt: skip
 
 

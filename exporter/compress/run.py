@@ -24,6 +24,7 @@ from exporter.compress.importance import DepthMeasure, Importance, Measure
 from exporter.compress.result import ROW, Row
 from exporter.compress.shape import Shape
 from exporter.compress.training import Trainer, TrainingOptions, write_atomically
+from exporter.compress.vocabulary import VocabularyCut
 from exporter.device import DeviceChoice
 from exporter.tokenizer import SourceTokenizer
 
@@ -38,8 +39,9 @@ class CompressOptions:
     """What was typed for ``edgelm compress``. None means: as the teacher has it, or not asked for.
 
     ``target`` with limits chooses ``layers`` and ``neurons`` by prediction. ``heads`` counts attention heads.
-    ``texts`` replace the built-in one; ``own_share`` of the training tokens are written by the teacher. ``finish`` is
-    what the last ``finish_tokens`` are trained for: a mix (Q4_0, Q4_K_M ...) or a bundle, whose types are taken.
+    ``texts`` replace the built-in one and choose the ``vocabulary`` tokens that stay; ``own_share`` of the training
+    tokens are written by the teacher. ``finish`` is what the last ``finish_tokens`` are trained for: a mix (Q4_0,
+    Q4_K_M ...) or a bundle, whose types are taken.
     """
 
     source: str
@@ -65,6 +67,7 @@ class CompressOptions:
     temperature: float = 1.0
     hidden_weight: float = 0.0
     attention_weight: float = 0.0
+    vocabulary: int | None = None
     finish: str | None = None
     finish_tokens: int = 200_000
     seed: int = 0
@@ -111,6 +114,9 @@ class Kind(Protocol):
 
     def compare(self, stage: str, teacher: Any, student: Any, held_out: Corpus | None) -> None:
         """Add figures of text that nobody learns from, unless an earlier part of this run has done so."""
+
+    def compare_cut(self, stage: str, teacher: Any, student: Any, cut: VocabularyCut) -> None:
+        """The same of a student that has lost tokens."""
 
     def step_tokens(self, corpus: Corpus) -> int:
         """About how many tokens a step reads."""

@@ -229,11 +229,11 @@ def test_a_compression_that_was_killed_ends_as_if_it_had_not_been(
 def test_texts_are_sentences_paragraphs_and_runs_of_them(teacher_directory: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The first one is here. And a second one.\n\nAnother paragraph of words.\n\nOf")
-    seen = [piece for piece in encoders_module._pieces(text.read_text(), WordCounter(), 8)]
+    seen = list(encoders_module._pieces(text.read_text(), WordCounter(), 8))
     words = [" ".join(piece) for piece in seen]
     assert words == [
-        "The first one is here.", "And a second one.", "The first one is here. And a second", "Another paragraph of words.",
-        "The first one is here. And a second", "one. Another paragraph of words. Of",
+        "The first one is here.", "And a second one.", "The first one is here. And a second",
+        "Another paragraph of words.", "The first one is here. And a second", "one. Another paragraph of words. Of",
     ]  # fmt: skip
 
 
