@@ -30,6 +30,14 @@ if TYPE_CHECKING:
     metavar="N",
     help="Tokens that stay: those that --text uses most, and all that any text can be written with.",
 )
+@click.option(
+    "--sparsity",
+    metavar="SHARE|2:4",
+    help="Zeros among the weights. No speed, no smaller file: these engines compute and store zeros as other numbers.",
+)
+@click.option(
+    "--stages", type=click.IntRange(min=1), default=1, show_default=True, help="Prune and distil in so many steps."
+)
 @click.option("--target", metavar="ID|FILE", help="Choose layers and neurons so that the limits hold on this device.")
 @click.option("--quant", default="Q4_K_M", show_default=True, metavar="NAME", help="The mix that --target plans with.")
 @click.option("--min-decode-tps", type=float, metavar="X", help="With --target: tokens per second that are needed.")
@@ -75,6 +83,8 @@ def command(
     heads: int | None,
     hidden: int | None,
     vocabulary: int | None,
+    sparsity: str | None,
+    stages: int,
     target: str | None,
     quant: str,
     min_decode_tps: float | None,
@@ -125,6 +135,8 @@ def command(
         heads=heads,
         hidden=hidden,
         vocabulary=vocabulary,
+        sparsity=sparsity,
+        stages=stages,
         target=target,
         quant=quant,
         min_decode_tps=min_decode_tps,

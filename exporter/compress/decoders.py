@@ -50,13 +50,15 @@ class Decoders:
     def check_teacher(self, teacher: Any, student: Any) -> None:
         """Any teacher of the same tokens will do."""
 
+    def samples(self, corpus: Corpus) -> list[list[int]]:
+        """Windows spread evenly over what is learned from."""
+        rows = corpus.windows[:: max(1, len(corpus.windows) // IMPORTANCE_WINDOWS)]
+        return [row.tolist() for row in rows[:IMPORTANCE_WINDOWS]]
+
     def measure(self, base: Any, corpus: Corpus, wanted: Shape) -> Importance:
-        """On windows spread evenly over what is learned from."""
-        options = self._run.options
-        windows = [row.tolist() for row in corpus.windows[:: max(1, len(corpus.windows) // IMPORTANCE_WINDOWS)]]
-        return importance.measure(
-            base, windows[:IMPORTANCE_WINDOWS], wanted, self._run.progress, units=options.units, depth=options.depth
-        )
+        """On these windows."""
+        options, read = self._run.options, self.samples(corpus)
+        return importance.measure(base, read, wanted, self._run.progress, units=options.units, depth=options.depth)
 
     def corpus(self, teacher: Any) -> tuple[Corpus, Corpus | None]:
         """What the student learns from, and windows of the teacher's own words that are held out."""

@@ -129,9 +129,13 @@ class Encoders:
             row[: len(ids)] = ids
         return Corpus(windows, tuple(sources)), None
 
-    def measure(self, base: Any, corpus: Corpus, wanted: Shape) -> Importance:
-        """On texts spread evenly over what is learned from."""
+    def samples(self, corpus: Corpus) -> list[list[int]]:
+        """Texts spread evenly over what is learned from."""
         rows = corpus.windows[:: max(1, len(corpus.windows) // IMPORTANCE_TEXTS)][:IMPORTANCE_TEXTS]
+        return [row[row != PADDING].tolist() for row in rows]
+
+    def measure(self, base: Any, corpus: Corpus, wanted: Shape) -> Importance:
+        """On these texts."""
         options, record = self._run.options, self._encoder.record
 
         def pool(states: Any) -> Any:
@@ -140,7 +144,7 @@ class Encoders:
             mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
             return pooled(states, mask, record)
 
-        texts = [row[row != PADDING].tolist() for row in rows]
+        texts = self.samples(corpus)
         return importance.measure(
             base, texts, wanted, self._run.progress, units=options.units, depth=options.depth, pool=pool
         )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,18 @@ from exporter.compress.encoders import Encoders, check_encoder, is_encoder
 from exporter.compress.fake_quant import FakeQuantizer
 from exporter.compress.proposal import Proposal, imagined, propose
 from exporter.compress.result import CompressRecord
-from exporter.compress.run import KEPT, CompressOptions, Kind, Run, claim_state, state_kept_if_worth_it
-from exporter.compress.shape import Shape, group_of, row_remarks, shape_of, told, wanted_shape
+from exporter.compress.run import CompressOptions, Kind, Run, claim_state, state_kept_if_worth_it
+from exporter.compress.shape import Shape, group_of, row_remarks, shape_of, steps_between, told, wanted_shape
+from exporter.compress.sparsity import (
+    NO_GAIN,
+    Masks,
+    Pattern,
+    check_rows,
+    choose_masks,
+    load_masks,
+    parse_pattern,
+    save_masks,
+)
 from exporter.compress.surgery import Kept
 from exporter.compress.training import TrainingOptions, write_atomically
 from exporter.compress.vocabulary import VocabularyCut, check_vocabulary, choose_tokens, cut_tables
@@ -68,14 +78,32 @@ class Lessons:
         """Figures of a student after a stage."""
         self.kind.compare(stage, self.teacher, student, self.held_out)
 
-    def train(self, student: Any, options: TrainingOptions, name: str, quantizer: FakeQuantizer | None = None) -> int:
+    def train(self, pruned: Pruned, options: TrainingOptions, name: str, quantizer: FakeQuantizer | None = None) -> int:
         """Train for all steps under the stage's name; about how many tokens that took."""
         run = self.run
-        trainer = self.kind.trainer(self.teacher, student, self.corpus, options, run.state / name, quantizer)
+        trainer = self.kind.trainer(self.teacher, pruned.student, self.corpus, options, run.state / name, quantizer)
+        if pruned.masks is not None:
+            trainer.after_step = pruned.masks.apply
         trainer.run(run.progress)
         rows = (asdict(item) for item in trainer.curve)
         run.curve += [{"stage": name, self.kind.figure: row.pop("kl"), **row} for row in rows]
         return options.steps * self.kind.step_tokens(self.corpus)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A student, which of its weights may differ from zero (None: all), SOURCE's layers that are left, and on how many
+    tokens it was distilled."""
+
+    student: Any
+    masks: Masks | None
+    layers: tuple[int, ...]
+    tokens: int
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a user should know of zeros."""
+        return () if self.masks is None else (f"{self.masks.zeros:.1%} of the weights of layers are zero: {NO_GAIN}",)
 
 
 @dataclass(frozen=True)
@@ -130,13 +158,9 @@ def compress(
         claim_state(run, teacher_checkpoint, wanted)
         with state_kept_if_worth_it(state):
             lessons = Lessons(run, kind, teacher, *kind.corpus(teacher))
-            kept = _kept(lessons, base, (full, wanted))
-            student = surgery.cut(base, wanted, kept)
-            lessons.compare("pruned", student)
-            learned = _train(lessons, student, kept.layers)
-            if learned:
-                lessons.compare("distilled", student)
-            finished = _finish(lessons, student, kept.layers) if options.finish else None
+            pruned = _prune_and_distil(lessons, base, steps_between(full, wanted, options.stages))
+            student = pruned.student
+            finished = _finish(lessons, pruned) if options.finish else None
             cut = _cut_vocabulary(lessons, student) if options.vocabulary else None
             record = CompressRecord(
                 teacher=teacher_checkpoint.source.location,
@@ -148,17 +172,18 @@ def compress(
                 shape=str(wanted),
                 parameters_teacher=teacher.num_parameters(),
                 parameters=student.num_parameters(),
-                layers_kept=kept.layers,
+                layers_kept=pruned.layers,
+                zeros=pruned.masks.zeros if pruned.masks else None,
                 vocabulary=student.config.vocab_size,
                 measured_by=f"{options.units} (layers: {options.depth})",
                 data=lessons.corpus.sources,
                 data_sha256=lessons.corpus.sha256,
-                tokens=learned + (finished.tokens if finished else 0),
+                tokens=pruned.tokens + (finished.tokens if finished else 0),
                 settings={name: getattr(options, name) for name in _SETTINGS},
                 trained_for=finished.quant if finished else None,
                 types=finished.types if finished else None,
                 comparisons=tuple(run.comparisons),
-                remarks=(*row_remarks(base.config, wanted), *([cut.remark] if cut else [])),
+                remarks=(*row_remarks(base.config, wanted), *pruned.remarks, *([cut.remark] if cut else [])),
                 elapsed_s=time.monotonic() - started,
                 tool_versions={tool: version(tool) for tool in _TOOLS},
             )
@@ -170,7 +195,7 @@ def compress(
 
 
 def _check(options: CompressOptions) -> None:
-    positive = ("tokens", "length", "batch", "micro_batch", "learning_rate", "temperature", "finish_tokens")
+    positive = ("tokens", "length", "batch", "micro_batch", "learning_rate", "temperature", "finish_tokens", "stages")
     for name in positive:
         value = getattr(options, name)
         if not value > 0 and not (name == "tokens" and value == 0):
@@ -193,6 +218,18 @@ def _check(options: CompressOptions) -> None:
             f"--tokens {options.tokens} is less than one step, {options.batch} sequences of {options.length} tokens",
             hint="give more tokens, a smaller --batch or a shorter --length; 0 prunes only",
         )
+    if options.stages > 1 and options.tokens < options.stages * options.batch * options.length:
+        raise UsageError(
+            f"--stages {options.stages}: {options.tokens} tokens are less than a step for each of them",
+            hint="give more tokens or fewer stages",
+        )
+    if options.sparsity is not None:
+        parse_pattern(options.sparsity)
+        if options.units == "fisher":
+            raise UsageError(
+                "--sparsity goes by --importance activation or magnitude; fisher is measured of whole units",
+                hint="choose one of these",
+            )
     if options.finish is not None:
         _finish_export(options, "")
     matched = options.hidden_weight > 0 or options.attention_weight > 0
@@ -225,6 +262,8 @@ def _check_shape(options: CompressOptions, checkpoint: Checkpoint, config: Any, 
             f"student's {wanted.hidden}",
             hint="leave out the weights, or --hidden",
         )
+    if options.sparsity is not None:
+        check_rows(parse_pattern(options.sparsity), wanted)
     if options.finish is None:
         return
     if not is_encoder(checkpoint):
@@ -328,27 +367,53 @@ def _ready(model: Any) -> None:
         parameter.requires_grad_(False)
 
 
-def _kept(lessons: Lessons, base: Any, shapes: tuple[Shape, Shape]) -> Kept:
-    """What stays of the teacher: measured once, then read, so that a resumed run prunes the very same."""
+def _prune_and_distil(lessons: Lessons, base: Any, shapes: Sequence[Shape]) -> Pruned:
+    """Prune to each shape in turn, which is often only one, and distil after each."""
+    options, current = lessons.run.options, Pruned(base, None, tuple(range(base.config.num_hidden_layers)), 0)
+    pattern = parse_pattern(options.sparsity) if options.sparsity is not None else None
+    for number, shape in enumerate(shapes, 1):
+        part = f"-{number}" if len(shapes) > 1 else ""
+        told = f", stage {number} of {len(shapes)}" if part else ""
+        kept = _kept(lessons, current.student, shape, lessons.run.state / f"kept{part}.json")
+        student = surgery.cut(current.student, shape, kept)
+        current = replace(current, student=student, layers=tuple(current.layers[index] for index in kept.layers))
+        lessons.compare(f"pruned{told}", student)
+        if pattern is not None:
+            now = pattern.at(number / len(shapes))
+            masks = _masks(lessons, student, now, lessons.run.state / f"masks{part}.npz")
+            masks.apply()
+            current = replace(current, masks=masks)
+            lessons.compare(f"sparsity {now}{told}", student)
+        steps = options.tokens // len(shapes) // lessons.kind.step_tokens(lessons.corpus)
+        if steps:
+            learned = lessons.train(current, _training(options, steps, current.layers), f"distil{part}")
+            current = replace(current, tokens=current.tokens + learned)
+            lessons.compare(f"distilled{told}", student)
+    return current
+
+
+def _kept(lessons: Lessons, base: Any, wanted: Shape, path: Path) -> Kept:
+    """What stays of a model: measured once, then read, so that a resumed run prunes the very same."""
     import torch
 
-    path = lessons.run.state / KEPT
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
         neurons, heads = (tuple(torch.tensor(row) for row in found[name]) for name in ("neurons", "heads"))
         return Kept(tuple(found["layers"]), torch.tensor(found["hidden"]), neurons, heads)
-    full, wanted = shapes
-    kept = surgery.choose(lessons.kind.measure(base, lessons.corpus, wanted), full, wanted)
+    kept = surgery.choose(lessons.kind.measure(base, lessons.corpus, wanted), shape_of(base.config), wanted)
     rows = {name: [row.tolist() for row in getattr(kept, name)] for name in ("neurons", "heads")}
     write_atomically(path, json.dumps({"layers": kept.layers, "hidden": kept.hidden.tolist(), **rows}))
     return kept
 
 
-def _train(lessons: Lessons, student: Any, layers: tuple[int, ...]) -> int:
-    """Distil; how many tokens that took."""
-    options = lessons.run.options
-    steps = options.tokens // lessons.kind.step_tokens(lessons.corpus)
-    return lessons.train(student, _training(options, steps, layers), "distil") if steps else 0
+def _masks(lessons: Lessons, student: Any, pattern: Pattern, path: Path) -> Masks:
+    """Which weights stay: chosen once, then read, as ``_kept``."""
+    run = lessons.run
+    if not path.is_file():
+        read = lessons.kind.samples(lessons.corpus)
+        by_activation = run.options.units == "activation"
+        save_masks(path, choose_masks(student, pattern, read, run.progress, by_activation=by_activation))
+    return Masks(student, load_masks(path, student))
 
 
 def _training(options: CompressOptions, steps: int, layers: tuple[int, ...], rate: float = 1.0) -> TrainingOptions:
@@ -365,11 +430,11 @@ def _training(options: CompressOptions, steps: int, layers: tuple[int, ...], rat
     )
 
 
-def _finish(lessons: Lessons, student: Any, layers: tuple[int, ...]) -> _Finished:
+def _finish(lessons: Lessons, pruned: Pruned) -> _Finished:
     """Train on through the types that an export would give each tensor."""
     from exporter.pipeline import prepare
 
-    run, options = lessons.run, lessons.run.options
+    run, options, student = lessons.run, lessons.run.options, pruned.student
     directory = run.state / "unfinished"
     _save_plain(run, student, directory)
     plan = prepare(_finish_export(options, str(directory)), run.progress).plan
@@ -378,7 +443,8 @@ def _finish(lessons: Lessons, student: Any, layers: tuple[int, ...]) -> _Finishe
     with quantizer.applied():
         lessons.compare(f"quantised to {plan.quant}", student)
     steps = max(1, options.finish_tokens // lessons.kind.step_tokens(lessons.corpus))
-    learned = lessons.train(student, _training(options, steps, layers, rate=0.25), "finish", quantizer)
+    training = _training(options, steps, pruned.layers, rate=0.25)
+    learned = lessons.train(pruned, training, "finish", quantizer)
     with quantizer.applied():
         lessons.compare(f"finished for {plan.quant}", student)
     return _Finished(plan.quant, {item.name: item.type for item in plan.tensors}, learned)

@@ -83,6 +83,8 @@ class CompressRecord(Record):
     parameters: int
     layers_kept: tuple[int, ...]
     vocabulary: int
+    zeros: float | None
+    """The share of zeros in the matrices of layers, where it was asked for."""
     measured_by: str
     data: tuple[str, ...]
     data_sha256: str

@@ -28,7 +28,7 @@ from exporter.compress.vocabulary import VocabularyCut
 from exporter.device import DeviceChoice
 from exporter.tokenizer import SourceTokenizer
 
-OWN_WORDS, KEPT, COMPARISONS = "own_words.npy", "kept.json", "comparisons.json"
+OWN_WORDS, COMPARISONS = "own_words.npy", "comparisons.json"
 WRITTEN = "own_words"  # batches of words while the teacher still writes
 # A killed run may go on with these changed: they say how it is computed, or what to do about a loss that is no number.
 _CHANGEABLE = ("device", "micro_batch", "learning_rate")
@@ -41,7 +41,8 @@ class CompressOptions:
     ``target`` with limits chooses ``layers`` and ``neurons`` by prediction. ``heads`` counts attention heads.
     ``texts`` replace the built-in one and choose the ``vocabulary`` tokens that stay; ``own_share`` of the training
     tokens are written by the teacher. ``finish`` is what the last ``finish_tokens`` are trained for: a mix (Q4_0,
-    Q4_K_M ...) or a bundle, whose types are taken.
+    Q4_K_M ...) or a bundle, whose types are taken. ``sparsity`` is the share of zeros, or 2:4; ``stages`` is in
+    how many steps shape and zeros are reached, each of which distils its part of ``tokens``.
     """
 
     source: str
@@ -68,6 +69,8 @@ class CompressOptions:
     hidden_weight: float = 0.0
     attention_weight: float = 0.0
     vocabulary: int | None = None
+    sparsity: str | None = None
+    stages: int = 1
     finish: str | None = None
     finish_tokens: int = 200_000
     seed: int = 0
@@ -111,6 +114,9 @@ class Kind(Protocol):
 
     def measure(self, base: Any, corpus: Corpus, wanted: Shape) -> Importance:
         """How much the units of a model matter on some of the text that is learned from."""
+
+    def samples(self, corpus: Corpus) -> list[list[int]]:
+        """That text, as token ids."""
 
     def compare(self, stage: str, teacher: Any, student: Any, held_out: Corpus | None) -> None:
         """Add figures of text that nobody learns from, unless an earlier part of this run has done so."""

@@ -8,7 +8,7 @@ Knows configurations, no tensors.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from edgelm.errors import CheckpointError, DoesNotFitError, UsageError
@@ -86,6 +86,18 @@ def wanted_shape(
             option = {"kv_heads": "heads"}.get(name, name)
             raise UsageError(f"--{option} {value}: the teacher has {have}", hint=f"give a number from 1 to {have}")
     return replace(full, **{name: value for name, value in asked.items() if value is not None})
+
+
+def steps_between(full: Shape, wanted: Shape, stages: int) -> list[Shape]:
+    """Shapes on the way, ``stages`` of them, the last one as wanted."""
+
+    def between(have: int, asked: int, stage: int) -> int:
+        return have + (asked - have) * stage // stages
+
+    return [
+        Shape(*(between(getattr(full, item.name), getattr(wanted, item.name), stage) for item in fields(Shape)))
+        for stage in range(1, stages + 1)
+    ]
 
 
 def row_remarks(config: Any, shape: Shape) -> list[str]:

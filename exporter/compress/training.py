@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,7 +82,10 @@ class _State:
 
 
 class Trainer:
-    """Trains ``student`` on the device where both models are. ``directory`` holds the state between runs."""
+    """Trains ``student`` on the device where both models are. ``directory`` holds the state between runs.
+
+    ``after_step`` is called whenever the weights have changed.
+    """
 
     def __init__(
         self, teacher: Any, student: Any, corpus: Corpus, options: TrainingOptions, directory: Path,
@@ -92,6 +95,7 @@ class Trainer:
 
         self._teacher, self._corpus, self._options = teacher, corpus, options
         self._directory, self._quantizer = directory, quantizer
+        self.after_step: Callable[[], None] | None = None
         self._device = next(student.parameters()).device
         for parameter in student.parameters():
             parameter.requires_grad_(True)
@@ -163,6 +167,8 @@ class Trainer:
         except RuntimeError as error:
             raise self._too_large(error) from error
         state.optimizer.zero_grad(set_to_none=True)
+        if self.after_step is not None:
+            self.after_step()
         state.step += 1
         state.curve.append(Step(state.step, loss, kl, rate))
         state.whole = True
