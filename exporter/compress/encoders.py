@@ -1,7 +1,8 @@
 """How encoders are taught and judged: passages of text, and the teacher's vectors of them.
 
-What is learned from are sentences, paragraphs and runs of paragraphs of the texts, since vectors are made of all of
-these. Figures are those of an export's proof (``embedding_quality``), over passages that nobody learned from.
+What is learned from are sentences and paragraphs of the texts and, as far as more is asked for than these hold, spans
+of any length from any place: a few thousand sentences would be learned by heart. Figures are those of an export's
+proof (``embedding_quality``), over passages that nobody learned from.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from runtime.tokenizer import ends_added
 
 IMPORTANCE_TEXTS = 48
 _SHORTEST = 3  # tokens of a text that says anything
+_MOST_TOKENS = 2_000_000  # in memory at once: what is asked for beyond them is read again
 _SENTENCE_END = re.compile(r"(?<=[.!?:])\s+")
 _GGUF_ARCHITECTURES = ("bert",)
 
@@ -114,16 +116,24 @@ class Encoders:
         bare, whole = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
         prefix, suffix = ends_added(bare, whole)
         longest = min(options.length, self._encoder.context)
-        rows: list[list[int]] = []
+        room = longest - len(prefix) - len(suffix)
+        pieces: list[list[int]] = []
+        streams: list[list[int]] = []
         sources = []
         for path in options.texts or (None,):
             text = read_conversations(path, run.words)
-            pieces = list(_pieces(text.content, tokenizer, longest - len(prefix) - len(suffix)))
-            rows += [[*prefix, *piece, *suffix] for piece in pieces]
-            count = sum(map(len, pieces))
-            sources.append(f"{text.name}: {len(pieces)} texts of {count} tokens, SHA-256 {text.sha256}")
-        if not rows:
+            found = list(_pieces(text.content, tokenizer, room))
+            pieces += found
+            streams.append(tokenizer.encode(text.content, add_special_tokens=False).ids)
+            sources.append(f"{text.name}: {len(found)} sentences and paragraphs, SHA-256 {text.sha256}")
+        if not pieces:
             raise UsageError("the training text holds no sentence: nothing to learn from", hint="give longer texts")
+        asked = max(options.tokens, options.finish_tokens if options.finish is not None else 0)
+        lacking = min(asked, _MOST_TOKENS) - sum(map(len, pieces))
+        spans = list(_spans(streams, room, lacking, options.seed))
+        if spans:
+            sources.append(f"{len(spans)} spans of these, {sum(map(len, spans))} tokens, seed {options.seed}")
+        rows = [[*prefix, *piece, *suffix] for piece in (*pieces, *spans)]
         windows: Ids = np.full((len(rows), max(map(len, rows))), PADDING, np.int32)
         for row, ids in zip(windows, rows, strict=True):
             row[: len(ids)] = ids
@@ -202,17 +212,23 @@ def _read(tokenizer: Any, texts: Sequence[str], context: int) -> list[list[int]]
 
 
 def _pieces(text: str, tokenizer: Any, room: int) -> Iterator[list[int]]:
-    """Ids of sentences, of paragraphs of several, and of runs of paragraphs that fill the room; longer ones are cut."""
+    """Ids of sentences and of paragraphs of several; those that are longer than the room are cut."""
     paragraphs = [part for part in text.split("\n\n") if part.strip()]
     for paragraph in paragraphs:
         sentences = [part for part in _SENTENCE_END.split(paragraph) if part.strip()]
         for part in sentences if len(sentences) < 2 else [*sentences, paragraph]:
-            yield from _cut(tokenizer.encode(part, add_special_tokens=False).ids, room)
-    yield from _cut(tokenizer.encode(text, add_special_tokens=False).ids, room)
+            ids = tokenizer.encode(part, add_special_tokens=False).ids
+            cuts = (ids[start : start + room] for start in range(0, len(ids), room))
+            yield from (list(piece) for piece in cuts if len(piece) >= _SHORTEST)
 
 
-def _cut(ids: Sequence[int], room: int) -> Iterator[list[int]]:
-    for start in range(0, len(ids), room):
-        piece = list(ids[start : start + room])
-        if len(piece) >= _SHORTEST:
-            yield piece
+def _spans(streams: Sequence[Sequence[int]], room: int, tokens: int, seed: int) -> Iterator[list[int]]:
+    """Spans from random places with ``tokens`` tokens in all, as many short as long ones by the factor."""
+    rng = np.random.default_rng(seed)
+    lengths = np.array([len(ids) for ids in streams], dtype=np.float64)
+    while tokens > 0:
+        ids = streams[int(rng.choice(len(streams), p=lengths / lengths.sum()))]
+        length = min(room, len(ids), round(_SHORTEST * (room / _SHORTEST) ** rng.random()))
+        start = int(rng.integers(len(ids) - length + 1))
+        yield list(ids[start : start + length])
+        tokens -= length

@@ -226,15 +226,24 @@ def test_a_compression_that_was_killed_ends_as_if_it_had_not_been(
     assert (resumed.path / "model.safetensors").read_bytes() == (whole.path / "model.safetensors").read_bytes()
 
 
-def test_texts_are_sentences_paragraphs_and_runs_of_them(teacher_directory: Path, tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("The first one is here. And a second one.\n\nAnother paragraph of words.\n\nOf")
-    seen = list(encoders_module._pieces(text.read_text(), WordCounter(), 8))
-    words = [" ".join(piece) for piece in seen]
+def test_texts_are_sentences_and_paragraphs() -> None:
+    text = "The first one is here. And a second one.\n\nAnother paragraph of words.\n\nOf"
+    words = [" ".join(map(str, piece)) for piece in encoders_module._pieces(text, WordCounter(), 8)]
     assert words == [
         "The first one is here.", "And a second one.", "The first one is here. And a second",
-        "Another paragraph of words.", "The first one is here. And a second", "one. Another paragraph of words. Of",
+        "Another paragraph of words.",
     ]  # fmt: skip
+
+
+def test_spans_are_of_all_lengths_and_places() -> None:
+    streams = [list(range(1000)), list(range(5000, 5200))]
+    spans = list(encoders_module._spans(streams, 60, 20_000, 1))
+    assert spans == list(encoders_module._spans(streams, 60, 20_000, 1))
+    assert all(span == list(range(span[0], span[0] + len(span))) for span in spans)
+    assert {min(map(len, spans)), max(map(len, spans))} == {3, 60}
+    assert 20_000 <= sum(map(len, spans)) < 20_060
+    assert 0.1 < sum(span[0] >= 5000 for span in spans) / len(spans) < 0.25
+    assert list(encoders_module._spans(streams, 60, -5, 1)) == []
 
 
 class WordCounter:
