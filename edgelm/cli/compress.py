@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from exporter.compress.importance import DepthMeasure, Measure
     from exporter.compress.pipeline import Student
     from exporter.compress.proposal import Proposal
+    from exporter.compress.run import CompressOptions
     from exporter.device import DeviceChoice
 
 
@@ -119,10 +120,12 @@ def command(
     \b
     Example:
       edgelm compress demo:smollm2 --layers 24 --tokens 100000 -o student
+      edgelm compress ./all-MiniLM-L6-v2 --layers 3 --depth-by cosine -o sentences
+      edgelm compress student --tokens 0 --vocabulary 16384 --text notes.txt -o domain
       edgelm compress ./teacher --target raspberry-pi-4-2gb --min-decode-tps 20 --dry-run
     """
     from edgelm.cli.console import print_json, stderr_progress
-    from exporter.compress.pipeline import compress, proposal
+    from exporter.compress.pipeline import compress
     from exporter.compress.run import CompressOptions
 
     if output is None and not dry_run:
@@ -160,15 +163,7 @@ def command(
         device=device,
     )
     if dry_run:
-        full, wanted, found, remarks = proposal(options, stderr_progress())
-        predicted = found.plan.predicted.model_dump() if found else None
-        if as_json:
-            document = {"teacher": asdict(full), "student": asdict(wanted), "predicted": predicted, "remarks": remarks}
-            print_json({**document, "dry_run": True})
-        else:
-            _show_shape(str(full), str(wanted), found)
-        for remark in remarks:
-            click.echo(f"note: {remark}", err=True)
+        _dry_run(options, as_json=as_json)
         return
     assert output is not None
     student = compress(options, output, force=force, progress=stderr_progress())
@@ -178,6 +173,21 @@ def command(
         _show(student)
         for remark in student.record.remarks:
             click.echo(f"note: {remark}", err=True)
+
+
+def _dry_run(options: CompressOptions, *, as_json: bool) -> None:
+    from edgelm.cli.console import print_json, stderr_progress
+    from exporter.compress.pipeline import proposal
+
+    full, wanted, found, remarks = proposal(options, stderr_progress())
+    predicted = found.plan.predicted.model_dump() if found else None
+    if as_json:
+        document = {"teacher": asdict(full), "student": asdict(wanted), "predicted": predicted, "remarks": remarks}
+        print_json({**document, "dry_run": True})
+    else:
+        _show_shape(str(full), str(wanted), found)
+    for remark in remarks:
+        click.echo(f"note: {remark}", err=True)
 
 
 def _show_shape(full: str, wanted: str, found: Proposal | None) -> None:
