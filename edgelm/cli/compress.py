@@ -68,7 +68,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="What decides which neurons, heads and channels stay.",
 )
-@click.option("--depth-by", type=click.Choice(["influence", "kl", "cosine"]), default="influence", show_default=True)
+@click.option(
+    "--depth-by",
+    type=click.Choice(["influence", "kl", "cosine"]),
+    help="What decides which layers go [default: influence, of encoders cosine].",
+)
 @click.option("--finish", metavar="QUANT|BUNDLE", help="Train on through this mix, or through a bundle's own types.")
 @click.option("--finish-tokens", type=click.IntRange(min=1), default=200_000, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -103,7 +107,7 @@ def command(
     hidden_weight: float,
     attention_weight: float,
     importance: Measure,
-    depth_by: DepthMeasure,
+    depth_by: DepthMeasure | None,
     finish: str | None,
     finish_tokens: int,
     seed: int,
@@ -120,7 +124,7 @@ def command(
     \b
     Example:
       edgelm compress demo:smollm2 --layers 24 --tokens 100000 -o student
-      edgelm compress ./all-MiniLM-L6-v2 --layers 3 --depth-by cosine -o sentences
+      edgelm compress ./all-MiniLM-L6-v2 --layers 3 -o sentences
       edgelm compress student --tokens 0 --vocabulary 16384 --text notes.txt -o domain
       edgelm compress ./teacher --target raspberry-pi-4-2gb --min-decode-tps 20 --dry-run
     """

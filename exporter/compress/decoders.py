@@ -16,7 +16,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.compress import data, importance
 from exporter.compress.data import Corpus
 from exporter.compress.fake_quant import FakeQuantizer
-from exporter.compress.importance import Importance
+from exporter.compress.importance import DepthMeasure, Importance
 from exporter.compress.result import Comparison
 from exporter.compress.run import OWN_WORDS, WRITTEN, Run
 from exporter.compress.shape import Shape
@@ -42,6 +42,7 @@ class Decoders:
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self.depth: DepthMeasure = run.options.depth or "influence"
 
     def open(self, checkpoint: Checkpoint, device: DeviceChoice) -> AbstractContextManager[Any]:
         """The model as transformers has it."""
@@ -58,7 +59,7 @@ class Decoders:
     def measure(self, base: Any, corpus: Corpus, wanted: Shape) -> Importance:
         """On these windows."""
         options, read = self._run.options, self.samples(corpus)
-        return importance.measure(base, read, wanted, self._run.progress, units=options.units, depth=options.depth)
+        return importance.measure(base, read, wanted, self._run.progress, units=options.units, depth=self.depth)
 
     def corpus(self, teacher: Any) -> tuple[Corpus, Corpus | None]:
         """What the student learns from, and windows of the teacher's own words that are held out."""

@@ -25,7 +25,7 @@ from exporter.compress import importance
 from exporter.compress.anatomy import ANATOMIES
 from exporter.compress.data import Corpus, Ids
 from exporter.compress.fake_quant import FakeQuantizer
-from exporter.compress.importance import Importance
+from exporter.compress.importance import DepthMeasure, Importance
 from exporter.compress.result import VectorComparison
 from exporter.compress.run import CompressOptions, Run
 from exporter.compress.shape import Shape
@@ -87,6 +87,7 @@ class Encoders:
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self.depth: DepthMeasure = run.options.depth or "cosine"
         encoder = describe(run.checkpoint).encoder
         assert encoder is not None
         self._encoder: EncoderDescription = encoder
@@ -156,7 +157,7 @@ class Encoders:
 
         texts = self.samples(corpus)
         return importance.measure(
-            base, texts, wanted, self._run.progress, units=options.units, depth=options.depth, pool=pool
+            base, texts, wanted, self._run.progress, units=options.units, depth=self.depth, pool=pool
         )
 
     def compare(self, stage: str, teacher: Any, student: Any, held_out: Corpus | None) -> None:

@@ -175,7 +175,7 @@ def compress(
                 layers_kept=pruned.layers,
                 zeros=pruned.masks.zeros if pruned.masks else None,
                 vocabulary=student.config.vocab_size,
-                measured_by=f"{options.units} (layers: {options.depth})",
+                measured_by=f"{options.units} (layers: {kind.depth})",
                 data=lessons.corpus.sources,
                 data_sha256=lessons.corpus.sha256,
                 tokens=pruned.tokens + (finished.tokens if finished else 0),

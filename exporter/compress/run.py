@@ -57,7 +57,7 @@ class CompressOptions:
     max_ram_bytes: int | None = None
     max_artifact_bytes: int | None = None
     units: Measure = "activation"
-    depth: DepthMeasure = "influence"
+    depth: DepthMeasure | None = None
     texts: tuple[Path, ...] = ()
     own_share: float = 0.0
     tokens: int = 1_000_000
@@ -99,9 +99,13 @@ class Run:
 
 
 class Kind(Protocol):
-    """How one kind of model is taught and judged. ``figure`` is what its training curve calls the distance."""
+    """How one kind of model is taught and judged.
+
+    ``figure`` is what its training curve calls the distance, ``depth`` what decides which layers go.
+    """
 
     figure: str
+    depth: DepthMeasure
 
     def open(self, checkpoint: Checkpoint, device: DeviceChoice) -> AbstractContextManager[Any]:
         """A model in float32 on the device."""

@@ -186,7 +186,7 @@ def test_from_a_sentence_model_to_a_proven_bundle(
     teacher_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "student"
-    typed = ["compress", str(teacher_directory), "--layers", "3", "--neurons", "96", "--depth-by", "cosine"]
+    typed = ["compress", str(teacher_directory), "--layers", "3", "--neurons", "96"]
     typed += ["--tokens", "12000", "--batch", "16", "--learning-rate", "2e-3", "-o", str(output), "--json"]
     assert run_cli([*typed, "--finish", "Q4_0", "--finish-tokens", "4000"]) == 0
     document = json.loads(capsys.readouterr().out)
