@@ -105,6 +105,10 @@ def _options(arguments: argparse.Namespace) -> CompressOptions:
         layers=None if there else arguments.layers,
         neurons=None if there else arguments.neurons,
         own_share=arguments.own_share,
+        own_tokens=arguments.own_tokens,
+        texts=tuple(arguments.text),
+        depth=arguments.depth_by,
+        optimizer=arguments.optimizer,
         tokens=0 if there else arguments.tokens,
         length=arguments.length,
         batch=arguments.batch,
@@ -125,9 +129,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--neurons", type=int, default=1280)
     parser.add_argument("--tokens", type=int, default=64_000_000)
     parser.add_argument("--own-share", type=float, default=0.75)
+    parser.add_argument("--own-tokens", type=int, help="how many the teacher writes; fewer are read repeatedly")
+    parser.add_argument("--text", type=Path, action="append", default=[], help="instead of the built-in documentation")
+    parser.add_argument("--depth-by", choices=["influence", "kl"], default="kl")
+    parser.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--micro-batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--micro-batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--finish", help="a mix, or a bundle whose types are taken")
     parser.add_argument("--finish-tokens", type=int, default=4_000_000)

@@ -34,7 +34,7 @@ from exporter.automatic import choose
 from exporter.calibration import SELF, calibration_ids
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
 from exporter.damage import total
-from exporter.device import DeviceChoice, resolve_device
+from exporter.device import DeviceChoice, Placement, resolve_device
 from exporter.onnx_moments import MomentSource, spread_windows
 from exporter.options import ExportOptions
 from exporter.pipeline import Measured, export, measure_types
@@ -137,7 +137,9 @@ class Bench:
         identity = prove_identity(self.words, artifact)
         found = self.on_each(
             "proof",
-            lambda device, watch: quality.measure(artifact, self.checkpoint, identity, None, watch, device=device),
+            lambda device, watch: quality.measure(
+                artifact, self.checkpoint, identity, None, watch, placement=Placement(device)
+            ),
         )
         for device, measured in found.items():
             figures = measured.model_dump(

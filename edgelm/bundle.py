@@ -202,10 +202,12 @@ class Quality(Record):
 
     ``kl_*`` in nats per token, KL(reference || artefact); perplexities over the same positions. Intervals are the
     95 % ones of the mean over windows of text. ``worst_tensors`` are estimates, worst first, when types were measured.
-    ``chat`` is None for models without a chat template.
+    ``chat`` is None for models without a chat template. ``computed_by`` tells what computed the artefact where a GPU
+    was asked for, None is the CPU.
     """
 
     reference: str
+    computed_by: str | None = None
     text: str
     text_sha256: str
     tokens: int

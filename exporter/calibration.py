@@ -34,6 +34,7 @@ STATISTICS_WINDOWS = 12
 PROBE_WINDOWS = 3
 SELF = "self"
 _SEED = 11
+_SAID = "What was said?"  # stands for a user's words where only what surrounds them matters
 _SELF_SEQUENCES = STATISTICS_WINDOWS + PROBE_WINDOWS  # each one a window, which then starts with a question
 # What a model is asked when it writes its own calibration text: kinds of answers, not facts.
 QUESTIONS = (
@@ -217,6 +218,20 @@ def _own_words(
                 drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator).tolist()
                 stage.advance()
     return [token for sequence in sequences for token in sequence]
+
+
+def opening_of_a_turn(words: SourceTokenizer) -> tuple[int, ...]:
+    """Tokens that stand before what a user says first; none for models without a template, or one that refuses."""
+    if words.chat_template is None:
+        return ()
+    template = ChatTemplate(words.chat_template, _special_tokens(words))
+    try:
+        text = template.render([{"role": "user", "content": _SAID}], add_generation_prompt=False)
+    except UsageError:
+        return ()
+    before, found, _ = text.partition(_SAID)
+    ids = open_tokenizer(words.tokenizer_json, "tokenizer.json").encode(before, add_special_tokens=False).ids
+    return tuple(ids) if found else ()
 
 
 def _questions(words: SourceTokenizer) -> list[list[int]]:

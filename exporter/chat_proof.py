@@ -16,6 +16,7 @@ from edgelm.bundle import ChatProof
 from edgelm.errors import BundleError, ProofError, UsageError
 from edgelm.progress import Progress
 from exporter.checkpoint import Checkpoint
+from exporter.device import ON_CPU, Placement
 from exporter.quality import artifact_context
 from exporter.tokenizer import SourceTokenizer
 from runtime.chat import ChatTemplate
@@ -46,9 +47,15 @@ CONVERSATIONS: tuple[Conversation, ...] = (
 
 
 def prove_chat(
-    directory: Path, artifact: Path, checkpoint: Checkpoint, words: SourceTokenizer, progress: Progress
+    directory: Path,
+    artifact: Path,
+    checkpoint: Checkpoint,
+    words: SourceTokenizer,
+    progress: Progress,
+    *,
+    placement: Placement = ON_CPU,
 ) -> ChatProof | None:
-    """The proof for a bundle's files; None for models without a chat template.
+    """The proof for a bundle's files, the answer computed as ``placement`` has it; None for models without a template.
 
     Raises ``ProofError`` when a prompt differs, ``BundleError`` and ``EngineError`` when the files cannot be used.
     """
@@ -72,7 +79,8 @@ def prove_chat(
                     )
             stage.advance()
         context = min(_CONTEXT, artifact_context(artifact, checkpoint))
-        text, tokens, stopped = _smoke(directory, artifact, template, words, context)
+        options = EngineOptions(context=context, gpu_layers=placement.gpu_layers, gpu=placement.gpu)
+        text, tokens, stopped = _smoke(directory, artifact, template, words, options)
         stage.advance()
     return ChatProof(
         compared_with=compared_with,
@@ -134,7 +142,7 @@ def _by_transformers(checkpoint: Checkpoint) -> tuple[str, list[tuple[str, str]]
 
 
 def _smoke(
-    directory: Path, artifact: Path, template: ChatTemplate, words: SourceTokenizer, context: int
+    directory: Path, artifact: Path, template: ChatTemplate, words: SourceTokenizer, options: EngineOptions
 ) -> tuple[str, int, bool]:
     """The greedy answer to ``QUESTION``, its tokens, and whether the model ended it; no answer where none has room."""
     tokenizer = JsonTokenizer(directory / TOKENIZER)
@@ -145,10 +153,10 @@ def _smoke(
     ends = generation_end(directory / GENERATION) if (directory / GENERATION).is_file() else frozenset()
     own = words.gguf_metadata.get("tokenizer.ggml.eos_token_id")
     stop_tokens = ends | ({own} if isinstance(own, int) else set())
-    room = min(ANSWER_TOKENS, context - len(prompt))
+    room = min(ANSWER_TOKENS, options.context - len(prompt))
     if room < 1:
         return "", 0, False
-    engine = load_engine(artifact, EngineOptions(context=context))
+    engine = load_engine(artifact, options)
     try:
         request = GenerationRequest(prompt, room, SamplingOptions(temperature=0.0), stop_tokens=frozenset(stop_tokens))
         found = answer(generate(Session(engine), tokenizer, request), len(prompt))

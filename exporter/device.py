@@ -12,6 +12,7 @@ import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from edgelm.bundle import Choice
@@ -20,6 +21,21 @@ from edgelm.units import format_bytes
 from targets.host import instruction_set
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the two models of a proof compute: torch's ``device`` for the reference, ``gpu_layers`` of the artefact on
+    llama.cpp's ``gpu`` as in ``EngineOptions``."""
+
+    device: DeviceChoice = "auto"
+    gpu_layers: int = 0
+    gpu: str = ""
+
+
+ON_CPU = Placement()
+"""The artefact's place unless another is asked for: its figures do not depend on the machine that made them."""
+
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 
 

@@ -43,7 +43,7 @@ from exporter.automatic import Point
 from exporter.calibration import Calibration, open_calibration
 from exporter.chat_proof import prove_chat
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
-from exporter.device import DeviceChoice
+from exporter.device import DeviceChoice, Placement
 from exporter.format_choice import other_format, settle_format
 from exporter.gguf import RowQuantizer, check_room, write_errors, write_head, write_tensors
 from exporter.importance import importance, importance_of_file
@@ -494,7 +494,8 @@ def _measure(
 def _measured_now(
     options: ExportOptions, checkpoint: Checkpoint, artifact: Path, identity: TokenIdentity, progress: Progress
 ) -> Quality:
-    found = quality.measure(artifact, checkpoint, identity, options.evaluation, progress, device=options.device)
+    placement = Placement(device=options.device)
+    found = quality.measure(artifact, checkpoint, identity, options.evaluation, progress, placement=placement)
     words = tokenizer.read_tokenizer(checkpoint)
     chat = prove_chat(artifact.parent, artifact, checkpoint, words, progress)
     return found.model_copy(update={"chat": chat})

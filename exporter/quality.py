@@ -20,12 +20,12 @@ from edgelm.errors import ProofError, UsageError
 from edgelm.progress import Progress
 from exporter.architectures import describe
 from exporter.checkpoint import Checkpoint
-from exporter.device import DeviceChoice
+from exporter.device import ON_CPU, Placement
 from exporter.reference import BATCH, EngineModel, ReferenceChoice, ScoringModel, open_reference
 from exporter.texts import Text, evaluation_text
 from exporter.token_identity import open_tokenizer
 from exporter.tokenizer import read_tokenizer
-from runtime.engine import EngineOptions, Logits
+from runtime.engine import EngineInfo, EngineOptions, Logits
 from runtime.engines import load_engine
 from runtime.engines.onnx import context_limit
 
@@ -71,19 +71,19 @@ def measure(
     *,
     reference: ReferenceChoice = "auto",
     tokens: int = MIN_TOKENS,
-    device: DeviceChoice = "auto",
+    placement: Placement = ON_CPU,
 ) -> Quality:
     """Compare an artefact with its checkpoint over at least ``tokens`` predictions of evaluation text.
 
-    ``evaluation`` is a text file of the user, None the default text; ``device`` is the reference's. Raises
-    ``UsageError`` when the text is unusable or too short, ``EngineError`` when a model cannot be run and ``ProofError``
-    when the artefact computes no numbers.
+    ``evaluation`` is a text file of the user, None the default text. Raises ``UsageError`` when the text
+    is unusable or too short or a GPU is asked for that is not there, ``DoesNotFitError`` when it holds less than that,
+    ``EngineError`` when a model cannot be run and ``ProofError`` when the artefact computes no numbers.
     """
     text = evaluation_text(evaluation)
     windows = _windows(text, checkpoint, artifact_context(artifact_path, checkpoint), tokens)
     length = max(len(window.tokens) for window in windows)
-    with open_reference(checkpoint, length, reference, progress, device=device) as original:
-        engine = load_engine(artifact_path, EngineOptions(context=length, batch=BATCH, all_logits=True))
+    with open_reference(checkpoint, length, reference, progress, device=placement.device) as original:
+        engine = load_engine(artifact_path, engine_options(length, placement))
         try:
             comparison = compare_models(original, EngineModel(engine), windows, progress)
         finally:
@@ -91,6 +91,7 @@ def measure(
         name = original.name
     return Quality(
         reference=name,
+        computed_by=_computed_by(engine.info) if placement.gpu_layers else None,
         text=text.name,
         text_sha256=text.sha256,
         tokens=len(comparison.kl),
@@ -105,6 +106,27 @@ def measure(
         ppl_reference=exp(-float(comparison.log_probability_reference.mean())),
         token_identity=identity,
     )
+
+
+def engine_options(context: int, placement: Placement) -> EngineOptions:
+    """How the artefact is loaded for a measurement with windows of ``context`` tokens."""
+    gpu_layers, gpu = placement.gpu_layers, placement.gpu
+    return EngineOptions(context=context, batch=BATCH, all_logits=True, gpu_layers=gpu_layers, gpu=gpu)
+
+
+def _computed_by(info: EngineInfo) -> str | None:
+    plan = info.offload
+    if plan is None or plan.device is None:
+        return None if plan is None else plan.sentence()
+    return f"{plan.gpu_layers} of {plan.most} layers on {plan.device.name} ({plan.device.description})"
+
+
+def within(quality: Quality, recorded: Quality) -> bool | None:
+    """Whether a mean KL lies in the recorded one's 95 % interval; None for another text, or one without interval."""
+    if recorded.kl_mean_interval is None or recorded.text_sha256 != quality.text_sha256:
+        return None
+    low, high = recorded.kl_mean_interval
+    return low <= quality.kl_mean <= high
 
 
 def _interval(values: Doubles) -> tuple[float, float]:

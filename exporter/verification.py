@@ -14,11 +14,13 @@ from edgelm.progress import SILENT, Progress
 from exporter import embedding_quality, quality, task_quality
 from exporter.chat_proof import prove_chat
 from exporter.checkpoint import open_checkpoint, open_source
-from exporter.device import DeviceChoice, resolve_device
+from exporter.device import ON_CPU, Placement, resolve_device
 from exporter.optimum_tasks import prove_words
 from exporter.token_identity import compare_files, compare_tokenizers
 from exporter.tokenizer import read_tokenizer
+from runtime.engines.llamacpp import load_library
 from runtime.gguf_header import GGUFHeader, read_gguf_header
+from runtime.offload import offload_of
 from runtime.onnx_header import read_onnx_model
 
 TOKENIZER = "tokenizer.json"
@@ -30,11 +32,13 @@ _COMPUTED = ("rotary.", "rotary_local.", "embedding.factors")
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was checked, all of it good. ``quality`` is the new measurement, None without a reference."""
+    """What was checked, all of it good. ``quality`` is the new measurement, None without a reference;
+    ``within_recorded`` tells whether its mean KL is in the manifest's 95 % interval, None where there is none."""
 
     bundle: Bundle
     token_identity: TokenIdentity
     quality: Quality | EmbeddingQuality | TaskQuality | None
+    within_recorded: bool | None = None
 
 
 def verify(
@@ -43,22 +47,21 @@ def verify(
     progress: Progress = SILENT,
     *,
     evaluation: Path | None = None,
-    device: DeviceChoice = "auto",
+    placement: Placement = ON_CPU,
 ) -> Verification:
     """Check hashes, sizes, the artefact's header and the tokenizer; with a ``reference`` source prove all again.
 
     ``evaluation`` is a text file that takes the place of the built-in text; its figures are told, and compared with the
-    manifest's only when these are of the same text. ``device`` is where transformers computes the reference. Raises
-    ``UsageError`` for one of both without a reference, ``MissingDependencyError`` for a GPU that is not there,
+    manifest's only when these are of the same text. ``placement`` is where both models compute. Raises
+    ``UsageError`` for one of both without a reference and for a GPU of llama.cpp's that is not there or not for this
+    bundle, ``MissingDependencyError`` for one of torch's, ``DoesNotFitError`` when one holds less than is to go there,
     ``BundleError`` when the bundle is not what its manifest says, ``ProofError`` when a tokenizer or a chat prompt
     differs or the quality is worse than recorded, and what reading the reference raises.
     """
     if evaluation is not None and reference is None:
         raise UsageError("--eval needs --reference: quality is measured against the source")
-    if device != "auto" and reference is None:
-        raise UsageError("--device needs --reference: only the source is computed there")
-    if device == "cuda":
-        resolve_device(device)  # said now, not after the files were read
+    _check_placement(directory, reference, placement)
+    device = placement.device
     with progress.stage("checking hashes", 1) as stage:
         bundle = open_bundle(directory)
         stage.advance()
@@ -85,11 +88,35 @@ def verify(
         vectors = embedding_quality.measure(artifact, checkpoint, identity, evaluation, progress, device=device)
         _check_cosines(bundle.manifest.embedding_quality, vectors)
         return Verification(bundle, identity, vectors)
-    measured = quality.measure(bundle.artifact_path, checkpoint, identity, evaluation, progress, device=device)
-    chat = prove_chat(bundle.path, bundle.artifact_path, checkpoint, source, progress)
+    measured = quality.measure(bundle.artifact_path, checkpoint, identity, evaluation, progress, placement=placement)
+    chat = prove_chat(bundle.path, bundle.artifact_path, checkpoint, source, progress, placement=placement)
     measured = measured.model_copy(update={"chat": chat})
-    _check_quality(bundle.manifest.quality, measured)
-    return Verification(bundle, identity, measured)
+    recorded = bundle.manifest.quality
+    _check_quality(recorded, measured)
+    return Verification(bundle, identity, measured, quality.within(measured, recorded) if recorded else None)
+
+
+def _check_placement(directory: Path, reference: str | None, placement: Placement) -> None:
+    """What is asked of GPUs, refused now and not after gigabytes were read."""
+    if placement.device != "auto" and reference is None:
+        raise UsageError("--device needs --reference: only the source is computed there")
+    if placement.device == "cuda":
+        resolve_device(placement.device)
+    if placement.gpu_layers == 0:
+        if placement.gpu:
+            raise UsageError("--gpu needs --gpu-layers: the CPU computes without it", hint="add --gpu-layers auto")
+        return
+    if reference is None:
+        raise UsageError("--gpu-layers needs --reference: without it nothing is computed")
+    bundle = open_bundle(directory, check_hashes=False)
+    if bundle.manifest.format == "onnx":
+        raise UsageError(f"{directory} is an ONNX model: --gpu-layers and --gpu are for GGUF", hint="leave them out")
+    if bundle.manifest.encoder is not None:
+        raise UsageError(f"{directory} is an encoder, which the CPU computes", hint="leave out --gpu-layers")
+    header = read_gguf_header(bundle.artifact_path)
+    trained = header.metadata.get(f"{header.metadata.get('general.architecture')}.context_length", quality.WINDOW)
+    options = quality.engine_options(min(int(trained), quality.WINDOW), placement)
+    offload_of(load_library(), header, options, bundle.artifact_path.name)
 
 
 def _check_gguf(bundle: Bundle) -> int:
@@ -172,7 +199,8 @@ def _check_quality(recorded: Quality | None, measured: Quality) -> None:
     if comparable and measured.kl_mean > limit:
         raise ProofError(
             f"mean KL is {measured.kl_mean:.4f} nats per token, the manifest says {recorded.kl_mean:.4f}",
-            hint="is --reference the checkpoint that the bundle was made from?",
+            hint="is --reference the checkpoint that the bundle was made from?"
+            + (" If it is, this GPU computes worse: compare without --gpu-layers" if measured.computed_by else ""),
         )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgelm.cli.console import device_option, print_json, print_table, stderr_progress
+from edgelm.cli.console import GpuLayersType, device_option, gpu_option, print_json, print_table, stderr_progress
 from edgelm.units import format_bytes
 
 if TYPE_CHECKING:
@@ -29,21 +29,42 @@ if TYPE_CHECKING:
     help="Text to measure quality on, instead of the built-in one; needs --reference.",
 )
 @device_option
+@click.option(
+    "--gpu-layers",
+    type=GpuLayersType(),
+    default="0",
+    show_default=True,
+    metavar="auto|N",
+    help="Layers of the bundle that a GPU computes while it is measured (GGUF only); needs --reference.",
+)
+@gpu_option
 @click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on stdout.")
-def command(bundle: Path, reference: str | None, evaluation: Path | None, device: DeviceChoice, as_json: bool) -> None:
+def command(
+    bundle: Path,
+    reference: str | None,
+    evaluation: Path | None,
+    device: DeviceChoice,
+    gpu_layers: int,
+    gpu: str,
+    as_json: bool,
+) -> None:
     """Check that BUNDLE holds what its manifest promises: hashes, header, tensors and token ids.
 
-    With --reference the whole proof is made again. Exit 1 when the bundle is damaged, 3 when a proof fails.
+    With --reference the whole proof is made again, and with --gpu-layers on a GPU; the manifest's figures are of a CPU.
+    Exit 1 when the bundle is damaged, 3 when a proof fails.
 
     \b
     Example:
       edgelm verify bundle
       edgelm verify bundle --reference demo:smollm2 --json
       edgelm verify bundle --reference ./my-model --eval my-text.txt
+      edgelm verify bundle --reference ./my-model --gpu-layers auto
     """
+    from exporter.device import Placement
     from exporter.verification import verify
 
-    result = verify(bundle, reference, stderr_progress(), evaluation=evaluation, device=device)
+    placement = Placement(device, gpu_layers, gpu)
+    result = verify(bundle, reference, stderr_progress(), evaluation=evaluation, placement=placement)
     if as_json:
         print_json(_document(bundle, result))
     else:
@@ -61,6 +82,7 @@ def _document(bundle: Path, result: Verification) -> dict[str, Any]:
         "tensor_types": manifest.plan.type_counts,
         "token_identity": result.token_identity.model_dump(mode="json"),
         "quality": result.quality.model_dump(mode="json") if result.quality else None,
+        "within_recorded_interval": result.within_recorded,
         "recorded_quality": manifest.proof.model_dump(mode="json") if manifest.proof else None,
     }
 
@@ -91,6 +113,9 @@ def _print(bundle: Path, result: Verification) -> None:
         elif quality is not None:
             for what, figures in _figures(quality):
                 table.add_row(f"{name}: {what}" if what else name, figures)
+    if result.within_recorded is not None:
+        where = "inside" if result.within_recorded else "OUTSIDE"
+        table.add_row("now and recorded", f"the mean KL of now is {where} the recorded 95 % interval")
     print_table(table)
 
 
@@ -111,6 +136,8 @@ def _figures(quality: Quality) -> list[tuple[str, str]]:
     if quality.worst_tensors:
         named = (f"{item.name} {item.type} {item.kl:.2g}" for item in quality.worst_tensors)
         rows.append(("most lost in", f"{', '.join(named)} (KL, estimated)"))
+    if quality.computed_by is not None:
+        rows.insert(1, ("computed by", quality.computed_by))
     chat = quality.chat
     if chat is not None:
         alike = f"prompts of {chat.conversations} conversations as by {chat.compared_with}"

@@ -61,7 +61,7 @@ def from_texts(paths: Sequence[Path | None], words: SourceTokenizer, length: int
 
 def written_by_teacher(windows: Ids, seed: int) -> Corpus:
     """What the teacher wrote, with what the model card says of it."""
-    return Corpus(windows, (f"the teacher's own words: {windows.size} tokens, temperature 1, seed {seed}",))
+    return Corpus(windows, (f"the teacher's own words: {windows.size} tokens, seed {seed}",))
 
 
 def together(one: Corpus, other: Corpus) -> Corpus:

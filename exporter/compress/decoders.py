@@ -12,6 +12,7 @@ import numpy as np
 
 from exporter import quality
 from exporter.architectures import describe
+from exporter.calibration import opening_of_a_turn
 from exporter.checkpoint import Checkpoint
 from exporter.compress import data, importance
 from exporter.compress.data import Corpus
@@ -22,7 +23,7 @@ from exporter.compress.run import OWN_WORDS, WRITTEN, Run
 from exporter.compress.shape import Shape
 from exporter.compress.training import Trainer, TrainingOptions
 from exporter.compress.vocabulary import VocabularyCut
-from exporter.compress.writing import own_words
+from exporter.compress.writing import own_words, starts
 from exporter.device import DeviceChoice, memory_errors
 from exporter.quality import Window, compare_models, cut_windows
 from exporter.reference import ScoringModel, TransformersModel, open_torch_model
@@ -32,7 +33,7 @@ from runtime.engine import Logits
 
 IMPORTANCE_WINDOWS = 16
 EVALUATION_TOKENS = 2000
-_HELD_OUT = 8  # windows of the teacher's own words that nobody learns from
+_HELD_OUT = 16  # windows of the teacher's own words that nobody learns from
 
 
 class Decoders:
@@ -69,24 +70,28 @@ class Decoders:
         total = max(options.tokens, options.finish_tokens if options.finish is not None else 0)
         if not total * options.own_share:
             return corpus, None
-        own = max(1, round(total * options.own_share / length))
+        shared = max(1, round(total * options.own_share / length))
+        own = min(shared, max(1, round((options.own_tokens or total) / length)))
         path = run.state / OWN_WORDS
         if path.is_file():
             written = data.written_by_teacher(np.load(path, allow_pickle=False), options.seed)
         else:
             with memory_errors("one sequence that the teacher writes", "try a shorter --length, or --device cpu"):
-                words = own_words(teacher, own + _HELD_OUT, length, options.seed, run.state / WRITTEN, run.progress)
+                words = own_words(
+                    teacher, own + _HELD_OUT, length, options.seed, starts(opening_of_a_turn(run.words)),
+                    run.state / WRITTEN, run.progress,
+                )  # fmt: skip
             written = data.written_by_teacher(words, options.seed)
             partial = path.with_name(f".partial.{path.name}")
             np.save(partial, written.windows)
             partial.replace(path)
             shutil.rmtree(run.state / WRITTEN, ignore_errors=True)
         held_out = Corpus(written.windows[:_HELD_OUT], ())
-        learned = Corpus(written.windows[_HELD_OUT:], written.sources)
+        learned = Corpus(np.resize(written.windows[_HELD_OUT:], (shared, length)), written.sources)
         if options.own_share == 1:
             return learned, held_out
         # Texts are repeated or thinned so that the shares are as asked for.
-        wanted = max(1, round(own * (1 - options.own_share) / options.own_share))
+        wanted = max(1, round(shared * (1 - options.own_share) / options.own_share))
         chosen = np.random.default_rng(options.seed).permutation(np.resize(np.arange(len(corpus.windows)), wanted))
         return data.together(learned, Corpus(corpus.windows[chosen], corpus.sources)), held_out
 

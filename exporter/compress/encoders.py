@@ -63,6 +63,7 @@ def check_encoder(options: CompressOptions, checkpoint: Checkpoint) -> None:
         ("--heads", options.heads is not None, heads),
         ("--target", options.target is not None, choose),
         ("--own-share", options.own_share > 0, "an encoder writes no text"),
+        ("--own-tokens", options.own_tokens is not None, "an encoder writes no text"),
         ("--temperature", options.temperature != 1, "an encoder predicts no distribution"),
         ("--attention-weight", options.attention_weight > 0, "of an encoder only --hidden-weight is compared"),
         ("--depth-by kl", options.depth == "kl", "an encoder predicts no tokens; --depth-by cosine is its like"),

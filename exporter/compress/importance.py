@@ -66,8 +66,9 @@ def measure(
         if depth == "influence":
             order = _by_influence(model, windows, progress, final_norm=pool is None)
         else:
-            # A decoder has a prediction for each token of one window, an encoder one vector for each text.
-            read = windows[:1] if pool is None else windows
+            # A decoder has a prediction for each token, an encoder one vector for each text. The first and the last
+            # window: of a corpus of the teacher's own words and of texts one of each.
+            read = (windows[0], windows[-1]) if pool is None else windows
             order = _by_cost(model, read, removed, progress, _Outcome(model, pool))
     neurons, heads, hidden = gauge.scores()
     return Importance(order, neurons, heads, hidden)

@@ -50,8 +50,8 @@ from exporter.tokenizer import SourceTokenizer
 from targets.profile import load_profile
 
 _SETTINGS = (
-    "batch", "learning_rate", "temperature", "hidden_weight", "attention_weight", "own_share", "finish_tokens", "seed",
-    "length",
+    "batch", "learning_rate", "optimizer", "temperature", "hidden_weight", "attention_weight", "own_share",
+    "own_tokens", "finish_tokens", "seed", "length",
 )  # fmt: skip
 _TOOLS = ("edgelm", "torch", "transformers", "numpy")
 
@@ -195,10 +195,13 @@ def compress(
 
 
 def _check(options: CompressOptions) -> None:
-    positive = ("tokens", "length", "batch", "micro_batch", "learning_rate", "temperature", "finish_tokens", "stages")
+    positive = (
+        "tokens", "own_tokens", "length", "batch", "micro_batch", "learning_rate", "temperature", "finish_tokens",
+        "stages",
+    )  # fmt: skip
     for name in positive:
         value = getattr(options, name)
-        if not value > 0 and not (name == "tokens" and value == 0):
+        if value is not None and not value > 0 and not (name == "tokens" and value == 0):
             raise UsageError(f"--{name.replace('_', '-')} must be above zero, not {value}")
     if not 0 <= options.own_share <= 1:
         raise UsageError(f"--own-share is a share from 0 to 1, not {options.own_share}")
@@ -416,12 +419,13 @@ def _masks(lessons: Lessons, student: Any, pattern: Pattern, path: Path) -> Mask
     return Masks(student, load_masks(path, student))
 
 
-def _training(options: CompressOptions, steps: int, layers: tuple[int, ...], rate: float = 1.0) -> TrainingOptions:
+def _training(options: CompressOptions, steps: int, layers: tuple[int, ...]) -> TrainingOptions:
     return TrainingOptions(
         steps=steps,
         batch=options.batch,
         micro_batch=min(options.micro_batch, options.batch),
-        learning_rate=options.learning_rate * rate,
+        learning_rate=options.learning_rate,
+        optimizer=options.optimizer,
         temperature=options.temperature,
         hidden_weight=options.hidden_weight,
         attention_weight=options.attention_weight,
@@ -443,7 +447,10 @@ def _finish(lessons: Lessons, pruned: Pruned) -> _Finished:
     with quantizer.applied():
         lessons.compare(f"quantised to {plan.quant}", student)
     steps = max(1, options.finish_tokens // lessons.kind.step_tokens(lessons.corpus))
-    training = _training(options, steps, pruned.layers, rate=0.25)
+    # Small steps, each weight by itself: what quantising leaves is a matter of single weights.
+    training = replace(
+        _training(options, steps, pruned.layers), learning_rate=0.25 * options.learning_rate, optimizer="adamw"
+    )
     learned = lessons.train(pruned, training, "finish", quantizer)
     with quantizer.applied():
         lessons.compare(f"finished for {plan.quant}", student)

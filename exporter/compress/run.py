@@ -21,6 +21,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.compress.data import Corpus
 from exporter.compress.fake_quant import FakeQuantizer
 from exporter.compress.importance import DepthMeasure, Importance, Measure
+from exporter.compress.optimizer import Rule
 from exporter.compress.result import ROW, Row
 from exporter.compress.shape import Shape
 from exporter.compress.training import Trainer, TrainingOptions, write_atomically
@@ -40,7 +41,8 @@ class CompressOptions:
 
     ``target`` with limits chooses ``layers`` and ``neurons`` by prediction. ``heads`` counts attention heads.
     ``texts`` replace the built-in one and choose the ``vocabulary`` tokens that stay; ``own_share`` of the training
-    tokens are written by the teacher. ``finish`` is what the last ``finish_tokens`` are trained for: a mix (Q4_0,
+    tokens are the teacher's own, who writes ``own_tokens`` of them, all where that is None; fewer are read more than
+    once. ``finish`` is what the last ``finish_tokens`` are trained for: a mix (Q4_0,
     Q4_K_M ...) or a bundle, whose types are taken. ``sparsity`` is the share of zeros, or 2:4; ``stages`` is in
     how many steps shape and zeros are reached, each of which distils its part of ``tokens``.
     """
@@ -60,6 +62,7 @@ class CompressOptions:
     depth: DepthMeasure | None = None
     texts: tuple[Path, ...] = ()
     own_share: float = 0.0
+    own_tokens: int | None = None
     tokens: int = 1_000_000
     length: int = 512
     batch: int = 8
@@ -73,6 +76,7 @@ class CompressOptions:
     stages: int = 1
     finish: str | None = None
     finish_tokens: int = 200_000
+    optimizer: Rule = "auto"
     seed: int = 0
     device: DeviceChoice = "auto"
 

@@ -1,12 +1,16 @@
-"""The teacher's own words: sequences sampled at temperature 1 in large batches, each from one random token on.
+"""The teacher's own words, sampled in large batches: free text from one random token on, and conversations.
 
-Every batch has a random stream of its own and is on disk before the next one starts, so that a killed run goes on with
-the same words. Keys and values lie where they will stay: a cache that grows by copying moves all of them for every
-token. Knows models that transformers computes; does not know what the words are for.
+A model that knows conversations is given the words that open a user's turn and writes question and answer itself (Xu
+et al. 2024, arXiv:2406.08464), at temperature 1 and lower ones, as it will be asked on a device. Every batch has a
+random stream of its own and is on disk before the next one starts, so that a killed run goes on with the same words.
+Keys and values lie where they will stay: a cache that grows by copying moves all of them for every token. Knows models
+that transformers computes; does not know what the words are for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +22,35 @@ from exporter.compress.shape import head_size
 from exporter.device import computing_in_bfloat16, is_out_of_memory
 from exporter.reference import cache_name
 
+_TEMPERATURES = (1.0, 0.7)
 _CPU_BATCH, _GPU_BATCH = 16, 4096
 _GPU_SHARE = 0.65  # of the GPU's memory, for keys, values and logits
 _BFLOAT16_BYTES = 2
 _LOGIT_BYTES = 4 * 5  # logits, probabilities, noise, their quotient and one more that lives for a moment
 
 
-def own_words(model: Any, count: int, length: int, seed: int, directory: Path, progress: Progress) -> Ids:
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How a sequence starts: with these tokens, or with one random token where there are none; and its temperature."""
+
+    opening: tuple[int, ...]
+    temperature: float
+
+
+def starts(opening: Sequence[int]) -> tuple[Start, ...]:
+    """What sequences take turns with; ``opening`` of a user's turn, empty for models without conversations."""
+    openings = dict.fromkeys(((), tuple(opening)))
+    return tuple(Start(tokens, temperature) for temperature in _TEMPERATURES for tokens in openings)
+
+
+def own_words(
+    model: Any, count: int, length: int, seed: int, kinds: Sequence[Start], directory: Path, progress: Progress
+) -> Ids:
     """``count`` windows (count, length) sampled from ``model`` on its device; the same on every run of one device.
 
-    Finished batches are kept in ``directory`` and read from there by the next run. When a batch does not fit into the
-    GPU's memory, smaller ones are written. Raises ``RuntimeError`` of torch when a single sequence does not fit.
+    Window i starts as ``kinds[i % len(kinds)]`` says. Finished batches are kept in ``directory`` and read from there by
+    the next run. When a batch does not fit into the GPU's memory, smaller ones are written. Raises ``RuntimeError`` of
+    torch when a single sequence does not fit.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with progress.stage("the teacher writes", count * length, unit="tokens") as stage:
@@ -38,7 +60,8 @@ def own_words(model: Any, count: int, length: int, seed: int, directory: Path, p
         while written < count:
             rows = min(batch, count - written)
             try:
-                part = _written(model, rows, length, [seed, written], stage)
+                turns = [kinds[index % len(kinds)] for index in range(written, written + rows)]
+                part = _written(model, turns, length, [seed, written], stage)
             except RuntimeError as error:
                 batch = rows // 2
                 if not batch or not is_out_of_memory(error):
@@ -72,21 +95,28 @@ def writing_batch(model: Any, length: int) -> int:
     return max(1, min(_GPU_BATCH, fitting // 512 * 512 or fitting))
 
 
-def _written(model: Any, rows: int, length: int, seed: list[int], stage: Stage) -> Ids:
+def _written(model: Any, turns: Sequence[Start], length: int, seed: list[int], stage: Stage) -> Ids:
     import torch
 
-    device = model.device
+    device, rows = model.device, len(turns)
+    longest = max(1, *(len(turn.opening) for turn in turns))
+    given = torch.tensor([[*turn.opening, *[-1] * (longest - len(turn.opening))] for turn in turns], device=device)
+    given = given[:, :length]
+    coolness = torch.tensor([[1 / turn.temperature] for turn in turns], device=device)
     stream = int(np.random.default_rng(seed).integers(2**62))
     generator = torch.Generator(device=device).manual_seed(stream)
     with torch.inference_mode(), computing_in_bfloat16(device):
-        latest = torch.randint(model.config.vocab_size, (rows, 1), generator=generator, device=device)
+        random = torch.randint(model.config.vocab_size, (rows, 1), generator=generator, device=device)
+        latest = torch.where(given[:, :1] < 0, random, given[:, :1])
         taken, cache = [latest], {cache_name(model): reserved_cache(model, length)}
-        for _ in range(length - 1):
+        for place in range(1, length):
             output = model(latest, use_cache=True, logits_to_keep=1, **cache)
             # The largest of p / Exp(1) is a sample of p, without the host waiting for the device.
-            weights = torch.softmax(output.logits[:, -1], dim=-1, dtype=torch.float32)
+            weights = torch.softmax(output.logits[:, -1] * coolness, dim=-1, dtype=torch.float32)
             noise = torch.empty_like(weights).exponential_(generator=generator)
             latest = weights.div_(noise).argmax(dim=-1, keepdim=True)
+            if place < given.shape[1]:
+                latest = torch.where(given[:, place : place + 1] < 0, latest, given[:, place : place + 1])
             taken.append(latest)
             stage.advance(rows)
         stage.advance(rows)

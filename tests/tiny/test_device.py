@@ -18,7 +18,8 @@ from exporter.checkpoint import open_checkpoint, open_source
 from exporter.compress import importance, surgery, writing
 from exporter.compress.data import Corpus
 from exporter.compress.divergence import divergence
-from exporter.compress.pipeline import CompressOptions, compress
+from exporter.compress.pipeline import compress
+from exporter.compress.run import CompressOptions
 from exporter.compress.shape import shape_of, wanted_shape
 from exporter.compress.training import Trainer, TrainingOptions
 from exporter.device import DeviceChoice, memory_errors, resolve_device, rounded_products
@@ -267,14 +268,27 @@ def test_words_go_on_after_the_batches_that_are_on_disk(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writing, "_CPU_BATCH", 4)
-    whole = writing.own_words(model, 10, 16, 7, tmp_path / "whole", SILENT)
+    whole = writing.own_words(model, 10, 16, 7, writing.starts(()), tmp_path / "whole", SILENT)
     assert whole.shape == (10, 16)
     assert len({tuple(row) for row in whole.tolist()}) == 10
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["0.npy", "4.npy", "8.npy"]
     (tmp_path / "whole" / "4.npy").rename(tmp_path / "4.npy")
     (tmp_path / "whole" / "8.npy").unlink()
-    assert np.array_equal(writing.own_words(model, 10, 16, 7, tmp_path / "whole", SILENT), whole)
-    assert not np.array_equal(writing.own_words(model, 10, 16, 8, tmp_path / "other", SILENT), whole)
+    assert np.array_equal(writing.own_words(model, 10, 16, 7, writing.starts(()), tmp_path / "whole", SILENT), whole)
+    assert not np.array_equal(
+        writing.own_words(model, 10, 16, 8, writing.starts(()), tmp_path / "other", SILENT), whole
+    )
+
+
+def test_a_user_s_turn_is_opened_and_cool_words_are_the_likely_ones(model: Any, tmp_path: Path) -> None:
+    kinds = writing.starts((5, 6, 7))
+    assert [bool(kind.opening) for kind in kinds] == [False, True, False, True]
+    rows = writing.own_words(model, 8, 12, 7, kinds, tmp_path / "warm", SILENT)
+    assert (rows[1::2, :3] == (5, 6, 7)).all()
+    assert len({tuple(row) for row in rows[1::2, 3:].tolist()}) == 4
+    cold = [writing.Start((5, 6, 7), 1e-6)]
+    rows = writing.own_words(model, 2, 12, 7, cold, tmp_path / "cold", SILENT)
+    assert np.array_equal(rows[0], rows[1])
 
 
 def test_a_batch_that_does_not_fit_is_halved(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +300,7 @@ def test_a_batch_that_does_not_fit_is_halved(model: Any, tmp_path: Path, monkeyp
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     model.register_forward_pre_hook(refuse_more_than_three)
-    assert len(writing.own_words(model, 6, 8, 7, tmp_path, SILENT)) == 6
+    assert len(writing.own_words(model, 6, 8, 7, writing.starts(()), tmp_path, SILENT)) == 6
     assert tried == [6, *[3] * 14]
 
 

@@ -13,6 +13,9 @@ from edgelm.bundle import file_record, read_manifest, write_manifest
 from edgelm.cli.app import run_cli
 from exporter.options import ExportOptions
 from exporter.pipeline import export
+from runtime import offload
+from runtime.engines.llamacpp import load_library
+from targets.vram import RESERVE_BYTES, Device
 
 pytestmark = pytest.mark.tiny
 
@@ -130,3 +133,82 @@ def test_a_bundle_talks_as_its_source(
     renew_hashes(bundle)
     assert run_cli(["verify", str(bundle), "--reference", str(source)]) == 3
     assert "renders" in capsys.readouterr().err
+
+
+# -- on a GPU ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--gpu-layers", "auto"], 2, "--gpu-layers needs --reference"),
+        (["--gpu", "CUDA0"], 2, "--gpu needs --gpu-layers"),
+        (["--gpu-layers", "many", "--reference", "nowhere"], 2, "neither auto nor a number of layers"),
+        (["--gpu-layers", "1", "--reference", "nowhere"], 2, "1 layers were to go to a GPU: this build"),
+        (["--gpu-layers", "auto", "--gpu", "CUDA9", "--reference", "nowhere"], 2, "sees no GPU 'CUDA9'"),
+    ],
+)
+def test_a_gpu_that_cannot_be_is_refused_before_anything_is_read(
+    bundle: Path,
+    arguments: list[str],
+    code: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(offload, "find_devices", lambda library: ())
+    monkeypatch.setattr(offload, "can_offload", lambda library: False)
+    assert run_cli(["verify", str(bundle), *arguments]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_more_than_a_gpu_holds_is_refused_with_what_fits(
+    bundle: Path, source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = Device("CUDA0", "a card", "CUDA", "gpu", RESERVE_BYTES + 1000, 10**10)
+    monkeypatch.setattr(offload, "find_devices", lambda library: (small,))
+    assert run_cli(["verify", str(bundle), "--reference", str(source), "--gpu-layers", "2"]) == 4
+    assert "hint: use --gpu-layers 0" in capsys.readouterr().err
+
+
+def test_layers_are_for_gguf(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = export(ExportOptions(source=str(source), format="onnx", quant="fp32", verify=False), tmp_path / "onnx")
+    arguments = ["verify", str(made.path), "--reference", str(source), "--gpu-layers", "auto"]
+    assert run_cli(arguments) == 2
+    assert "is an ONNX model: --gpu-layers and --gpu are for GGUF" in capsys.readouterr().err
+
+
+@pytest.mark.reference
+def test_a_proof_without_a_gpu_says_that_the_cpu_computed(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "find_devices", lambda library: ())
+    monkeypatch.setattr(offload, "can_offload", lambda library: False)
+    made = str(export(ExportOptions(source=str(source), quant="Q8_0"), tmp_path / "proven").path)
+    assert run_cli(["verify", made, "--reference", str(source), "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert (plain["quality"]["computed_by"], plain["within_recorded_interval"]) == (None, True)
+    arguments = ["verify", made, "--reference", str(source), "--gpu-layers", "auto"]
+    assert run_cli([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["quality"]["computed_by"] == "the CPU computes all layers: this build of llama.cpp is for CPUs only"
+    assert found["quality"]["kl_mean"] == plain["quality"]["kl_mean"]
+    assert run_cli(arguments) == 0
+    assert "the mean KL of now is inside the recorded 95 % interval" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.gpu
+@pytest.mark.reference
+def test_a_proof_on_the_gpu_is_the_cpus_but_for_rounding(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = next((item for item in offload.find_devices(load_library()) if item.is_gpu), None)
+    if device is None:
+        pytest.skip("no GPU that this build of llama.cpp can use (docs/gpu.md has the builds)")
+    made = export(ExportOptions(source=str(source), quant="Q8_0"), tmp_path / "proven")
+    arguments = ["verify", str(made.path), "--reference", str(source), "--gpu-layers", "99", "--gpu", device.name]
+    assert run_cli([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["quality"]["computed_by"] == f"2 of 2 layers on {device.name} ({device.description})"
+    assert found["quality"]["kl_mean"] == pytest.approx(found["recorded_quality"]["kl_mean"], abs=1e-3)
+    assert found["within_recorded_interval"] in (True, False)
