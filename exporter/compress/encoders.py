@@ -27,7 +27,7 @@ from exporter.compress.data import Corpus, Ids
 from exporter.compress.fake_quant import FakeQuantizer
 from exporter.compress.importance import DepthMeasure, Importance
 from exporter.compress.result import VectorComparison
-from exporter.compress.run import CompressOptions, Run
+from exporter.compress.run import CompressOptions, Run, check_steps
 from exporter.compress.shape import Shape
 from exporter.compress.surgery import without_pooler
 from exporter.compress.training import Trainer, TrainingOptions
@@ -139,7 +139,10 @@ class Encoders:
         windows: Ids = np.full((len(rows), max(map(len, rows))), PADDING, np.int32)
         for row, ids in zip(windows, rows, strict=True):
             row[: len(ids)] = ids
-        return Corpus(windows, tuple(sources)), None
+        corpus = Corpus(windows, tuple(sources))
+        step = self.step_tokens(corpus)
+        check_steps(options, step, f"{options.batch} texts of about {step // options.batch} tokens")
+        return corpus, None
 
     def samples(self, corpus: Corpus) -> list[list[int]]:
         """Texts spread evenly over what is learned from."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import time
@@ -26,7 +27,7 @@ from exporter.compress.encoders import Encoders, check_encoder, is_encoder
 from exporter.compress.fake_quant import FakeQuantizer
 from exporter.compress.proposal import Proposal, imagined, propose
 from exporter.compress.result import CompressRecord
-from exporter.compress.run import CompressOptions, Kind, Run, claim_state, state_kept_if_worth_it
+from exporter.compress.run import CompressOptions, Kind, Run, check_steps, claim_state, state_kept_if_worth_it
 from exporter.compress.shape import Shape, group_of, row_remarks, shape_of, steps_between, told, wanted_shape
 from exporter.compress.sparsity import (
     NO_GAIN,
@@ -216,16 +217,6 @@ def _check(options: CompressOptions) -> None:
     for path in options.texts:
         if not path.is_file():
             raise UsageError(f"--text: {path} is no file")
-    if 0 < options.tokens < options.batch * options.length:
-        raise UsageError(
-            f"--tokens {options.tokens} is less than one step, {options.batch} sequences of {options.length} tokens",
-            hint="give more tokens, a smaller --batch or a shorter --length; 0 prunes only",
-        )
-    if options.stages > 1 and options.tokens < options.stages * options.batch * options.length:
-        raise UsageError(
-            f"--stages {options.stages}: {options.tokens} tokens are less than a step for each of them",
-            hint="give more tokens or fewer stages",
-        )
     if options.sparsity is not None:
         parse_pattern(options.sparsity)
         if options.units == "fisher":
@@ -248,7 +239,10 @@ def _check_kind(options: CompressOptions, checkpoint: Checkpoint) -> None:
     """Raises ``UsageError`` for what goes only with the other kind of model."""
     if is_encoder(checkpoint):
         check_encoder(options, checkpoint)
-    elif options.depth == "cosine":
+        return
+    told = f"{options.batch} sequences of {options.length} tokens"
+    check_steps(options, options.batch * options.length, told)
+    if options.depth == "cosine":
         raise UsageError("--depth-by cosine compares vectors of texts: it is for encoders", hint="use influence or kl")
 
 
@@ -316,6 +310,9 @@ def _shape(options: CompressOptions, checkpoint: Checkpoint, config: Any) -> tup
         max_artifact_bytes=options.max_artifact_bytes,
         min_decode_tps=options.min_decode_tps,
     )
+    if options.vocabulary is not None:
+        config = copy.copy(config)
+        config.vocab_size = options.vocabulary
     found = propose(config, full, checkpoint, export, load_profile(options.target))
     return full, found.shape, found
 

@@ -18,7 +18,9 @@ from pydantic import TypeAdapter
 
 from edgelm.bundle import FileRecord, Record
 from edgelm.errors import CheckpointError, UsageError
+from exporter.architectures.shared.encoders import sentence_files
 from exporter.checkpoint import Checkpoint
+from exporter.compress.anatomy import ANATOMIES
 from exporter.compress.vocabulary import VocabularyCut, rewrite
 from exporter.given_types import STUDENT_RECORD
 from exporter.tokenizer import SourceTokenizer
@@ -26,8 +28,7 @@ from exporter.tokenizer import SourceTokenizer
 RECORD_NAME, CURVE_NAME = STUDENT_RECORD, "training.jsonl"
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
-    "chat_template.jinja", "chat_template.json", "modules.json", "sentence_bert_config.json",
-    "config_sentence_transformers.json",
+    "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
 
@@ -171,19 +172,14 @@ def write_curve(directory: Path, curve: Sequence[Mapping[str, Any]]) -> None:
     (directory / CURVE_NAME).write_text(lines, encoding="utf-8")
 
 
-def _copied(source: Path) -> list[Path]:
-    named = [source / name for name in _TOKENIZER_FILES]
-    if (source / "modules.json").is_file():  # checked when the encoder was described
-        steps = json.loads((source / "modules.json").read_text(encoding="utf-8"))
-        named += [source / item["path"] / "config.json" for item in steps if item.get("path")]
-    return [path for path in named if path.is_file()]
-
-
 def write_tokenizer(directory: Path, checkpoint: Checkpoint, words: SourceTokenizer) -> None:
     """The tokenizer's files as the source has them, and those that say how an encoder's tokens become a vector."""
     if checkpoint.source.kind == "huggingface":
-        for path in _copied(checkpoint.source.path):
-            target = directory / path.relative_to(checkpoint.source.path)
+        source = checkpoint.source.path
+        anatomy = ANATOMIES.get(checkpoint.architecture)
+        further = sentence_files(source) if anatomy is not None and anatomy.encoder else ()
+        for path in (*(source / name for name in _TOKENIZER_FILES if (source / name).is_file()), *further):
+            target = directory / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
         return

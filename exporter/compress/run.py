@@ -142,6 +142,17 @@ class Kind(Protocol):
         """What trains the student."""
 
 
+def check_steps(options: CompressOptions, step_tokens: int, told: str) -> None:
+    """Refuse a training that would have no step. ``told`` is what a step reads. Raises ``UsageError``."""
+    each = options.tokens // options.stages
+    if options.tokens and each < step_tokens:
+        named = f" in each of {options.stages} stages" if options.stages > 1 else ""
+        raise UsageError(
+            f"--tokens {options.tokens}{named} is less than one step, {told}",
+            hint="give more tokens, a smaller --batch, fewer --stages or a shorter --length; 0 prunes only",
+        )
+
+
 def claim_state(run: Run, teacher: Checkpoint, wanted: Shape) -> None:
     """Make the state directory this run's own. Raises ``UsageError`` when it is another run's."""
     options = {name: str(value) for name, value in asdict(run.options).items() if name not in _CHANGEABLE}

@@ -183,11 +183,10 @@ def rewrite(directory: Path, cut: VocabularyCut) -> None:
     for path, document in _documents(directory, ("tokenizer_config.json",)):
         added = document.get("added_tokens_decoder")
         if isinstance(added, dict):
-            kept = {int(old): entry for old, entry in added.items() if int(old) in places}
+            kept = {int(old): entry for old, entry in added.items() if old.isdigit() and int(old) in places}
             document["added_tokens_decoder"] = {str(places[old]): entry for old, entry in kept.items()}
         _write(path, document)
-    for path, document in _documents(directory, ("added_tokens.json",)):
-        _write(path, {token: places[old] for token, old in document.items() if old in places})
+    (directory / "added_tokens.json").unlink(missing_ok=True)  # tokenizer.json has them all
 
 
 def _documents(directory: Path, names: Sequence[str]) -> Iterator[tuple[Path, dict[str, Any]]]:

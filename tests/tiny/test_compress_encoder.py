@@ -271,6 +271,7 @@ def test_a_dry_run_tells_the_shape(teacher_directory: Path) -> None:
         ({"attention_weight": 1.0}, "only --hidden-weight"),
         ({"depth": "kl"}, "--depth-by cosine is its like"),
         ({"layers": 5}, "--layers 5: the teacher has 4"),
+        ({"tokens": 40}, "less than one step, 8 texts of about"),
     ],
 )
 def test_what_an_encoder_has_not_is_refused(
@@ -290,6 +291,24 @@ def test_a_head_is_not_dropped_in_silence(tmp_path: Path) -> None:
     (tmp_path / "labels" / "modules.json").unlink()
     with pytest.raises(CheckpointError, match="its head would be lost"):
         compress(CompressOptions(str(tmp_path / "labels"), layers=1), tmp_path / "student")
+
+
+def test_files_outside_of_a_checkpoint_stay_where_they_are(tmp_path: Path) -> None:
+    """Steps that lead elsewhere are neither read nor written."""
+    teacher = make_tiny_bert(tmp_path / "models" / "teacher")
+    steps = json.loads((teacher / "modules.json").read_text())
+    steps[2]["path"] = "../../elsewhere"
+    (teacher / "modules.json").write_text(json.dumps(steps))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config.json").write_text("{}")
+    student = tmp_path / "a" / "b" / "student"
+    compress(CompressOptions(str(teacher), layers=1, tokens=0), student)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "elsewhere", "models"]
+    assert [path.name for path in student.iterdir() if path.is_dir()] == ["1_Pooling"]
+    steps[1]["path"] = "../../elsewhere"
+    (teacher / "modules.json").write_text(json.dumps(steps))
+    with pytest.raises(CheckpointError, match="which is no plain name"):
+        compress(CompressOptions(str(teacher), layers=1, tokens=0), tmp_path / "other")
 
 
 def test_a_wider_teacher_is_refused(teacher_directory: Path, tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_shapes_on_the_way_are_even() -> None:
         ({"sparsity": "0.5", "units": "fisher"}, "--importance activation or magnitude"),
         ({"sparsity": "2:4", "neurons": 50}, r"rows of 50 \(neurons\) are no multiple of 4"),
         ({"stages": 0}, "--stages must be above zero"),
-        ({"stages": 3, "tokens": 5000}, "less than a step for each"),
+        ({"stages": 3, "tokens": 5000}, "in each of 3 stages is less than one step"),
     ],
 )
 def test_what_makes_no_sense_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from edgelm.cli.app import run_cli
 from edgelm.errors import CheckpointError, UsageError
 from exporter.checkpoint import open_checkpoint, open_source
 from exporter.compress import decoders as decoders_module
-from exporter.compress.pipeline import compress
+from exporter.compress.pipeline import compress, proposal
 from exporter.compress.run import CompressOptions
 from exporter.compress.vocabulary import check_vocabulary, choose_tokens, pairs_of
 from exporter.options import ExportOptions
@@ -218,6 +219,16 @@ def test_an_encoder_speaks_fewer_pieces(tmp_path: Path) -> None:
     bundle = export(ExportOptions(source=str(student.path), quant="F16"), tmp_path / "bundle")
     assert bundle.manifest.embedding_quality is not None
     assert bundle.manifest.embedding_quality.token_identity.identical
+
+
+def test_a_shape_for_a_device_counts_the_tokens_that_stay(teacher_directory: Path) -> None:
+    free = CompressOptions(str(teacher_directory), target="raspberry-pi-4-2gb", quant="Q8_0")
+    sizes = []
+    for count in (None, 500):
+        found = proposal(replace(free, vocabulary=count))[2]
+        assert found is not None
+        sizes.append(found.plan.artifact_bytes)
+    assert sizes[0] - sizes[1] == 1000 * 64 * 34 // 32  # rows of 64 numbers in blocks of 32 that take 34 bytes
 
 
 def test_what_cannot_be_cut_is_refused(words: SourceTokenizer, teacher_directory: Path, tmp_path: Path) -> None:
