@@ -1,6 +1,6 @@
 """Ways to train one pruned student side by side, on the same few tokens in the same order.
 
-    python benchmarks/compress_recipes.py --words DIR --recipe-tokens 4000000 --recipes muon:32:2e-3 adamw:128:1e-3 [...]
+    python benchmarks/compress_recipes.py --words DIR --recipes muon:32:2e-3 adamw:128:1e-3 [...]
 
 A recipe is OPTIMIZER:SEQUENCES-PER-STEP:LEARNING-RATE. Each starts from the same cut (by KL, or ``--depth-by``) and
 reads the corpus that ``compress_gpu.py`` of the same options trains on, whose words the teacher writes into ``--words``

@@ -11,11 +11,34 @@ from typing import Any
 
 _BLOCK = 2**23
 """Numbers of a block: 32 MiB in float32, of which three or four live at once."""
+_FUSED_BLOCK = 2**29
+"""The same where a block is computed by one fused function, which keeps nothing but the gradient."""
 
 
 def divergence(teacher: Any, student: Any, temperature: float = 1.0) -> Any:
     """Mean KL(teacher || student) in nats over positions; logits (..., vocabulary), computed in float32."""
     return _function().apply(teacher, student, temperature)
+
+
+def terms(expected: Any, found: Any, scale: float, share: float) -> tuple[Any, Any]:
+    """KL of each position in float32, and ``share`` of the gradient for ``found``, of its type and shape.
+
+    Both are logits (positions, vocabulary), divided by the temperature through ``scale``.
+    """
+    import torch
+
+    wanted, got = (torch.log_softmax(item.float() * scale, dim=-1) for item in (expected, found))
+    probabilities = wanted.exp()
+    gradient = (got.exp() - probabilities) * share
+    return (probabilities * (wanted - got)).sum(dim=-1), gradient.to(found.dtype)
+
+
+@cache
+def _fused() -> Any:
+    """``terms`` in a few passes over both logits; one operation at a time, a GPU writes down each result between."""
+    import torch
+
+    return torch.compile(terms, dynamic=False)
 
 
 @cache
@@ -29,17 +52,18 @@ def _function() -> Any:
         def forward(context: Any, teacher: Any, student: Any, temperature: float) -> Any:
             vocabulary = student.shape[-1]
             rows, expected_rows = (item.detach().reshape(-1, vocabulary) for item in (student, teacher))
-            wanted = context.needs_input_grad[1]
-            gradient = torch.empty_like(rows) if wanted else None
+            gradient = torch.empty_like(rows) if context.needs_input_grad[1] else None
             total = torch.zeros((), dtype=torch.float64, device=student.device)
-            step = max(1, _BLOCK // vocabulary)
+            on_gpu = student.device.type == "cuda"
+            compute, most = (_fused(), _FUSED_BLOCK) if on_gpu else (terms, _BLOCK)
+            blocks = -(-rows.numel() // most)
+            step = -(-len(rows) // blocks)  # of one size: a fused function is made for each
             for start in range(0, len(rows), step):
                 block = slice(start, start + step)
-                expected, found = (_log_softmax(item[block], temperature) for item in (expected_rows, rows))
-                probabilities = expected.exp()
-                total += expected.sub_(found).mul_(probabilities).sum()
+                kl, part = compute(expected_rows[block], rows[block], 1 / temperature, 1 / (temperature * len(rows)))
+                total += kl.double().sum()
                 if gradient is not None:
-                    gradient[block] = found.exp_().sub_(probabilities).div_(temperature * len(rows))
+                    gradient[block] = part
             context.save_for_backward(gradient)
             context.shape = student.shape
             return (total / len(rows)).float()
@@ -50,10 +74,3 @@ def _function() -> Any:
             return None, (gradient * outer[0]).view(context.shape), None
 
     return Divergence
-
-
-def _log_softmax(logits: Any, temperature: float) -> Any:
-    import torch
-
-    scaled = logits if temperature == 1 else logits.float() / temperature
-    return torch.log_softmax(scaled, dim=-1, dtype=torch.float32)

@@ -25,6 +25,7 @@ from edgelm.units import format_bytes
 from exporter.compress.data import Corpus, Indices, batches
 from exporter.compress.divergence import divergence
 from exporter.compress.fake_quant import FakeQuantizer
+from exporter.compress.fusing import fused_layers
 from exporter.compress.optimizer import Optimizer, Rule, choose_rule
 from exporter.device import computing_in_bfloat16, is_out_of_memory, rounded_products
 from targets.host import available_memory
@@ -130,17 +131,24 @@ class Trainer:
             stage.advance(state.step * tokens)
             order = batches(len(self._corpus.windows), options.batch, options.seed, state.step)
             try:
-                while state.step < options.steps:
-                    self._one_step(next(order))
-                    self._tell(stage, tokens)
-                    if time.monotonic() - saved_s > every_s:
-                        self._save()
-                        saved_s = time.monotonic()
+                with self._fused():
+                    while state.step < options.steps:
+                        self._one_step(next(order))
+                        self._tell(stage, tokens)
+                        if time.monotonic() - saved_s > every_s:
+                            self._save()
+                            saved_s = time.monotonic()
             except KeyboardInterrupt:
                 self._save()
                 raise
         self._save()
         state.student.eval()
+
+    def _fused(self) -> AbstractContextManager[None]:
+        """Layers computed as fast as the device can; as they are where something looks into them."""
+        if self._options.hidden_weight > 0 or self._options.attention_weight > 0:
+            return nullcontext()
+        return fused_layers((self._teacher, self._state.student), self._device)
 
     def _tell(self, stage: Stage, tokens: int) -> None:
         latest = self._state.curve[-1]
