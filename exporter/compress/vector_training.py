@@ -7,6 +7,7 @@ that stayed. The loop, its state and its schedule are those of ``training``. Nee
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,10 @@ class VectorTrainer(Trainer):
     def step_tokens(self) -> int:
         """Tokens of a step, on average."""
         return max(1, round(self._options.batch * float(self._lengths.mean())))
+
+    def _fused(self) -> AbstractContextManager[None]:
+        # Texts have many lengths, and what is compiled is compiled for one.
+        return nullcontext()
 
     def _tell(self, stage: Stage, tokens: int) -> None:
         stage.tell(f"1 - cosine {self._state.curve[-1].kl:.4f}")
