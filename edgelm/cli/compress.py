@@ -144,7 +144,7 @@ def command(
       edgelm compress student --tokens 0 --vocabulary 16384 --text notes.txt -o domain
       edgelm compress ./teacher --target raspberry-pi-4-2gb --min-decode-tps 20 --dry-run
     """
-    from edgelm.cli.console import print_json, stderr_progress
+    from edgelm.cli.console import stderr_progress
     from exporter.compress.pipeline import compress
     from exporter.compress.run import CompressOptions
 
@@ -188,13 +188,7 @@ def command(
         _dry_run(options, as_json=as_json)
         return
     assert output is not None
-    student = compress(options, output, force=force, progress=stderr_progress())
-    if as_json:
-        print_json({"student": str(student.path), **student.record.model_dump()})
-    else:
-        _show(student)
-        for remark in student.record.remarks:
-            click.echo(f"note: {remark}", err=True)
+    _show(compress(options, output, force=force, progress=stderr_progress()), as_json=as_json)
 
 
 def _dry_run(options: CompressOptions, *, as_json: bool) -> None:
@@ -229,13 +223,16 @@ def _show_shape(full: str, wanted: str, found: Proposal | None) -> None:
     print_table(table)
 
 
-def _show(student: Student) -> None:
+def _show(student: Student, *, as_json: bool) -> None:
     from rich.table import Table
 
-    from edgelm.cli.console import print_table
+    from edgelm.cli.console import print_json, print_table
     from exporter.compress.result import figures
 
     record = student.record
+    if as_json:
+        print_json({"student": str(student.path), **record.model_dump()})
+        return
     title = f"{student.path}: {record.shape}, {record.parameters / 1e6:.1f} M parameters"
     table = Table(title=title, title_justify="left")
     headings, rows = figures(record.comparisons)
@@ -244,3 +241,5 @@ def _show(student: Student) -> None:
     for row in rows:
         table.add_row(*row)
     print_table(table)
+    for remark in record.remarks:
+        click.echo(f"note: {remark}", err=True)
