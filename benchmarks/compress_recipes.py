@@ -21,7 +21,8 @@ from measure import append, machine
 
 from edgelm.progress import SILENT
 from exporter.compress import pipeline, surgery
-from exporter.compress.pipeline import CompressOptions
+from exporter.compress.decoders import Decoders
+from exporter.compress.run import CompressOptions, Run
 from exporter.compress.training import Trainer, TrainingOptions
 from exporter.device import resolve_device
 
@@ -65,14 +66,16 @@ def main() -> None:
     started = time.perf_counter()
     asked = options(arguments)
     checkpoint = pipeline.open_checkpoint(pipeline.open_source(asked.source))
-    run = pipeline._Run(asked, checkpoint, pipeline.tokenizer.read_tokenizer(checkpoint), arguments.words, SILENT)
+    run = Run(asked, checkpoint, pipeline.tokenizer.read_tokenizer(checkpoint), arguments.words, SILENT)
+    kind = Decoders(run)
     arguments.words.mkdir(parents=True, exist_ok=True)
     append(NAME, {"machine": machine(), "device": resolve_device(arguments.device).reason, "depth": asked.depth})
-    with pipeline._models(run, checkpoint) as (teacher, _):
-        full, wanted, _found = pipeline._shape(asked, checkpoint, teacher.config)
-        corpus, held_out = pipeline._corpus(run, teacher)
+    with pipeline._models(run, kind, checkpoint) as (teacher, _):
+        _full, wanted, _found = pipeline._shape(asked, checkpoint, teacher.config)
+        corpus, held_out = kind.corpus(teacher)
+        lessons = pipeline.Lessons(run, kind, teacher, corpus, held_out)
         note(stage="corpus", tokens=int(corpus.windows.size), wall_s=time.perf_counter() - started)
-        kept = pipeline._kept(run, teacher, corpus, (full, wanted))
+        kept = pipeline._kept(lessons, teacher, wanted, arguments.words / "kept.json")
         note(stage="cut", layers=kept.layers, wall_s=time.perf_counter() - started)
         for recipe in arguments.recipes:
             if time.perf_counter() - started > arguments.seconds:
@@ -81,7 +84,7 @@ def main() -> None:
             student = surgery.cut(teacher, wanted, kept)
             train(run, teacher, student, corpus, recipe, arguments)
             run.comparisons.clear()
-            pipeline._compare(run, recipe, teacher, student, held_out)
+            lessons.compare(recipe, student)
             for item in run.comparisons:
                 note(**item.model_dump())
             del student

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def measure(
     text = evaluation_text(evaluation)
     passages = cut_passages(text, checkpoint, encoder.context)
     with open_reference(checkpoint, encoder, reference, progress, device=device) as original:
-        expected = _embed(original.embed, passages, "computing the reference", progress)
+        expected = embed_all(original.embed, passages, "computing the reference", progress)
         name = original.name
     found = _artifact_vectors(artifact, encoder, passages, progress)
     return compare(expected, found, name, text, sum(map(len, passages)), identity)
@@ -78,22 +78,40 @@ def compare(
     expected: Vectors, found: Vectors, reference: str, text: Text, tokens: int, identity: TokenIdentity
 ) -> EmbeddingQuality:
     """Figures of two sets of vectors (texts, dimensions). Raises ``ProofError`` for vectors that are no numbers."""
-    if not (np.isfinite(expected).all() and np.isfinite(found).all()):
-        raise ProofError("the artefact or its reference computes vectors that are no finite numbers")
-    ours, theirs = unit_length(found).astype(np.float64), unit_length(expected).astype(np.float64)
-    cosines = np.minimum(np.einsum("ij,ij->i", ours, theirs), 1.0)
     return EmbeddingQuality(
         reference=reference,
         text=text.name,
         text_sha256=text.sha256,
-        texts=len(ours),
+        texts=len(found),
         tokens=tokens,
+        token_identity=identity,
+        **asdict(figures(expected, found)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Of two sets of vectors, see ``EmbeddingQuality``."""
+
+    cosine_mean: float
+    cosine_p1: float
+    cosine_min: float
+    error_max: float
+    nearest_agreement: float
+
+
+def figures(expected: Vectors, found: Vectors) -> Figures:
+    """Compare vectors (texts, dimensions) row by row. Raises ``ProofError`` for those that are no numbers."""
+    if not (np.isfinite(expected).all() and np.isfinite(found).all()):
+        raise ProofError("the artefact or its reference computes vectors that are no finite numbers")
+    ours, theirs = unit_length(found).astype(np.float64), unit_length(expected).astype(np.float64)
+    cosines = np.minimum(np.einsum("ij,ij->i", ours, theirs), 1.0)
+    return Figures(
         cosine_mean=float(cosines.mean()),
         cosine_p1=float(np.quantile(cosines, 0.01)),
         cosine_min=float(cosines.min()),
         error_max=float(np.abs(ours - theirs).max()),
         nearest_agreement=float((_nearest(ours) == _nearest(theirs)).mean()),
-        token_identity=identity,
     )
 
 
@@ -135,7 +153,8 @@ def _lengths(room: int) -> list[int]:
     return [*found, room]
 
 
-def _embed(embed: Embed, passages: Sequence[Sequence[int]], what: str, progress: Progress) -> Vectors:
+def embed_all(embed: Embed, passages: Sequence[Sequence[int]], what: str, progress: Progress) -> Vectors:
+    """Vectors (passages, dimensions) of all passages, told as a stage."""
     parts = []
     with progress.stage(what, len(passages), unit="texts") as stage:
         for start in range(0, len(passages), 8):
@@ -153,7 +172,7 @@ def _artifact_vectors(
             raise EngineError(
                 f"the artefact makes vectors of {loaded.info.dimensions} numbers, not {encoder.record.dimensions}"
             )
-        return _embed(loaded.encode, passages, "measuring quality", progress)
+        return embed_all(loaded.encode, passages, "measuring quality", progress)
     finally:
         loaded.close()
 
@@ -177,7 +196,7 @@ def open_reference(
     insisted = choice == "transformers" or device == "cuda"
     if choice != "engine" and (insisted or transformers_obstacle(checkpoint) is None):
         with open_transformers_encoder(checkpoint, progress, device=device) as (name, model):
-            yield Reference(name, _with_transformers(model, encoder.record))
+            yield Reference(name, embedder(model, encoder.record))
         return
     with unquantised_file(checkpoint, describe(checkpoint), progress) as (path, kind):
         loaded = load_encoder(path, EncoderOptions(context=encoder.context))
@@ -187,8 +206,8 @@ def open_reference(
             loaded.close()
 
 
-def _with_transformers(model: Any, record: EncoderRecord) -> Embed:
-    """One sequence at a time, so that nothing is padded and no mask can be wrong."""
+def embedder(model: Any, record: EncoderRecord) -> Embed:
+    """Ids to pooled vectors by transformers, one sequence at a time: nothing is padded and no mask can be wrong."""
 
     def embed(sequences: Sequence[Sequence[int]]) -> Vectors:
         import torch

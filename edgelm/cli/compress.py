@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from exporter.compress.optimizer import Rule
     from exporter.compress.pipeline import Student
     from exporter.compress.proposal import Proposal
+    from exporter.compress.run import CompressOptions
     from exporter.device import DeviceChoice
 
 
@@ -25,6 +26,20 @@ if TYPE_CHECKING:
 @click.option("--neurons", type=click.IntRange(min=1), metavar="N", help="Feed-forward neurons that stay, per layer.")
 @click.option("--heads", type=click.IntRange(min=1), metavar="N", help="Attention heads that stay, per layer.")
 @click.option("--hidden", type=click.IntRange(min=1), metavar="N", help="Width that stays.")
+@click.option(
+    "--vocabulary",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens that stay: those that --text uses most, and all that any text can be written with.",
+)
+@click.option(
+    "--sparsity",
+    metavar="SHARE|2:4",
+    help="Zeros among the weights. No speed, no smaller file: these engines compute and store zeros as other numbers.",
+)
+@click.option(
+    "--stages", type=click.IntRange(min=1), default=1, show_default=True, help="Prune and distil in so many steps."
+)
 @click.option("--target", metavar="ID|FILE", help="Choose layers and neurons so that the limits hold on this device.")
 @click.option("--quant", default="Q4_K_M", show_default=True, metavar="NAME", help="The mix that --target plans with.")
 @click.option("--min-decode-tps", type=float, metavar="X", help="With --target: tokens per second that are needed.")
@@ -67,7 +82,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="What decides which neurons, heads and channels stay.",
 )
-@click.option("--depth-by", type=click.Choice(["influence", "kl"]), default="influence", show_default=True)
+@click.option(
+    "--depth-by",
+    type=click.Choice(["influence", "kl", "cosine"]),
+    help="What decides which layers go [default: influence, of encoders cosine].",
+)
 @click.option("--finish", metavar="QUANT|BUNDLE", help="Train on through this mix, or through a bundle's own types.")
 @click.option("--finish-tokens", type=click.IntRange(min=1), default=200_000, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -82,6 +101,9 @@ def command(
     neurons: int | None,
     heads: int | None,
     hidden: int | None,
+    vocabulary: int | None,
+    sparsity: str | None,
+    stages: int,
     target: str | None,
     quant: str,
     min_decode_tps: float | None,
@@ -101,7 +123,7 @@ def command(
     hidden_weight: float,
     attention_weight: float,
     importance: Measure,
-    depth_by: DepthMeasure,
+    depth_by: DepthMeasure | None,
     finish: str | None,
     finish_tokens: int,
     seed: int,
@@ -118,10 +140,13 @@ def command(
     \b
     Example:
       edgelm compress demo:smollm2 --layers 24 --tokens 100000 -o student
+      edgelm compress ./all-MiniLM-L6-v2 --layers 3 -o sentences
+      edgelm compress student --tokens 0 --vocabulary 16384 --text notes.txt -o domain
       edgelm compress ./teacher --target raspberry-pi-4-2gb --min-decode-tps 20 --dry-run
     """
-    from edgelm.cli.console import print_json, stderr_progress
-    from exporter.compress.pipeline import CompressOptions, compress, proposal
+    from edgelm.cli.console import stderr_progress
+    from exporter.compress.pipeline import compress
+    from exporter.compress.run import CompressOptions
 
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
@@ -132,6 +157,9 @@ def command(
         neurons=neurons,
         heads=heads,
         hidden=hidden,
+        vocabulary=vocabulary,
+        sparsity=sparsity,
+        stages=stages,
         target=target,
         quant=quant,
         min_decode_tps=min_decode_tps,
@@ -157,24 +185,25 @@ def command(
         device=device,
     )
     if dry_run:
-        full, wanted, found, remarks = proposal(options, stderr_progress())
-        predicted = found.plan.predicted.model_dump() if found else None
-        if as_json:
-            document = {"teacher": asdict(full), "student": asdict(wanted), "predicted": predicted, "remarks": remarks}
-            print_json({**document, "dry_run": True})
-        else:
-            _show_shape(str(full), str(wanted), found)
-        for remark in remarks:
-            click.echo(f"note: {remark}", err=True)
+        _dry_run(options, as_json=as_json)
         return
     assert output is not None
-    student = compress(options, output, force=force, progress=stderr_progress())
+    _show(compress(options, output, force=force, progress=stderr_progress()), as_json=as_json)
+
+
+def _dry_run(options: CompressOptions, *, as_json: bool) -> None:
+    from edgelm.cli.console import print_json, stderr_progress
+    from exporter.compress.pipeline import proposal
+
+    full, wanted, found, remarks = proposal(options, stderr_progress())
+    predicted = found.plan.predicted.model_dump() if found else None
     if as_json:
-        print_json({"student": str(student.path), **student.record.model_dump()})
+        document = {"teacher": asdict(full), "student": asdict(wanted), "predicted": predicted, "remarks": remarks}
+        print_json({**document, "dry_run": True})
     else:
-        _show(student)
-        for remark in student.record.remarks:
-            click.echo(f"note: {remark}", err=True)
+        _show_shape(str(full), str(wanted), found)
+    for remark in remarks:
+        click.echo(f"note: {remark}", err=True)
 
 
 def _show_shape(full: str, wanted: str, found: Proposal | None) -> None:
@@ -194,19 +223,23 @@ def _show_shape(full: str, wanted: str, found: Proposal | None) -> None:
     print_table(table)
 
 
-def _show(student: Student) -> None:
+def _show(student: Student, *, as_json: bool) -> None:
     from rich.table import Table
 
-    from edgelm.cli.console import print_table
+    from edgelm.cli.console import print_json, print_table
+    from exporter.compress.result import figures
 
     record = student.record
+    if as_json:
+        print_json({"student": str(student.path), **record.model_dump()})
+        return
     title = f"{student.path}: {record.shape}, {record.parameters / 1e6:.1f} M parameters"
     table = Table(title=title, title_justify="left")
-    for heading in ("stage", "text", "KL", "p99 KL", "same top token", "perplexity", "teacher's"):
+    headings, rows = figures(record.comparisons)
+    for heading in headings:
         table.add_column(heading)
-    for item in record.comparisons:
-        table.add_row(
-            item.stage, item.text, f"{item.kl_mean:.4f}", f"{item.kl_p99:.3f}", f"{item.top1_agreement:.1%}",
-            f"{item.ppl:.2f}", f"{item.ppl_teacher:.2f}",
-        )  # fmt: skip
+    for row in rows:
+        table.add_row(*row)
     print_table(table)
+    for remark in record.remarks:
+        click.echo(f"note: {remark}", err=True)

@@ -2,100 +2,59 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from edgelm.bundle import file_record
 from edgelm.errors import CheckpointError, UsageError
 from edgelm.progress import SILENT, Progress
 from exporter import tokenizer
-from exporter.architectures import describe
-from exporter.calibration import opening_of_a_turn
+from exporter.calibration import read_conversations
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
-from exporter.compress import data, importance, result, surgery
+from exporter.compress import result, surgery
+from exporter.compress.anatomy import POSITIONS_AFTER_PADDING
 from exporter.compress.data import Corpus
+from exporter.compress.decoders import Decoders
+from exporter.compress.encoders import Encoders, check_encoder, is_encoder
 from exporter.compress.fake_quant import FakeQuantizer
-from exporter.compress.importance import DepthMeasure, Measure
-from exporter.compress.optimizer import Rule
 from exporter.compress.proposal import Proposal, imagined, propose
-from exporter.compress.result import Comparison, CompressRecord
-from exporter.compress.shape import Shape, row_remarks, shape_of, told, wanted_shape
+from exporter.compress.result import CompressRecord
+from exporter.compress.run import CompressOptions, Kind, Run, check_steps, claim_state, state_kept_if_worth_it
+from exporter.compress.shape import Shape, group_of, row_remarks, shape_of, steps_between, told, wanted_shape
+from exporter.compress.sparsity import (
+    NO_GAIN,
+    Masks,
+    Pattern,
+    check_rows,
+    choose_masks,
+    load_masks,
+    parse_pattern,
+    save_masks,
+)
 from exporter.compress.surgery import Kept
-from exporter.compress.training import Trainer, TrainingOptions, write_atomically
-from exporter.compress.writing import own_words, starts
-from exporter.device import DeviceChoice, memory_errors, resolve_device
+from exporter.compress.training import TrainingOptions, write_atomically
+from exporter.compress.vocabulary import VocabularyCut, check_vocabulary, choose_tokens, cut_tables
+from exporter.device import DeviceChoice, resolve_device
 from exporter.given_types import read_types
 from exporter.options import ExportOptions
 from exporter.plan import resolve
-from exporter.quality import Window, compare_models, cut_windows
-from exporter.reference import TransformersModel, open_torch_model
-from exporter.texts import evaluation_text
-from exporter.token_identity import open_tokenizer
+from exporter.reference import open_torch_model
 from exporter.tokenizer import SourceTokenizer
 from targets.profile import load_profile
 
-IMPORTANCE_WINDOWS = 16
-EVALUATION_TOKENS = 2000
-_HELD_OUT = 16  # windows of the teacher's own words that nobody learns from
-_OWN_WORDS, _KEPT, _COMPARISONS = "own_words.npy", "kept.json", "comparisons.json"
-_WRITTEN = "own_words"  # batches of words while the teacher still writes
-# A killed run may go on with these changed: they say how it is computed, or what to do about a loss that is no number.
-_CHANGEABLE = ("device", "micro_batch", "learning_rate")
 _SETTINGS = (
     "batch", "learning_rate", "optimizer", "temperature", "hidden_weight", "attention_weight", "own_share",
     "own_tokens", "finish_tokens", "seed", "length",
 )  # fmt: skip
 _TOOLS = ("edgelm", "torch", "transformers", "numpy")
-
-
-@dataclass(frozen=True, slots=True)
-class CompressOptions:
-    """What was typed for ``edgelm compress``. None means: as the teacher has it, or not asked for.
-
-    ``target`` with limits chooses ``layers`` and ``neurons`` by prediction. ``heads`` counts attention heads.
-    ``texts`` replace the built-in one; ``own_share`` of the training tokens are the teacher's own, who writes
-    ``own_tokens`` of them, all where that is None; fewer are read more than once. ``finish`` is
-    what the last ``finish_tokens`` are trained for: a mix (Q4_0, Q4_K_M ...) or a bundle, whose types are taken.
-    """
-
-    source: str
-    teacher: str | None = None
-    layers: int | None = None
-    neurons: int | None = None
-    heads: int | None = None
-    hidden: int | None = None
-    target: str | None = None
-    quant: str = "Q4_K_M"
-    min_decode_tps: float | None = None
-    max_ram_bytes: int | None = None
-    max_artifact_bytes: int | None = None
-    units: Measure = "activation"
-    depth: DepthMeasure = "influence"
-    texts: tuple[Path, ...] = ()
-    own_share: float = 0.0
-    own_tokens: int | None = None
-    tokens: int = 1_000_000
-    length: int = 512
-    batch: int = 8
-    micro_batch: int = 4
-    learning_rate: float = 4e-4
-    temperature: float = 1.0
-    hidden_weight: float = 0.0
-    attention_weight: float = 0.0
-    finish: str | None = None
-    finish_tokens: int = 200_000
-    optimizer: Rule = "auto"
-    seed: int = 0
-    device: DeviceChoice = "auto"
 
 
 @dataclass(frozen=True)
@@ -107,25 +66,54 @@ class Student:
 
 
 @dataclass(frozen=True)
+class Lessons:
+    """What a student is taught with and judged by."""
+
+    run: Run
+    kind: Kind
+    teacher: Any
+    corpus: Corpus
+    held_out: Corpus | None
+
+    def compare(self, stage: str, student: Any) -> None:
+        """Figures of a student after a stage."""
+        self.kind.compare(stage, self.teacher, student, self.held_out)
+
+    def train(self, pruned: Pruned, options: TrainingOptions, name: str, quantizer: FakeQuantizer | None = None) -> int:
+        """Train for all steps under the stage's name; about how many tokens that took."""
+        run = self.run
+        trainer = self.kind.trainer(self.teacher, pruned.student, self.corpus, options, run.state / name, quantizer)
+        if pruned.masks is not None:
+            trainer.after_step = pruned.masks.apply
+        trainer.run(run.progress)
+        rows = (asdict(item) for item in trainer.curve)
+        run.curve += [{"stage": name, self.kind.figure: row.pop("kl"), **row} for row in rows]
+        return options.steps * self.kind.step_tokens(self.corpus)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A student, which of its weights may differ from zero (None: all), SOURCE's layers that are left, and on how many
+    tokens it was distilled."""
+
+    student: Any
+    masks: Masks | None
+    layers: tuple[int, ...]
+    tokens: int
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a user should know of zeros."""
+        return () if self.masks is None else (f"{self.masks.zeros:.1%} of the weights of layers are zero: {NO_GAIN}",)
+
+
+@dataclass(frozen=True)
 class _Finished:
     """What a student was trained through: the name of the plan, the type of each GGUF tensor, and on how much."""
 
     quant: str
     types: dict[str, str]
     tokens: int
-
-
-@dataclass
-class _Run:
-    """What the stages share."""
-
-    options: CompressOptions
-    checkpoint: Checkpoint
-    words: SourceTokenizer
-    state: Path
-    progress: Progress
-    comparisons: list[Comparison] = field(default_factory=list)
-    curve: list[dict[str, Any]] = field(default_factory=list)
 
 
 def proposal(options: CompressOptions, progress: Progress = SILENT) -> tuple[Shape, Shape, Proposal | None, list[str]]:
@@ -135,6 +123,9 @@ def proposal(options: CompressOptions, progress: Progress = SILENT) -> tuple[Sha
     """
     _check(options)
     checkpoint = open_checkpoint(open_source(options.source))
+    _check_kind(options, checkpoint)
+    if options.vocabulary is not None:
+        check_vocabulary(tokenizer.read_tokenizer(checkpoint), options.vocabulary)
     config = _config(checkpoint, progress)
     full, wanted, found = _shape(options, checkpoint, config)
     _check_shape(options, checkpoint, config, (full, wanted))
@@ -153,23 +144,25 @@ def compress(
     result.check_destination(destination, force=force)
     started = time.monotonic()
     checkpoint = open_checkpoint(open_source(options.source))
+    _check_kind(options, checkpoint)
     words = tokenizer.read_tokenizer(checkpoint)
+    if options.vocabulary is not None:
+        check_vocabulary(words, options.vocabulary)
     teacher_checkpoint = _teacher(options, checkpoint, words)
     state = destination.with_name(f".{destination.name}.training")
-    run = _Run(options, checkpoint, words, state, progress)
-    with _models(run, teacher_checkpoint) as (base, teacher):
+    run = Run(options, checkpoint, words, state, progress)
+    kind = _kind(run)
+    with _models(run, kind, teacher_checkpoint) as (base, teacher):
         full, wanted, _ = _shape(options, checkpoint, base.config)
         _check_shape(options, checkpoint, base.config, (full, wanted))
-        _claim_state(run, teacher_checkpoint, wanted)
-        with _state_kept_if_worth_it(state):
-            corpus, held_out = _corpus(run, teacher)
-            kept = _kept(run, base, corpus, (full, wanted))
-            student = surgery.cut(base, wanted, kept)
-            _compare(run, "pruned", teacher, student, held_out)
-            learned = _train(run, teacher, student, corpus, kept.layers)
-            if learned:
-                _compare(run, "distilled", teacher, student, held_out)
-            finished = _finish(run, teacher, student, corpus, kept.layers, held_out) if options.finish else None
+        kind.check_teacher(teacher, base)
+        claim_state(run, teacher_checkpoint, wanted)
+        with state_kept_if_worth_it(state):
+            lessons = Lessons(run, kind, teacher, *kind.corpus(teacher))
+            pruned = _prune_and_distil(lessons, base, steps_between(full, wanted, options.stages))
+            student = pruned.student
+            finished = _finish(lessons, pruned) if options.finish else None
+            cut = _cut_vocabulary(lessons, student) if options.vocabulary else None
             record = CompressRecord(
                 teacher=teacher_checkpoint.source.location,
                 teacher_files=tuple(file_record(path) for path in teacher_checkpoint.files),
@@ -180,49 +173,33 @@ def compress(
                 shape=str(wanted),
                 parameters_teacher=teacher.num_parameters(),
                 parameters=student.num_parameters(),
-                layers_kept=kept.layers,
-                measured_by=f"{options.units} (layers: {options.depth})",
-                data=corpus.sources,
-                data_sha256=corpus.sha256,
-                tokens=learned + (finished.tokens if finished else 0),
+                layers_kept=pruned.layers,
+                zeros=pruned.masks.zeros if pruned.masks else None,
+                vocabulary=student.config.vocab_size,
+                measured_by=f"{options.units} (layers: {kind.depth})",
+                data=lessons.corpus.sources,
+                data_sha256=lessons.corpus.sha256,
+                tokens=pruned.tokens + (finished.tokens if finished else 0),
                 settings={name: getattr(options, name) for name in _SETTINGS},
                 trained_for=finished.quant if finished else None,
                 types=finished.types if finished else None,
                 comparisons=tuple(run.comparisons),
-                remarks=tuple(row_remarks(base.config, wanted)),
+                remarks=(*row_remarks(base.config, wanted), *pruned.remarks, *([cut.remark] if cut else [])),
                 elapsed_s=time.monotonic() - started,
                 tool_versions={tool: version(tool) for tool in _TOOLS},
             )
             with result.new_directory(destination, force=force) as staging:
-                result.write_student(staging, student, checkpoint, words, record)
+                result.write_student(staging, student, checkpoint, words, record, cut)
                 result.write_curve(staging, run.curve)
     shutil.rmtree(state, ignore_errors=True)
     return Student(destination, record)
 
 
-@contextmanager
-def _state_kept_if_worth_it(state: Path) -> Iterator[None]:
-    """On any exception, keep what took long to compute; without that, nothing."""
-    try:
-        yield
-    except BaseException:
-        kept = (_OWN_WORDS, f"{_WRITTEN}/*.npy", "*/state.json")
-        if not any(list(state.glob(pattern)) for pattern in kept):
-            shutil.rmtree(state, ignore_errors=True)
-        raise
-
-
 def _check(options: CompressOptions) -> None:
     positive = (
-        "tokens",
-        "own_tokens",
-        "length",
-        "batch",
-        "micro_batch",
-        "learning_rate",
-        "temperature",
-        "finish_tokens",
-    )
+        "tokens", "own_tokens", "length", "batch", "micro_batch", "learning_rate", "temperature", "finish_tokens",
+        "stages",
+    )  # fmt: skip
     for name in positive:
         value = getattr(options, name)
         if value is not None and not value > 0 and not (name == "tokens" and value == 0):
@@ -240,11 +217,13 @@ def _check(options: CompressOptions) -> None:
     for path in options.texts:
         if not path.is_file():
             raise UsageError(f"--text: {path} is no file")
-    if 0 < options.tokens < options.batch * options.length:
-        raise UsageError(
-            f"--tokens {options.tokens} is less than one step, {options.batch} sequences of {options.length} tokens",
-            hint="give more tokens, a smaller --batch or a shorter --length; 0 prunes only",
-        )
+    if options.sparsity is not None:
+        parse_pattern(options.sparsity)
+        if options.units == "fisher":
+            raise UsageError(
+                "--sparsity goes by --importance activation or magnitude; fisher is measured of whole units",
+                hint="choose one of these",
+            )
     if options.finish is not None:
         _finish_export(options, "")
     matched = options.hidden_weight > 0 or options.attention_weight > 0
@@ -256,6 +235,21 @@ def _check(options: CompressOptions) -> None:
         )
 
 
+def _check_kind(options: CompressOptions, checkpoint: Checkpoint) -> None:
+    """Raises ``UsageError`` for what goes only with the other kind of model."""
+    if is_encoder(checkpoint):
+        check_encoder(options, checkpoint)
+        return
+    told = f"{options.batch} sequences of {options.length} tokens"
+    check_steps(options, options.batch * options.length, told)
+    if options.depth == "cosine":
+        raise UsageError("--depth-by cosine compares vectors of texts: it is for encoders", hint="use influence or kl")
+
+
+def _kind(run: Run) -> Kind:
+    return Encoders(run) if is_encoder(run.checkpoint) else Decoders(run)
+
+
 def _check_shape(options: CompressOptions, checkpoint: Checkpoint, config: Any, shapes: tuple[Shape, Shape]) -> None:
     """Refuse now what would fail after hours of training. Raises ``UsageError`` and ``CheckpointError``."""
     full, wanted = shapes
@@ -265,8 +259,14 @@ def _check_shape(options: CompressOptions, checkpoint: Checkpoint, config: Any, 
             f"student's {wanted.hidden}",
             hint="leave out the weights, or --hidden",
         )
-    if options.finish is not None:
+    if options.sparsity is not None:
+        check_rows(parse_pattern(options.sparsity), wanted)
+    if options.finish is None:
+        return
+    if not is_encoder(checkpoint):
         resolve(_finish_export(options, ""), imagined(config, wanted, checkpoint), load_profile("host"))
+    elif not Path(options.finish).is_dir():  # the name of a mix means the same for any shape
+        resolve(_finish_export(options, ""), checkpoint, load_profile("host"))
 
 
 def _finish_export(options: CompressOptions, source: str) -> ExportOptions:
@@ -310,6 +310,9 @@ def _shape(options: CompressOptions, checkpoint: Checkpoint, config: Any) -> tup
         max_artifact_bytes=options.max_artifact_bytes,
         min_decode_tps=options.min_decode_tps,
     )
+    if options.vocabulary is not None:
+        config = copy.copy(config)
+        config.vocab_size = options.vocabulary
     found = propose(config, full, checkpoint, export, load_profile(options.target))
     return full, found.shape, found
 
@@ -317,13 +320,13 @@ def _shape(options: CompressOptions, checkpoint: Checkpoint, config: Any) -> tup
 def _kv_heads(options: CompressOptions, config: Any) -> int | None:
     if options.heads is None:
         return None
-    group = config.num_attention_heads // config.num_key_value_heads
+    group = group_of(config)
     if options.heads % group:
         raise UsageError(
             f"--heads {options.heads}: {group} heads share one head of keys and values",
             hint=f"give a multiple of {group}",
         )
-    return options.heads // int(group)
+    return options.heads // group
 
 
 def _teacher(options: CompressOptions, checkpoint: Checkpoint, words: SourceTokenizer) -> Checkpoint:
@@ -344,16 +347,16 @@ def _teacher(options: CompressOptions, checkpoint: Checkpoint, words: SourceToke
 
 
 @contextmanager
-def _models(run: _Run, teacher_checkpoint: Checkpoint) -> Iterator[tuple[Any, Any]]:
+def _models(run: Run, kind: Kind, teacher_checkpoint: Checkpoint) -> Iterator[tuple[Any, Any]]:
     """The model to prune and the teacher, which may be the same, on the device."""
     # Both on one device: what holds the first model alone could lack room for the second.
     device: DeviceChoice = "cuda" if resolve_device(run.options.device).value == "cuda" else "cpu"
-    with open_torch_model(run.checkpoint, run.progress, device=device) as base:
+    with kind.open(run.checkpoint, device) as base:
         _ready(base)
         if teacher_checkpoint is run.checkpoint:
             yield base, base
             return
-        with open_torch_model(teacher_checkpoint, run.progress, device=device) as teacher:
+        with kind.open(teacher_checkpoint, device) as teacher:
             _ready(teacher)
             yield base, teacher
 
@@ -364,88 +367,53 @@ def _ready(model: Any) -> None:
         parameter.requires_grad_(False)
 
 
-def _claim_state(run: _Run, teacher: Checkpoint, wanted: Shape) -> None:
-    """Make the state directory this run's own. Raises ``UsageError`` when it is another run's."""
-    options = {name: str(value) for name, value in asdict(run.options).items() if name not in _CHANGEABLE}
-    paths = dict.fromkeys((*run.checkpoint.files, *teacher.files, *run.options.texts))
-    files = [file_record(path).sha256 for path in paths]
-    document = json.dumps({"options": options, "shape": str(wanted), "files": files}, indent=2)
-    path = run.state / "run.json"
-    if path.is_file():
-        if path.read_text(encoding="utf-8") != document:
-            raise UsageError(
-                f"{run.state} holds the state of a run with other settings or files",
-                hint="repeat that run's command to go on with it, or remove the directory to start anew",
-            )
-    else:
-        run.state.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, document)
-    path = run.state / _COMPARISONS
-    if path.is_file():
-        run.comparisons += [Comparison.model_validate(item) for item in json.loads(path.read_text(encoding="utf-8"))]
+def _prune_and_distil(lessons: Lessons, base: Any, shapes: Sequence[Shape]) -> Pruned:
+    """Prune to each shape in turn, which is often only one, and distil after each."""
+    options, current = lessons.run.options, Pruned(base, None, tuple(range(base.config.num_hidden_layers)), 0)
+    pattern = parse_pattern(options.sparsity) if options.sparsity is not None else None
+    for number, shape in enumerate(shapes, 1):
+        part = f"-{number}" if len(shapes) > 1 else ""
+        told = f", stage {number} of {len(shapes)}" if part else ""
+        kept = _kept(lessons, current.student, shape, lessons.run.state / f"kept{part}.json")
+        student = surgery.cut(current.student, shape, kept)
+        current = replace(current, student=student, layers=tuple(current.layers[index] for index in kept.layers))
+        lessons.compare(f"pruned{told}", student)
+        if pattern is not None:
+            now = pattern.at(number / len(shapes))
+            masks = _masks(lessons, student, now, lessons.run.state / f"masks{part}.npz")
+            masks.apply()
+            current = replace(current, masks=masks)
+            lessons.compare(f"sparsity {now}{told}", student)
+        steps = options.tokens // len(shapes) // lessons.kind.step_tokens(lessons.corpus)
+        if steps:
+            learned = lessons.train(current, _training(options, steps, current.layers), f"distil{part}")
+            current = replace(current, tokens=current.tokens + learned)
+            lessons.compare(f"distilled{told}", student)
+    return current
 
 
-def _kept(run: _Run, base: Any, corpus: Corpus, shapes: tuple[Shape, Shape]) -> Kept:
-    """What stays of the teacher: measured once, then read, so that a resumed run prunes the very same."""
+def _kept(lessons: Lessons, base: Any, wanted: Shape, path: Path) -> Kept:
+    """What stays of a model: measured once, then read, so that a resumed run prunes the very same."""
     import torch
 
-    path = run.state / _KEPT
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
         neurons, heads = (tuple(torch.tensor(row) for row in found[name]) for name in ("neurons", "heads"))
         return Kept(tuple(found["layers"]), torch.tensor(found["hidden"]), neurons, heads)
-    full, wanted = shapes
-    windows = [row.tolist() for row in corpus.windows[:: max(1, len(corpus.windows) // IMPORTANCE_WINDOWS)]]
-    measured = importance.measure(
-        base, windows[:IMPORTANCE_WINDOWS], wanted, run.progress, units=run.options.units, depth=run.options.depth
-    )
-    kept = surgery.choose(measured, full, wanted)
+    kept = surgery.choose(lessons.kind.measure(base, lessons.corpus, wanted), shape_of(base.config), wanted)
     rows = {name: [row.tolist() for row in getattr(kept, name)] for name in ("neurons", "heads")}
     write_atomically(path, json.dumps({"layers": kept.layers, "hidden": kept.hidden.tolist(), **rows}))
     return kept
 
 
-def _corpus(run: _Run, teacher: Any) -> tuple[Corpus, Corpus | None]:
-    """What the student learns from, and windows of the teacher's own words that are held out."""
-    options = run.options
-    length = min(options.length, describe(run.checkpoint).dimensions.context_trained)
-    corpus = data.from_texts(options.texts or (None,), run.words, length)
-    total = max(options.tokens, options.finish_tokens if options.finish is not None else 0)
-    if not total * options.own_share:
-        return corpus, None
-    shared = max(1, round(total * options.own_share / length))
-    own = min(shared, max(1, round((options.own_tokens or total) / length)))
-    path = run.state / _OWN_WORDS
-    if path.is_file():
-        written = data.written_by_teacher(np.load(path, allow_pickle=False), options.seed)
-    else:
-        with memory_errors("one sequence that the teacher writes", "try a shorter --length, or --device cpu"):
-            kinds = starts(opening_of_a_turn(run.words))
-            words = own_words(teacher, own + _HELD_OUT, length, options.seed, kinds, run.state / _WRITTEN, run.progress)
-        written = data.written_by_teacher(words, options.seed)
-        partial = path.with_name(f".partial.{path.name}")
-        np.save(partial, written.windows)
-        partial.replace(path)
-        shutil.rmtree(run.state / _WRITTEN, ignore_errors=True)
-    held_out = Corpus(written.windows[:_HELD_OUT], ())
-    learned = Corpus(np.resize(written.windows[_HELD_OUT:], (shared, length)), written.sources)
-    if options.own_share == 1:
-        return learned, held_out
-    # Texts are repeated or thinned so that the shares are as asked for.
-    wanted = max(1, round(shared * (1 - options.own_share) / options.own_share))
-    chosen = np.random.default_rng(options.seed).permutation(np.resize(np.arange(len(corpus.windows)), wanted))
-    return data.together(learned, Corpus(corpus.windows[chosen], corpus.sources)), held_out
-
-
-def _train(run: _Run, teacher: Any, student: Any, corpus: Corpus, layers: tuple[int, ...]) -> int:
-    """Distil; how many tokens that took."""
-    step_tokens = run.options.batch * int(corpus.windows.shape[1])
-    steps = run.options.tokens // step_tokens
-    if steps:
-        trainer = Trainer(teacher, student, corpus, _training(run.options, steps, layers), run.state / "distil")
-        trainer.run(run.progress)
-        run.curve += [{"stage": "distil", **asdict(item)} for item in trainer.curve]
-    return steps * step_tokens
+def _masks(lessons: Lessons, student: Any, pattern: Pattern, path: Path) -> Masks:
+    """Which weights stay: chosen once, then read, as ``_kept``."""
+    run = lessons.run
+    if not path.is_file():
+        read = lessons.kind.samples(lessons.corpus)
+        by_activation = run.options.units == "activation"
+        save_masks(path, choose_masks(student, pattern, read, run.progress, by_activation=by_activation))
+    return Masks(student, load_masks(path, student))
 
 
 def _training(options: CompressOptions, steps: int, layers: tuple[int, ...]) -> TrainingOptions:
@@ -463,63 +431,43 @@ def _training(options: CompressOptions, steps: int, layers: tuple[int, ...]) -> 
     )
 
 
-def _finish(
-    run: _Run, teacher: Any, student: Any, corpus: Corpus, layers: tuple[int, ...], held_out: Corpus | None
-) -> _Finished:
+def _finish(lessons: Lessons, pruned: Pruned) -> _Finished:
     """Train on through the types that an export would give each tensor."""
     from exporter.pipeline import prepare
 
-    options = run.options
+    run, options, student = lessons.run, lessons.run.options, pruned.student
     directory = run.state / "unfinished"
     _save_plain(run, student, directory)
     plan = prepare(_finish_export(options, str(directory)), run.progress).plan
     types = {item.source_name: item.type for item in plan.tensors if item.type not in ("F32", "F16", "BF16")}
     quantizer = FakeQuantizer(student, types)
     with quantizer.applied():
-        _compare(run, f"quantised to {plan.quant}", teacher, student, held_out)
-    step_tokens = options.batch * int(corpus.windows.shape[1])
-    steps = max(1, options.finish_tokens // step_tokens)
+        lessons.compare(f"quantised to {plan.quant}", student)
+    steps = max(1, options.finish_tokens // lessons.kind.step_tokens(lessons.corpus))
     # Small steps, each weight by itself: what quantising leaves is a matter of single weights.
-    training = replace(_training(options, steps, layers), learning_rate=0.25 * options.learning_rate, optimizer="adamw")
-    trainer = Trainer(teacher, student, corpus, training, run.state / "finish", quantizer)
-    trainer.run(run.progress)
-    run.curve += [{"stage": "finish", **asdict(item)} for item in trainer.curve]
+    training = replace(
+        _training(options, steps, pruned.layers), learning_rate=0.25 * options.learning_rate, optimizer="adamw"
+    )
+    learned = lessons.train(pruned, training, "finish", quantizer)
     with quantizer.applied():
-        _compare(run, f"finished for {plan.quant}", teacher, student, held_out)
-    return _Finished(plan.quant, {item.name: item.type for item in plan.tensors}, steps * step_tokens)
+        lessons.compare(f"finished for {plan.quant}", student)
+    return _Finished(plan.quant, {item.name: item.type for item in plan.tensors}, learned)
 
 
-def _save_plain(run: _Run, student: Any, directory: Path) -> None:
+def _cut_vocabulary(lessons: Lessons, student: Any) -> VocabularyCut:
+    """Leave the tokens that the texts use. Last of all: until then student and teacher speak of the same tokens."""
+    run = lessons.run
+    texts = [read_conversations(path, run.words).content for path in run.options.texts or (None,)]
+    # RoBERTa counts positions from the padding token's number, which has to stay what it is.
+    counted = student.config.model_type in POSITIONS_AFTER_PADDING
+    fixed = range(student.config.pad_token_id + 1) if counted else ()
+    cut = choose_tokens(run.words, texts, run.options.vocabulary or 0, fixed)
+    cut_tables(student, cut.kept)
+    lessons.kind.compare_cut(f"{len(cut.kept)} tokens", lessons.teacher, student, cut)
+    return cut
+
+
+def _save_plain(run: Run, student: Any, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     student.save_pretrained(directory, safe_serialization=True)
     result.write_tokenizer(directory, run.checkpoint, run.words)
-
-
-def _compare(run: _Run, stage: str, teacher: Any, student: Any, held_out: Corpus | None) -> None:
-    """Add a row for each evaluation text, unless an earlier part of this run has done so."""
-    if any(item.stage == stage for item in run.comparisons):
-        return
-    text = evaluation_text()
-    ids = open_tokenizer(run.words.tokenizer_json, "tokenizer.json").encode(
-        text.content, add_special_tokens=False
-    ).ids  # fmt: skip
-    length = min(512, describe(run.checkpoint).dimensions.context_trained)
-    texts: Mapping[str, list[Window]] = {text.name: cut_windows(ids, EVALUATION_TOKENS, length=length, name=text.name)}
-    if held_out is not None:
-        texts = {**texts, "the teacher's own words": [Window(tuple(row.tolist()), 31) for row in held_out.windows]}
-    one, other = TransformersModel(teacher, "teacher"), TransformersModel(student, "student")
-    for name, windows in texts.items():
-        found = compare_models(one, other, windows, run.progress)
-        run.comparisons.append(
-            Comparison(
-                stage=stage,
-                text=name,
-                tokens=len(found.kl),
-                kl_mean=float(found.kl.mean()),
-                kl_p99=float(np.quantile(found.kl, 0.99)),
-                top1_agreement=float(found.agrees.mean()),
-                ppl=float(np.exp(-found.log_probability.mean())),
-                ppl_teacher=float(np.exp(-found.log_probability_reference.mean())),
-            )
-        )
-    write_atomically(run.state / _COMPARISONS, json.dumps([item.model_dump() for item in run.comparisons]))

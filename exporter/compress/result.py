@@ -14,9 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from edgelm.bundle import FileRecord, Record
 from edgelm.errors import CheckpointError, UsageError
+from exporter.architectures.shared.encoders import sentence_files
 from exporter.checkpoint import Checkpoint
+from exporter.compress.anatomy import ANATOMIES
+from exporter.compress.vocabulary import VocabularyCut, rewrite
 from exporter.given_types import STUDENT_RECORD
 from exporter.tokenizer import SourceTokenizer
 
@@ -28,7 +33,12 @@ _TOKENIZER_FILES = (
 
 
 class Comparison(Record):
-    """A student beside its teacher on one text: mean KL in nats per token, share of equal likeliest tokens."""
+    """A student beside its teacher on one text: mean KL in nats per token, share of equal likeliest tokens.
+
+    Once the vocabulary is cut, the text is in the tokens that stayed, and so are the teacher's predictions that KL and
+    perplexities count: what it gave to other tokens is shared among these. Bits per byte of text count everything, the
+    teacher's by all of its tokens; None where tokens need not be text.
+    """
 
     stage: str
     text: str
@@ -38,6 +48,26 @@ class Comparison(Record):
     top1_agreement: float
     ppl: float
     ppl_teacher: float
+    bits_per_byte: float | None = None
+    bits_per_byte_teacher: float | None = None
+
+
+class VectorComparison(Record):
+    """An encoder's vectors beside its teacher's for the same passages, as ``EmbeddingQuality`` has them."""
+
+    stage: str
+    text: str
+    texts: int
+    tokens: int
+    cosine_mean: float
+    cosine_p1: float
+    cosine_min: float
+    error_max: float
+    nearest_agreement: float
+
+
+Row = Comparison | VectorComparison
+ROW: TypeAdapter[Row] = TypeAdapter(Row)
 
 
 class CompressRecord(Record):
@@ -53,6 +83,9 @@ class CompressRecord(Record):
     parameters_teacher: int
     parameters: int
     layers_kept: tuple[int, ...]
+    vocabulary: int
+    zeros: float | None
+    """The share of zeros in the matrices of layers, where it was asked for."""
     measured_by: str
     data: tuple[str, ...]
     data_sha256: str
@@ -62,7 +95,7 @@ class CompressRecord(Record):
     types: dict[str, str] | None
     """By GGUF name, what it was trained for: ``edgelm export --types-from`` takes them."""
     remarks: tuple[str, ...]
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[Row, ...]
     elapsed_s: float
     tool_versions: dict[str, str]
 
@@ -104,9 +137,17 @@ def check_destination(destination: Path, *, force: bool) -> None:
 
 
 def write_student(
-    directory: Path, student: Any, checkpoint: Checkpoint, words: SourceTokenizer, record: CompressRecord
+    directory: Path,
+    student: Any,
+    checkpoint: Checkpoint,
+    words: SourceTokenizer,
+    record: CompressRecord,
+    cut: VocabularyCut | None = None,
 ) -> None:
-    """Weights (bfloat16, or float32 after training for a quantisation), tokenizer, record and model card."""
+    """Weights (bfloat16, or float32 after training for a quantisation), tokenizer, record and model card.
+
+    With ``cut`` the student has the rows that stayed, and its files get the new ids.
+    """
     import torch
     from transformers import GenerationConfig
 
@@ -115,9 +156,12 @@ def write_student(
     if checkpoint.source.kind == "gguf":  # whose configuration was made up from its dimensions
         for name in ("bos", "eos"):
             setattr(student.config, f"{name}_token_id", words.gguf_metadata.get(f"tokenizer.ggml.{name}_token_id"))
-    student.generation_config = GenerationConfig()  # the teacher's file replaces it
+    if hasattr(student, "generation_config"):
+        student.generation_config = GenerationConfig()  # the teacher's file replaces it
     student.save_pretrained(directory, safe_serialization=True)
     write_tokenizer(directory, checkpoint, words)
+    if cut is not None:
+        rewrite(directory, cut)
     (directory / RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     (directory / "README.md").write_text(model_card(directory.name, record), encoding="utf-8")
 
@@ -129,10 +173,15 @@ def write_curve(directory: Path, curve: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_tokenizer(directory: Path, checkpoint: Checkpoint, words: SourceTokenizer) -> None:
+    """The tokenizer's files as the source has them, and those that say how an encoder's tokens become a vector."""
     if checkpoint.source.kind == "huggingface":
-        for name in _TOKENIZER_FILES:
-            if (checkpoint.source.path / name).is_file():
-                shutil.copyfile(checkpoint.source.path / name, directory / name)
+        source = checkpoint.source.path
+        anatomy = ANATOMIES.get(checkpoint.architecture)
+        further = sentence_files(source) if anatomy is not None and anatomy.encoder else ()
+        for path in (*(source / name for name in _TOKENIZER_FILES if (source / name).is_file()), *further):
+            target = directory / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
         return
     metadata = words.gguf_metadata
     tokens = metadata["tokenizer.ggml.tokens"]
@@ -151,30 +200,26 @@ def write_tokenizer(directory: Path, checkpoint: Checkpoint, words: SourceTokeni
 def model_card(name: str, record: CompressRecord) -> str:
     """The README of a student: its teacher, each step, the data with hashes, and what was lost."""
     settings = "\n".join(f"| {key} | {value} |" for key, value in record.settings.items())
-    rows = "\n".join(
-        f"| {item.stage} | {item.text} | {item.tokens} | {item.kl_mean:.4f} | {item.kl_p99:.3f} "
-        f"| {item.top1_agreement:.1%} | {item.ppl:.3f} | {item.ppl_teacher:.3f} |"
-        for item in record.comparisons
-    )
     named = [(record.source, item) for item in record.source_files]
     if record.teacher != record.source:
         named += [(record.teacher, item) for item in record.teacher_files]
     files = "\n".join(f"- {whose}: `{item.name}` {item.sha256}" for whose, item in named)
     data = "\n".join(f"- {item}" for item in record.data) or "- none: pruned only"
+    remarks = "".join(f"\n- {item}" for item in record.remarks)
     finish = f"\nThe weights were finished for {record.trained_for}.\n" if record.trained_for else ""
     return f"""# {name}
 
-{record.shape}: {record.parameters / 1e6:.1f} M parameters, pruned with EdgeLM from {record.source}
+{record.shape}, {record.vocabulary} tokens: {record.parameters / 1e6:.1f} M parameters.
+Pruned with EdgeLM from {record.source}
 ({record.shape_source}) and distilled from {record.teacher}
 ({record.shape_teacher}: {record.parameters_teacher / 1e6:.1f} M).
 Layers of {record.source} that stayed: {", ".join(map(str, record.layers_kept))}.
 Units were chosen by {record.measured_by}.
-{finish}
+{finish}{remarks}
+
 ## Beside the teacher
 
-| stage | text | tokens | mean KL (nats) | p99 KL | same top token | perplexity | teacher's |
-|---|---|---|---|---|---|---|---|
-{rows}
+{_table(record.comparisons)}
 
 ## Training
 
@@ -190,3 +235,34 @@ Units were chosen by {record.measured_by}.
 
 {files}
 """
+
+
+def figures(comparisons: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings and rows of a table of comparisons, all of one kind."""
+    if all(isinstance(item, VectorComparison) for item in comparisons):
+        headings: tuple[str, ...] = (
+            "stage", "text", "passages", "mean cosine", "p1", "lowest", "same nearest passage",
+        )  # fmt: skip
+    else:
+        headings = (
+            "stage", "text", "tokens", "mean KL (nats)", "p99 KL", "same top token", "perplexity", "teacher's",
+            "bits per byte", "teacher's",
+        )  # fmt: skip
+    return headings, [_figures(item) for item in comparisons]
+
+
+def _figures(item: Row) -> tuple[str, ...]:
+    if isinstance(item, VectorComparison):
+        cosines = (f"{value:.4f}" for value in (item.cosine_mean, item.cosine_p1, item.cosine_min))
+        return (item.stage, item.text, str(item.texts), *cosines, f"{item.nearest_agreement:.1%}")
+    return (
+        item.stage, item.text, str(item.tokens), f"{item.kl_mean:.4f}", f"{item.kl_p99:.3f}",
+        f"{item.top1_agreement:.1%}", f"{item.ppl:.3f}", f"{item.ppl_teacher:.3f}",
+        *("-" if bits is None else f"{bits:.4f}" for bits in (item.bits_per_byte, item.bits_per_byte_teacher)),
+    )  # fmt: skip
+
+
+def _table(comparisons: Sequence[Row]) -> str:
+    headings, rows = figures(comparisons)
+    lines = [headings, tuple("---" for _ in headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

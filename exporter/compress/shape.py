@@ -1,18 +1,19 @@
 """What pruning may change of a model, and which sizes suit a device.
 
-A shape counts; which layers, neurons and heads stay is ``importance``'s business. Families whose layers are built like
-Llama's are known here: attention of q, k, v, o and a gated feed-forward network. Knows configurations, no tensors.
+A shape counts; which layers, neurons and heads stay is ``importance``'s business. Families are those of ``anatomy``;
+sizes for a device are known for layers built like Llama's: attention of q, k, v, o and a gated feed-forward network.
+Knows configurations, no tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from edgelm.errors import CheckpointError, DoesNotFitError, UsageError
+from exporter.compress.anatomy import ANATOMIES
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 K_QUANT_ROW, BLOCK_ROW = 256, 32
 """Row lengths that k-quants and the simple block formats need (ggml: QK_K and QK4_0)."""
 
@@ -32,16 +33,28 @@ class Shape:
 
 def shape_of(config: Any) -> Shape:
     """The shape in a transformers configuration. Raises ``CheckpointError`` for families that are not known."""
-    if config.model_type not in FAMILIES:
+    anatomy = ANATOMIES.get(config.model_type)
+    if anatomy is None:
         raise CheckpointError(
-            f"models of type '{config.model_type}' cannot be pruned", hint=f"there are: {', '.join(FAMILIES)}"
+            f"models of type '{config.model_type}' cannot be pruned", hint=f"there are: {', '.join(ANATOMIES)}"
         )
-    return Shape(config.num_hidden_layers, config.intermediate_size, config.num_key_value_heads, config.hidden_size)
+    neurons = getattr(config, anatomy.neurons)
+    return Shape(config.num_hidden_layers, neurons, kv_heads_of(config), config.hidden_size)
+
+
+def kv_heads_of(config: Any) -> int:
+    """Heads of keys and values; an encoder has as many as it has heads."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def group_of(config: Any) -> int:
+    """Query heads that share one head of keys and values."""
+    return int(config.num_attention_heads // kv_heads_of(config))
 
 
 def told(config: Any) -> str:
     """The shape of any model in words; a teacher need not be of a family that can be pruned."""
-    known = config.model_type in FAMILIES
+    known = config.model_type in ANATOMIES
     return (
         str(shape_of(config)) if known else f"{config.model_type}, {config.get_text_config().num_hidden_layers} layers"
     )
@@ -54,7 +67,7 @@ def head_size(config: Any) -> int:
 
 def parameters(config: Any, shape: Shape) -> int:
     """Weights of matrices of a model of this shape; a tied table counts once."""
-    group = config.num_attention_heads // config.num_key_value_heads
+    group = group_of(config)
     attention: int = shape.hidden * head_size(config) * shape.kv_heads * (2 * group + 2)
     feed_forward = 3 * shape.hidden * shape.neurons
     tables = 1 if config.tie_word_embeddings else 2
@@ -75,9 +88,21 @@ def wanted_shape(
     return replace(full, **{name: value for name, value in asked.items() if value is not None})
 
 
+def steps_between(full: Shape, wanted: Shape, stages: int) -> list[Shape]:
+    """Shapes on the way, ``stages`` of them, the last one as wanted."""
+
+    def between(have: int, asked: int, stage: int) -> int:
+        return have + (asked - have) * stage // stages
+
+    return [
+        Shape(*(between(getattr(full, item.name), getattr(wanted, item.name), stage) for item in fields(Shape)))
+        for stage in range(1, stages + 1)
+    ]
+
+
 def row_remarks(config: Any, shape: Shape) -> list[str]:
     """What the shape means for quantisation: rows that no k-quant, or no block format at all, can hold."""
-    group = config.num_attention_heads // config.num_key_value_heads
+    group = group_of(config)
     rows = {
         "width": shape.hidden,
         "neurons": shape.neurons,

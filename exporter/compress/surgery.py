@@ -1,8 +1,7 @@
 """Cuts a transformers model down to a shape: the units that matter most stay, in their order.
 
-Works on models built like Llama (see ``shape``). Every weight's axes are named, so that a cut of the width, the
-neurons or the heads is the same index along every axis that has them. A tensor that is not known here is refused, never
-copied in the hope that it fits. Needs torch.
+Works on the families of ``anatomy``, which names the axes of every weight. A tensor that is not known there is refused,
+never copied in the hope that it fits. Needs torch.
 """
 
 from __future__ import annotations
@@ -13,29 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgelm.errors import CheckpointError
+from exporter.compress.anatomy import ANATOMIES, Anatomy
 from exporter.compress.importance import Importance
-from exporter.compress.shape import Shape, head_size
+from exporter.compress.shape import Shape, group_of, head_size
 
-# What runs along each axis of a weight; a bias has the first one.
-_AXES: dict[str, tuple[str | None, ...]] = {
-    "self_attn.q_proj": ("query", "hidden"),
-    "self_attn.k_proj": ("key", "hidden"),
-    "self_attn.v_proj": ("key", "hidden"),
-    "self_attn.o_proj": ("hidden", "query"),
-    "self_attn.q_norm": (None,),
-    "self_attn.k_norm": (None,),
-    "mlp.gate_proj": ("neurons", "hidden"),
-    "mlp.up_proj": ("neurons", "hidden"),
-    "mlp.down_proj": ("hidden", "neurons"),
-    "input_layernorm": ("hidden",),
-    "post_attention_layernorm": ("hidden",),
-}
-_OUTER: dict[str, tuple[str | None, ...]] = {
-    "model.embed_tokens": (None, "hidden"),
-    "model.norm": ("hidden",),
-    "lm_head": (None, "hidden"),
-}
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _SINGLE = re.compile(r"(.+)\.(weight|bias)")
 
 
@@ -71,11 +51,10 @@ def cut(model: Any, wanted: Shape, kept: Kept) -> Any:
     Raises ``CheckpointError`` for a tensor that is not known here.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    config = _cut_config(model.config, wanted, kept)
+    anatomy, config = ANATOMIES[model.config.model_type], _cut_config(model.config, wanted, kept)
     with torch.device("meta"):
-        student = AutoModelForCausalLM.from_config(config, attn_implementation=model.config._attn_implementation)
+        student = _empty(config, anatomy, model.config._attn_implementation)
     state = {}
     places = {old: new for new, old in enumerate(kept.layers)}
     for name, values in model.state_dict().items():
@@ -85,19 +64,44 @@ def cut(model: Any, wanted: Shape, kept: Kept) -> Any:
         state[target] = _taken(values, indices).float().clone()
     student.load_state_dict(state, strict=True, assign=True)
     student.tie_weights()
-    # Frequencies are no weights: they follow from the configuration.
-    student.model.rotary_emb = type(model.model.rotary_emb)(config).to(model.device)
+    if anatomy.encoder:
+        # Numbers of positions and kinds of tokens are no weights: they are the teacher's.
+        for name, values in model.named_buffers():
+            path, _, leaf = name.rpartition(".")
+            student.get_submodule(path).register_buffer(leaf, values.clone(), persistent=False)
+    else:
+        # Frequencies are no weights: they follow from the configuration.
+        student.model.rotary_emb = type(model.model.rotary_emb)(config).to(model.device)
     return student.eval()
+
+
+def _empty(config: Any, anatomy: Anatomy, attention: str) -> Any:
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    kind = AutoModel if anatomy.encoder else AutoModelForCausalLM
+    model = kind.from_config(config, attn_implementation=attention)
+    if anatomy.encoder:
+        without_pooler(model)
+    return model
+
+
+def without_pooler(model: Any) -> Any:
+    """The same encoder without the layer behind its first token, which is no part of a text's vector."""
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    return model
 
 
 def _cut_config(config: Any, wanted: Shape, kept: Kept) -> Any:
     changed = copy.deepcopy(config)
-    group = config.num_attention_heads // config.num_key_value_heads
-    changed.head_dim = head_size(config)  # stated from now on: the width no longer tells it
+    anatomy = ANATOMIES[config.model_type]
     changed.num_hidden_layers = wanted.layers
-    changed.intermediate_size = wanted.neurons
+    setattr(changed, anatomy.neurons, wanted.neurons)
+    if anatomy.encoder:
+        return changed
+    changed.head_dim = head_size(config)  # stated from now on: the width no longer tells it
     changed.num_key_value_heads = wanted.kv_heads
-    changed.num_attention_heads = wanted.kv_heads * group
+    changed.num_attention_heads = wanted.kv_heads * group_of(config)
     changed.hidden_size = wanted.hidden
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
@@ -107,20 +111,22 @@ def _cut_config(config: Any, wanted: Shape, kept: Kept) -> Any:
 
 def _plan(name: str, kept: Kept, places: dict[int, int], config: Any) -> tuple[str | None, tuple[Any, ...]]:
     """The student's name of a teacher's tensor (None: gone) and what to take along each axis (None: all)."""
-    match = _LAYER.fullmatch(name)
-    if match is None:
+    anatomy = ANATOMIES[config.model_type]
+    found = anatomy.place(name)
+    if found is None:
         single = _SINGLE.fullmatch(name)
-        axes = _OUTER.get(single.group(1)) if single else None
+        axes = anatomy.outer.get(single.group(1)) if single else None
         if axes is None:
             raise CheckpointError(f"tensor {name} is not known to pruning")
         return name, tuple(kept.hidden if axis == "hidden" else None for axis in axes)
-    layer, role, kind = int(match.group(1)), match.group(2), match.group(3)
-    if role not in _AXES:
+    layer, role, kind = found
+    if role not in anatomy.axes:
         raise CheckpointError(f"tensor {name} is not known to pruning")
     if layer not in places:
         return None, ()
-    axes = _AXES[role][:1] if kind == "bias" else _AXES[role]
-    return f"model.layers.{places[layer]}.{role}.{kind}", tuple(_index(axis, layer, kept, config) for axis in axes)
+    axes = anatomy.axes[role][:1] if kind == "bias" else anatomy.axes[role]
+    target = f"{anatomy.layers}.{places[layer]}.{role}.{kind}"
+    return target, tuple(_index(axis, layer, kept, config) for axis in axes)
 
 
 def _index(axis: str | None, layer: int, kept: Kept, config: Any) -> Any:
@@ -132,7 +138,7 @@ def _index(axis: str | None, layer: int, kept: Kept, config: Any) -> Any:
         return kept.neurons[layer]
     heads, size = kept.heads[layer], head_size(config)
     if axis == "query":
-        size *= config.num_attention_heads // config.num_key_value_heads
+        size *= group_of(config)
     return _blocks(heads, size)
 
 

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,7 +85,10 @@ class _State:
 
 
 class Trainer:
-    """Trains ``student`` on the device where both models are. ``directory`` holds the state between runs."""
+    """Trains ``student`` on the device where both models are. ``directory`` holds the state between runs.
+
+    ``after_step`` is called whenever the weights have changed.
+    """
 
     def __init__(
         self, teacher: Any, student: Any, corpus: Corpus, options: TrainingOptions, directory: Path,
@@ -93,6 +96,7 @@ class Trainer:
     ) -> None:  # fmt: skip
         self._teacher, self._corpus, self._options = teacher, corpus, options
         self._directory, self._quantizer = directory, quantizer
+        self.after_step: Callable[[], None] | None = None
         self._device = next(student.parameters()).device
         for parameter in student.parameters():
             parameter.requires_grad_(True)
@@ -103,6 +107,11 @@ class Trainer:
     def curve(self) -> tuple[Step, ...]:
         """All steps so far, those of an earlier run of the same training included."""
         return tuple(self._state.curve)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step."""
+        return self._options.batch * int(self._corpus.windows.shape[1])
 
     def run(self, progress: Progress) -> None:
         """Train to the last step, from the saved state on if there is one.
@@ -115,7 +124,7 @@ class Trainer:
         if self._device.type == "cpu" and self._state.step < self._options.steps:
             self._check_memory()
         options, state = self._options, self._state
-        tokens = options.batch * self._corpus.windows.shape[1]
+        tokens = self.step_tokens
         saved_s = time.monotonic()
         every_s = _SAVE_EVERY_S if options.save_every_s is None else options.save_every_s
         with progress.stage("distilling", options.steps * tokens, unit="tokens") as stage:
@@ -163,6 +172,8 @@ class Trainer:
             state.optimizer.step(rate)
         except RuntimeError as error:
             raise self._too_large(error) from error
+        if self.after_step is not None:
+            self.after_step()
         state.step += 1
         state.curve.append(Step(state.step, loss, kl, rate))
         state.whole = True
@@ -184,19 +195,19 @@ class Trainer:
         loss_sum, kl_sum = torch.zeros(2, dtype=torch.float64, device=self._device)
         for start in range(0, len(rows), options.micro_batch):
             part = rows[start : start + options.micro_batch]
-            ids = torch.from_numpy(self._corpus.windows[part]).long().to(self._device)
             share = len(part) / len(rows)
-            loss, kl = self._loss(ids)
+            loss, kl = self._loss(part)
             (loss * share).backward()
             loss_sum += loss.detach() * share
             kl_sum += kl * share
         return float(loss_sum), float(kl_sum)
 
-    def _loss(self, ids: Any) -> tuple[Any, Any]:
+    def _loss(self, rows: Indices) -> tuple[Any, Any]:
         import torch
 
         options = self._options
         deep = options.hidden_weight > 0
+        ids = torch.from_numpy(self._corpus.windows[rows]).long().to(self._device)
         with computing_in_bfloat16(self._device):
             with torch.no_grad(), _Attention(self._teacher, options.matched, options.attention_weight) as expected:
                 teacher = self._teacher(ids, use_cache=False, output_hidden_states=deep)
@@ -216,7 +227,7 @@ class Trainer:
     def _check_memory(self) -> None:
         """Refuse before the first step what would be killed during it. Raises ``DoesNotFitError``."""
         options, length = self._options, int(self._corpus.windows.shape[1])
-        fixed, each = training_bytes(self._state.student, length, quantised=self._quantizer is not None)
+        fixed, each = self._bytes(length)
         available = available_memory()
         fitting = int((int(available.value) - fixed) // each)
         if fitting >= options.micro_batch:
@@ -229,6 +240,9 @@ class Trainer:
             if fitting > 0
             else "a single sequence does not fit: try a shorter --length or a smaller student",
         )
+
+    def _bytes(self, length: int) -> tuple[int, int]:
+        return training_bytes(self._state.student, length, quantised=self._quantizer is not None)
 
     def _too_large(self, error: RuntimeError) -> Exception:
         if not is_out_of_memory(error):

@@ -18,12 +18,13 @@ from edgelm.errors import CheckpointError, DoesNotFitError, EngineError, UsageEr
 from edgelm.progress import SILENT
 from exporter import ggml
 from exporter.checkpoint import open_checkpoint, open_source
+from exporter.compress import decoders as decoders_module
 from exporter.compress import importance, surgery
-from exporter.compress import pipeline as pipeline_module
 from exporter.compress import training as training_module
 from exporter.compress.data import Corpus, batches
 from exporter.compress.optimizer import Optimizer, Rule, choose_rule
-from exporter.compress.pipeline import CompressOptions, compress, proposal
+from exporter.compress.pipeline import compress, proposal
+from exporter.compress.run import CompressOptions
 from exporter.compress.shape import Shape, shape_of, wanted_shape
 from exporter.compress.training import Trainer, TrainingOptions, training_bytes
 from exporter.given_types import read_types
@@ -442,7 +443,7 @@ def test_a_target_chooses_the_largest_shape_that_meets_the_limits(teacher_direct
 @pytest.fixture
 def short_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where figures are not what is looked at."""
-    monkeypatch.setattr(pipeline_module, "EVALUATION_TOKENS", 300)
+    monkeypatch.setattr(decoders_module, "EVALUATION_TOKENS", 300)
 
 
 class Crash:

@@ -16,14 +16,17 @@ import pytest
 
 from edgelm.cli.app import run_cli
 from edgelm.cli.compress import command
-from exporter.compress import pipeline as pipeline_module
+from exporter.compress import decoders as decoders_module
+from tests.tiny_encoders import make_tiny_bert
 from tests.tiny_models import make_tiny_llama
 
 pytestmark = [pytest.mark.tiny, pytest.mark.reference]
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "compress.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
 # What would take hours, or be more than the tiny teacher has.
-SMALLER = {"--layers": "2", "--tokens": "1024", "--finish-tokens": "512", "--min-decode-tps": "1"}
+SMALLER = {
+    "--layers": "2", "--tokens": "1024", "--finish-tokens": "512", "--min-decode-tps": "1", "--vocabulary": "400",
+}  # fmt: skip
 SHORT = ["--length", "64", "--batch", "4"]
 
 
@@ -40,8 +43,10 @@ def test_the_page_leads_from_a_teacher_to_an_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline_module, "EVALUATION_TOKENS", 300)
+    monkeypatch.setattr(decoders_module, "EVALUATION_TOKENS", 300)
     make_tiny_llama(tmp_path / "teacher", layers=4, ffn=256)
+    make_tiny_bert(tmp_path / "all-MiniLM-L6-v2", layers=3)
+    (tmp_path / "notes.txt").write_text("What is written down about one thing, again and again. " * 40)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     done: list[str] = []
@@ -60,7 +65,7 @@ def test_the_page_leads_from_a_teacher_to_an_answer(
         if server is not None:
             server.terminate()
             server.wait(30)
-    assert done.count("compress") == 3
+    assert done.count("compress") == 5
     assert {"export", "verify", "run", "serve", "curl", "compare"} <= set(done)
 
 

@@ -18,7 +18,8 @@ from exporter.checkpoint import open_checkpoint, open_source
 from exporter.compress import importance, surgery, writing
 from exporter.compress.data import Corpus
 from exporter.compress.divergence import divergence
-from exporter.compress.pipeline import CompressOptions, compress
+from exporter.compress.pipeline import compress
+from exporter.compress.run import CompressOptions
 from exporter.compress.shape import shape_of, wanted_shape
 from exporter.compress.training import Trainer, TrainingOptions
 from exporter.device import DeviceChoice, memory_errors, resolve_device, rounded_products

@@ -61,6 +61,20 @@ def describe_encoder(checkpoint: Checkpoint, dimensions: Dimensions) -> tuple[En
     return EncoderDescription(record, context), tuple(notes)
 
 
+def sentence_files(directory: Path) -> tuple[Path, ...]:
+    """The files of sentence-transformers that ``describe_encoder`` reads, those that are there.
+
+    Raises ``CheckpointError``, also for names that lead out of the directory.
+    """
+    modules = _read(directory / "modules.json")
+    if modules is None:
+        return ()
+    _steps(directory, modules)
+    names = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+    files = (*(directory / name for name in names), directory / modules[1]["path"] / "config.json")
+    return tuple(path for path in files if path.is_file())
+
+
 def encoder_metadata(encoder: EncoderDescription, tensors: Sequence[TensorDescription]) -> dict[str, Any]:
     """GGUF keys that only encoders have."""
     types = next((item.shape[0] for item in tensors if item.name == "token_types.weight"), 1)
