@@ -1,11 +1,12 @@
 """Ways to train one pruned student side by side, on the same few tokens in the same order.
 
-    python benchmarks/compress_recipes.py --words DIR --recipes muon:32:2e-3 adamw:128:1e-3 [...]
+    python benchmarks/compress_recipes.py --words DIR --recipes 32:2e-3 128:1e-3 [...] [--students DIR ...]
 
-A recipe is OPTIMIZER:SEQUENCES-PER-STEP:LEARNING-RATE. Each starts from the same cut (by KL, or ``--depth-by``) and
-reads the corpus that ``compress_gpu.py`` of the same options trains on, whose words the teacher writes into ``--words``
-unless they are there. KL to the teacher on text that none of them read, and tokens per second, go to
-``results/compress_recipes.jsonl``. What few tokens say of many is a guess: ways that win early may lose late.
+A recipe is SEQUENCES-PER-STEP:LEARNING-RATE. Each starts from the same cut (by KL, or ``--depth-by``) and reads the
+corpus that ``compress_gpu.py`` of the same options trains on, whose words the teacher writes into ``--words`` unless
+they are there. KL to the teacher on text that none of them read, and tokens per second, go to
+``results/compress_recipes.jsonl``; those of finished ``--students``, ours or others', on the same texts, too. What few
+tokens say of many is a guess: ways that win early may lose late.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from exporter.compress.decoders import Decoders
 from exporter.compress.run import CompressOptions, Run
 from exporter.compress.training import Trainer, TrainingOptions
 from exporter.device import resolve_device
+from exporter.reference import open_torch_model
 
 NAME = "compress_recipes"
 
@@ -49,7 +51,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="demo:smollm2")
     parser.add_argument("--words", type=Path, required=True, help="directory of the corpus, kept")
-    parser.add_argument("--recipes", nargs="+", default=["muon:32:1e-3"])
+    parser.add_argument("--recipes", nargs="*", default=["32:1e-3"])
+    parser.add_argument("--students", nargs="*", default=[], help="checkpoints to measure on the same texts")
     parser.add_argument("--layers", type=int, default=15)
     parser.add_argument("--neurons", type=int, default=1280)
     parser.add_argument("--depth-by", choices=["influence", "kl"], default="kl")
@@ -83,16 +86,25 @@ def main() -> None:
                 continue
             student = surgery.cut(teacher, wanted, kept)
             train(run, teacher, student, corpus, recipe, arguments)
-            run.comparisons.clear()
-            lessons.compare(recipe, student)
-            for item in run.comparisons:
-                note(**item.model_dump())
+            compare(lessons, recipe, student)
             del student
+        for source in arguments.students:
+            opened = pipeline.open_checkpoint(pipeline.open_source(source))
+            with open_torch_model(opened, SILENT, device=arguments.device) as student:
+                compare(lessons, opened.source.location, student)
+
+
+def compare(lessons: pipeline.Lessons, name: str, student: Any) -> None:
+    """KL of a student to the teacher on every text that nobody learned from."""
+    lessons.run.comparisons.clear()
+    lessons.compare(name, student)
+    for item in lessons.run.comparisons:
+        note(**item.model_dump())
 
 
 def train(run: Any, teacher: Any, student: Any, corpus: Any, recipe: str, arguments: argparse.Namespace) -> None:
     """One recipe from the cut on, nothing kept of it."""
-    rule, batch, rate = recipe.split(":")
+    batch, rate = recipe.split(":")
     tokens_of_a_step = int(batch) * corpus.windows.shape[1]
     training = TrainingOptions(
         steps=arguments.recipe_tokens // tokens_of_a_step,
@@ -104,7 +116,6 @@ def train(run: Any, teacher: Any, student: Any, corpus: Any, recipe: str, argume
         attention_weight=0.0,
         matched=(),
         seed=0,
-        optimizer=rule,  # type: ignore[arg-type]
         save_every_s=1e9,
     )
     directory = arguments.words / "recipe"

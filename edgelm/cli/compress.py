@@ -12,7 +12,6 @@ from edgelm.cli.console import SIZE, device_option
 
 if TYPE_CHECKING:
     from exporter.compress.importance import DepthMeasure, Measure
-    from exporter.compress.optimizer import Rule
     from exporter.compress.pipeline import Student
     from exporter.compress.proposal import Proposal
     from exporter.compress.run import CompressOptions
@@ -65,13 +64,6 @@ if TYPE_CHECKING:
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences of a step.")
 @click.option("--micro-batch", type=click.IntRange(min=1), default=4, show_default=True, help="Computed at once.")
 @click.option("--learning-rate", type=float, default=4e-4, show_default=True)
-@click.option(
-    "--optimizer",
-    type=click.Choice(["auto", "muon", "adamw"]),
-    default="auto",
-    show_default=True,
-    help="auto: Muon where a step has so many tokens that it costs at most a quarter more.",
-)
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the distributions compared.")
 @click.option("--hidden-weight", type=float, default=0.0, show_default=True, help="Weight of hidden states' distance.")
 @click.option("--attention-weight", type=float, default=0.0, show_default=True, help="The same for attention outputs.")
@@ -118,7 +110,6 @@ def command(
     batch: int,
     micro_batch: int,
     learning_rate: float,
-    optimizer: Rule,
     temperature: float,
     hidden_weight: float,
     attention_weight: float,
@@ -175,7 +166,6 @@ def command(
         batch=batch,
         micro_batch=micro_batch,
         learning_rate=learning_rate,
-        optimizer=optimizer,
         temperature=temperature,
         hidden_weight=hidden_weight,
         attention_weight=attention_weight,

@@ -51,7 +51,7 @@ from exporter.tokenizer import SourceTokenizer
 from targets.profile import load_profile
 
 _SETTINGS = (
-    "batch", "learning_rate", "optimizer", "temperature", "hidden_weight", "attention_weight", "own_share",
+    "batch", "learning_rate", "temperature", "hidden_weight", "attention_weight", "own_share",
     "own_tokens", "finish_tokens", "seed", "length",
 )  # fmt: skip
 _TOOLS = ("edgelm", "torch", "transformers", "numpy")
@@ -422,7 +422,6 @@ def _training(options: CompressOptions, steps: int, layers: tuple[int, ...]) -> 
         batch=options.batch,
         micro_batch=min(options.micro_batch, options.batch),
         learning_rate=options.learning_rate,
-        optimizer=options.optimizer,
         temperature=options.temperature,
         hidden_weight=options.hidden_weight,
         attention_weight=options.attention_weight,
@@ -445,9 +444,7 @@ def _finish(lessons: Lessons, pruned: Pruned) -> _Finished:
         lessons.compare(f"quantised to {plan.quant}", student)
     steps = max(1, options.finish_tokens // lessons.kind.step_tokens(lessons.corpus))
     # Small steps, each weight by itself: what quantising leaves is a matter of single weights.
-    training = replace(
-        _training(options, steps, pruned.layers), learning_rate=0.25 * options.learning_rate, optimizer="adamw"
-    )
+    training = replace(_training(options, steps, pruned.layers), learning_rate=0.25 * options.learning_rate)
     learned = lessons.train(pruned, training, "finish", quantizer)
     with quantizer.applied():
         lessons.compare(f"finished for {plan.quant}", student)

@@ -21,7 +21,6 @@ from exporter.checkpoint import Checkpoint
 from exporter.compress.data import Corpus
 from exporter.compress.fake_quant import FakeQuantizer
 from exporter.compress.importance import DepthMeasure, Importance, Measure
-from exporter.compress.optimizer import Rule
 from exporter.compress.result import ROW, Row
 from exporter.compress.shape import Shape
 from exporter.compress.training import Trainer, TrainingOptions, write_atomically
@@ -76,7 +75,6 @@ class CompressOptions:
     stages: int = 1
     finish: str | None = None
     finish_tokens: int = 200_000
-    optimizer: Rule = "auto"
     seed: int = 0
     device: DeviceChoice = "auto"
 

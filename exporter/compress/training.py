@@ -2,9 +2,9 @@
 
 Loss: T^2 KL(teacher || student) of logits divided by the temperature T (Hinton et al. 2015, arXiv:1503.02531), the
 mean over positions; optionally the relative squared distance of hidden states and of attention outputs of the layers
-that stayed. Weights in float32 (bfloat16 for matrix products where the processor has units for it), linear warm-up,
+that stayed. AdamW in float32 (bfloat16 for matrix products where the processor has units for it), linear warm-up,
 cosine decay. State is kept on disk without pickle, so that a killed run goes on with the same numbers. Does not know
-where data comes from, nor how an optimizer changes weights.
+where data comes from.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from exporter.compress.data import Corpus, Indices, batches
 from exporter.compress.divergence import divergence
 from exporter.compress.fake_quant import FakeQuantizer
 from exporter.compress.fusing import fused_layers
-from exporter.compress.optimizer import Optimizer, Rule, choose_rule
 from exporter.device import computing_in_bfloat16, is_out_of_memory, rounded_products
 from targets.host import available_memory
 
 _CLIP = 1.0
 _WARM_UP = 0.05  # of all steps
 _LAST_RATE = 0.1  # of the highest
-_STATE, _TENSORS, _OPTIMIZER = "state.json", "state-{step}.safetensors", "optimizer."
+_STATE, _TENSORS = "state.json", "state-{step}.safetensors"
+_BETAS = (0.9, 0.95)
 _SAVE_EVERY_S = 60.0
 _FLOAT32_BYTES = 4
 # Arrays that are in memory at once, counted in PyTorch's code: gradient and both moments of AdamW of each weight; of
@@ -45,8 +45,7 @@ _PER_WEIGHT, _PER_LOGIT, _PER_CHANNEL, _PER_NEURON = 3, 4, 14, 5
 class TrainingOptions:
     """How to train. ``batch`` sequences make a step, ``micro_batch`` of them are computed at once.
 
-    ``matched`` are the teacher's layers that the student's stand for, in order. ``optimizer``: see
-    ``optimizer.choose_rule``.
+    ``matched`` are the teacher's layers that the student's stand for, in order.
     """
 
     steps: int
@@ -58,7 +57,6 @@ class TrainingOptions:
     attention_weight: float
     matched: tuple[int, ...]
     seed: int
-    optimizer: Rule = "auto"
     save_every_s: float | None = None  # None: _SAVE_EVERY_S
 
 
@@ -77,7 +75,7 @@ class _State:
     """What a run consists of."""
 
     student: Any
-    optimizer: Optimizer
+    optimizer: Any
     step: int
     curve: list[Step]
     saved_step: int = 0
@@ -94,14 +92,20 @@ class Trainer:
         self, teacher: Any, student: Any, corpus: Corpus, options: TrainingOptions, directory: Path,
         quantizer: FakeQuantizer | None = None,
     ) -> None:  # fmt: skip
+        import torch
+
         self._teacher, self._corpus, self._options = teacher, corpus, options
         self._directory, self._quantizer = directory, quantizer
         self.after_step: Callable[[], None] | None = None
         self._device = next(student.parameters()).device
         for parameter in student.parameters():
             parameter.requires_grad_(True)
-        rule = choose_rule(options.optimizer, student, options.batch * int(corpus.windows.shape[1]))
-        self._state = _State(student, Optimizer(student, rule, options.learning_rate), 0, [])
+        # One kernel for all weights; on a CPU it rounds otherwise than the plain way by which figures were taken.
+        fused = self._device.type == "cuda"
+        optimizer = torch.optim.AdamW(
+            student.parameters(), lr=options.learning_rate, betas=_BETAS, weight_decay=0.0, fused=fused
+        )
+        self._state = _State(student, optimizer, 0, [])
 
     @property
     def curve(self) -> tuple[Step, ...]:
@@ -160,6 +164,8 @@ class Trainer:
 
         state, options = self._state, self._options
         rate = _rate(state.step, options)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
         applied: AbstractContextManager[None] = self._quantizer.applied() if self._quantizer else nullcontext()
         try:
             with applied, rounded_products(self._device):
@@ -169,9 +175,10 @@ class Trainer:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise self._no_number()
             state.whole = False
-            state.optimizer.step(rate)
+            state.optimizer.step()
         except RuntimeError as error:
             raise self._too_large(error) from error
+        state.optimizer.zero_grad(set_to_none=True)
         if self.after_step is not None:
             self.after_step()
         state.step += 1
@@ -268,7 +275,8 @@ class Trainer:
         if not state.whole or state.step == state.saved_step:
             return
         tensors = {f"weight.{name}": value.detach().contiguous() for name, value in state.student.named_parameters()}
-        tensors.update({f"{_OPTIMIZER}{name}": value for name, value in state.optimizer.state().items()})
+        for index, entry in state.optimizer.state_dict()["state"].items():
+            tensors.update({f"optimizer.{index}.{name}": value for name, value in entry.items()})
         name = _TENSORS.format(step=state.step)
         document = {"step": state.step, "tensors": name, "curve": [asdict(item) for item in state.curve]}
         try:
@@ -293,19 +301,22 @@ class Trainer:
             return
         state = self._state
         weights = dict(state.student.named_parameters())
+        saved = state.optimizer.state_dict()
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             tensors = load_file(self._directory / document["tensors"], device=str(self._device))
             for name, weight in weights.items():
                 weight.data.copy_(tensors[f"weight.{name}"])
-            remembered = [name for name in tensors if name.startswith(_OPTIMIZER)]
-            state.optimizer.restore({name.removeprefix(_OPTIMIZER): tensors[name] for name in remembered})
+            for index in range(len(weights)):
+                names = ("step", "exp_avg", "exp_avg_sq")
+                saved["state"][index] = {name: tensors[f"optimizer.{index}.{name}"] for name in names}
             curve = [Step(**item) for item in document["curve"]]
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(
                 f"the state of training in {self._directory} cannot be read: {error}",
                 hint="remove the directory to start anew",
             ) from error
+        state.optimizer.load_state_dict(saved)
         state.step = state.saved_step = document["step"]
         state.curve = curve
 

@@ -22,7 +22,6 @@ from exporter.compress import decoders as decoders_module
 from exporter.compress import importance, surgery
 from exporter.compress import training as training_module
 from exporter.compress.data import Corpus, batches
-from exporter.compress.optimizer import Optimizer, Rule, choose_rule
 from exporter.compress.pipeline import compress, proposal
 from exporter.compress.run import CompressOptions
 from exporter.compress.shape import Shape, shape_of, wanted_shape
@@ -143,12 +142,10 @@ def test_a_tensor_that_is_not_known_is_refused(teacher: Any) -> None:
 # --- training
 
 
-def training(
-    steps: int = 6, *, rate: float = 3e-3, save_every_s: float = 1e9, optimizer: Rule = "auto"
-) -> TrainingOptions:
+def training(steps: int = 6, *, rate: float = 3e-3, save_every_s: float = 1e9) -> TrainingOptions:
     return TrainingOptions(
         steps=steps, batch=4, micro_batch=2, learning_rate=rate, temperature=1.0, hidden_weight=0.5,
-        attention_weight=0.5, matched=(0, 3), seed=1, save_every_s=save_every_s, optimizer=optimizer,
+        attention_weight=0.5, matched=(0, 3), seed=1, save_every_s=save_every_s,
     )  # fmt: skip
 
 
@@ -194,49 +191,21 @@ class PowerCut(BaseException):
     """Nobody catches it, so nothing is saved on the way out."""
 
 
-@pytest.mark.parametrize("rule", ["adamw", "muon"])
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, PowerCut])
 def test_a_run_that_was_killed_goes_on_with_the_same_numbers(
-    teacher: Any, tmp_path: Path, kind: type[BaseException], rule: Rule
+    teacher: Any, tmp_path: Path, kind: type[BaseException]
 ) -> None:
-    whole_student, whole = make_trainer(teacher, tmp_path / "whole", training(optimizer=rule))
+    whole_student, whole = make_trainer(teacher, tmp_path / "whole", training())
     whole.run(SILENT)
     assert whole.curve[-1].kl < whole.curve[0].kl
-    _, killed = make_trainer(teacher, tmp_path / "killed", training(save_every_s=0, optimizer=rule))
+    _, killed = make_trainer(teacher, tmp_path / "killed", training(save_every_s=0))
     with pytest.raises(kind):
         killed.run(StopAfter(3, raising(kind())))
-    student, resumed = make_trainer(teacher, tmp_path / "killed", training(optimizer=rule))
+    student, resumed = make_trainer(teacher, tmp_path / "killed", training())
     resumed.run(SILENT)
     assert resumed.curve == whole.curve
     for (name, ours), (_, theirs) in zip(student.named_parameters(), whole_student.named_parameters(), strict=True):
         assert np.array_equal(ours.detach().numpy(), theirs.detach().numpy()), name
-
-
-def test_muon_changes_matrices_and_adamw_the_rest(teacher: Any) -> None:
-    """A matrix's change is orthogonal and of AdamW's size; all else moves by the rate, as in AdamW's first step."""
-    import torch
-
-    student = cut_to(teacher, wanted_shape(shape_of(teacher.config), layers=2))
-    before = {name: value.detach().clone() for name, value in student.named_parameters()}
-    for value in student.parameters():
-        value.requires_grad_(True)
-        value.grad = torch.randn(value.shape, generator=torch.Generator().manual_seed(value.numel()))
-    Optimizer(student, "muon", 1e-3).step(1e-3)
-    for name, value in student.named_parameters():
-        change = (value.detach() - before[name]).double()
-        if value.ndim == 2 and "embed" not in name and "lm_head" not in name:
-            singular = torch.linalg.svdvals(change / (1e-3 * 0.2 * max(value.shape) ** 0.5))
-            assert float(singular.median()) > 0.5, name  # a random square matrix has one near zero
-            assert float(singular.max()) < 1.5, name
-        else:
-            assert float((change.abs() - 1e-3).abs().max()) < 1e-5, name
-
-
-def test_muon_is_chosen_for_large_steps_only(teacher: Any) -> None:
-    student = cut_to(teacher, wanted_shape(shape_of(teacher.config), layers=2))
-    assert choose_rule("auto", student, 64 * 20) == "muon"  # all matrices have a side of 64 or 32: 5 * 64 / 1280 = 1/4
-    assert choose_rule("auto", student, 200) == "adamw"
-    assert choose_rule("adamw", student, 10**6) == "adamw"
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(teacher: Any, tmp_path: Path) -> None:
@@ -284,8 +253,8 @@ def test_ctrl_c_in_the_middle_of_an_update_keeps_the_state_before_it(teacher: An
     optimizer = killed._state.optimizer
     update = optimizer.step
 
-    def interrupted(rate: float) -> None:
-        update(rate)
+    def interrupted() -> None:
+        update()
         if len(killed.curve) == 3:
             raise KeyboardInterrupt
 
