@@ -25,7 +25,8 @@ from exporter.architectures.base import ModelDescription, TensorDescription, ord
 from exporter.checkpoint import Checkpoint
 from exporter.device import DeviceChoice
 from exporter.mixes import WeightShape, is_quantizable
-from exporter.reference import module_of, open_torch_model
+from exporter.reference import open_torch_model
+from exporter.transformers_model import module_of
 from targets.host import available_memory
 
 Floats = npt.NDArray[np.float32]
