@@ -1,8 +1,8 @@
 """A decoder that is computed with the float32 weights of one layer in memory at a time.
 
-transformers builds the model without weights and computes every part of it; weights come from the checkpoint when a part
-is needed and go when it is done. All windows of a text go through one layer before the next one is read. What is
-computed is what the whole model computes, so models that fit into memory need none of this. Needs torch and
+transformers builds the model without weights and computes every part of it; weights come from the checkpoint when a
+part is needed and go when it is done. All windows of a text go through one layer before the next one is read. What is
+computed is what the whole model computes, bit by bit, so models that fit into memory need none of this. Needs torch and
 transformers; knows neither statistics nor types.
 """
 
@@ -254,8 +254,8 @@ def open_layerwise(
 ) -> Iterator[LayerwiseModel]:
     """The checkpoint's model without weights, which come when they are asked for.
 
-    ``needed_bytes`` is what a GPU must have free. Raises ``CheckpointError`` when transformers cannot build it or one of
-    its parameters is not found in the checkpoint, and what ``resolve_device`` raises.
+    ``needed_bytes`` is what a GPU must have free. Raises ``CheckpointError`` when transformers cannot build it or one
+    of its parameters is not found in the checkpoint, and what ``resolve_device`` raises.
     """
     description = describe(checkpoint, "onnx")
     obstacle = loading_obstacle(checkpoint, description)
@@ -298,7 +298,7 @@ def _without_weights(checkpoint: Checkpoint, description: ModelDescription, plac
     import torch
     from torch.overrides import TorchFunctionMode
 
-    class Unfilled(TorchFunctionMode):
+    class Unfilled(TorchFunctionMode):  # type: ignore[misc]
         """Parameters start as ``torch.empty``; buffers, which no checkpoint holds, are computed."""
 
         def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
