@@ -156,7 +156,7 @@ def own_points(arguments: argparse.Namespace, work: Path, sizes: Sequence[int]) 
     for point in {point.plan.artifact_bytes: point for point in taken}.values():
         path = work / f"auto-{point.plan.artifact_bytes}-{found_types.analysis.key[:8]}.gguf"
         if not path.exists():
-            quantizers = quantizers or damage.quantizers(found_types.analysis.statistics)
+            quantizers = quantizers or found_types.analysis.rounding()
             metadata = {**description.metadata, **words.gguf_metadata}
             with made(path) as part:
                 write_gguf(part, checkpoint, description.tensors, point.plan.tensors, metadata, quantizers=quantizers)

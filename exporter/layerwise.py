@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgelm.bundle import Choice
 from edgelm.errors import CheckpointError
 from edgelm.progress import Progress
+from edgelm.units import format_bytes
 from exporter.architectures import describe
 from exporter.architectures.base import ModelDescription
 from exporter.checkpoint import Checkpoint
@@ -39,6 +41,9 @@ class Sizes:
 
     layer_bytes: int
     table_bytes: int
+
+
+_PROGRAM_BYTES = 2 * 10**9  # torch, transformers, and the engine that the logits are compared with
 
 
 class _Stop(Exception):  # noqa: N818  (not an error: what was looked for has been seen)
@@ -279,6 +284,26 @@ def open_layerwise_scoring(
         states = model.through(windows, progress)
         with model.hold(model.head):
             yield LayerwiseScoring(model, windows, states)
+
+
+def layers_obstacle(checkpoint: Checkpoint, description: ModelDescription, available: Choice) -> str | None:
+    """Why logits cannot be computed layer by layer here, None when they can; ``description`` is that for ONNX."""
+    obstacle = loading_obstacle(checkpoint, description)
+    if obstacle is not None:
+        return obstacle
+    try:
+        with open_layerwise(checkpoint, device="cpu") as model:
+            sizes = model.sizes
+    except CheckpointError as error:
+        return error.message
+    # A table is read in its own type beside its float32 numbers; the logits of a piece are there twice.
+    needed_bytes = _PROGRAM_BYTES + max(sizes.layer_bytes, round(1.6 * sizes.table_bytes))
+    if needed_bytes > int(available.value):
+        told = (
+            f"{format_bytes(needed_bytes)} of memory even layer by layer, {format_bytes(int(available.value))} are free"
+        )
+        return f"it needs {told}"
+    return None
 
 
 def _put(weight: _Weight, parameter: Any) -> None:

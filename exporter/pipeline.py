@@ -47,12 +47,12 @@ from exporter.device import DeviceChoice
 from exporter.format_choice import other_format, settle_format
 from exporter.gguf import RowQuantizer, check_room, write_errors, write_head, write_tensors
 from exporter.importance import importance, importance_of_file
+from exporter.measuring_way import measuring_way
 from exporter.options import ExportOptions, check_options
 from exporter.plan import Candidate, candidates, choose, file_type, form_of, paced, resolve, rounds, unchanged
 from exporter.preflight import check_checkpoint
-from exporter.reference import torch_obstacle
 from exporter.resume import Writer, hash_of_metadata, key_of_artifact, write_in_parts
-from exporter.sensitivity import TensorStatistics, memory_obstacle
+from exporter.sensitivity import TensorStatistics
 from exporter.texts import evaluation_text
 from exporter.tokenizer import SourceTokenizer
 from targets.host import cpu_name, instruction_set
@@ -82,7 +82,13 @@ class Measured:
     def choose(self, options: ExportOptions, profile: TargetProfile) -> Point:
         """The best point under the limits. Raises ``DoesNotFitError``."""
         options = paced(options, self.checkpoint, profile)
-        return automatic.choose(self.points(options, profile), options, profile)
+        return self.best(self.points(options, profile), options, profile)
+
+    def best(self, points: Sequence[Point], options: ExportOptions, profile: TargetProfile) -> Point:
+        """The best of some points, its plan telling how types were measured. Raises ``DoesNotFitError``."""
+        point = automatic.choose(points, options, profile)
+        note = self.analysis.note
+        return replace(point, plan=_with_note(point.plan, note)) if note else point
 
     def corrected(self, factor: float) -> Measured:
         """The same with all predicted KL times ``factor``."""
@@ -109,9 +115,10 @@ def choices(
     found: list[Candidate] = []
     try:
         if measure and options.quant.lower() == "auto" and measuring_obstacle(options, checkpoint) is None:
-            points = measure_types(options, checkpoint, progress).points(options, profile)
+            types = measure_types(options, checkpoint, progress)
+            points = types.points(options, profile)
             found = [Candidate(point.plan, point.eligible, point.reason) for point in points]
-            best = automatic.choose(points, options, profile)
+            best = types.best(points, options, profile)
             chosen = Candidate(best.plan, best.eligible, best.reason)
         else:
             found = candidates(options, checkpoint, profile)
@@ -129,7 +136,8 @@ def measuring_obstacle(options: ExportOptions, checkpoint: Checkpoint) -> str | 
         return "types are measured for GGUF only"
     if describe(checkpoint).encoder is not None:
         return "types are measured for models that generate"
-    return torch_obstacle(checkpoint) or memory_obstacle(checkpoint)
+    way = measuring_way(checkpoint)
+    return way.reason if way.value == "none" else None
 
 
 def measure_types(options: ExportOptions, checkpoint: Checkpoint, progress: Progress) -> Measured:
@@ -140,7 +148,8 @@ def measure_types(options: ExportOptions, checkpoint: Checkpoint, progress: Prog
     words = tokenizer.load_tokenizer(checkpoint, progress)
     text, hashes = _calibration(options, checkpoint, progress)
     key = tuple(record.sha256 for record in hashes)
-    found = analyse(checkpoint, describe(checkpoint), words, text, key, progress, device=options.device)
+    way = measuring_way(checkpoint)
+    found = analyse(checkpoint, words, text, key, progress, way=way, device=options.device)
     return Measured(checkpoint, found, hashes)
 
 
@@ -448,10 +457,7 @@ def _write_artifact(
         with write_errors(artifact):
             shutil.copyfile(held / artifact.name, artifact)
         return artifact
-    with progress.stage("preparing rounding", 1) as stage:
-        quantizers = damage.quantizers(analysis.statistics)
-        stage.advance()
-    fill(quantizers, analysis.key)
+    fill(analysis.rounding(), analysis.key)
     with cache.new_entry(key) as directory:
         if directory is not None:
             shutil.copyfile(artifact, directory / artifact.name)

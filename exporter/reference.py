@@ -1,7 +1,8 @@
 """The unquantised model that an artefact is measured against.
 
-With torch and transformers installed it is transformers in float32, on a GPU when torch sees one that holds it, an
-implementation that shares nothing with the engine; otherwise the same checkpoint, unquantised, in the engine itself.
+With torch and transformers installed it is transformers in float32, on a GPU when torch sees one that holds it, layer
+by layer where memory does not hold all of it: an implementation that shares nothing with the engine. Otherwise it is
+the same checkpoint, unquantised, in the engine itself.
 The manifest says which. No code from a checkpoint is ever run, and nothing is downloaded.
 """
 
@@ -27,6 +28,7 @@ from exporter.architectures.base import ModelDescription, TensorDescription
 from exporter.checkpoint import Checkpoint, weight_type
 from exporter.device import DeviceChoice, exact_float32, memory_errors, resolve_device
 from exporter.gguf import write_gguf
+from exporter.layerwise import layers_obstacle, open_layerwise_scoring
 from exporter.tokenizer import read_tokenizer
 from exporter.transformers_model import (
     decoder_class,
@@ -140,12 +142,14 @@ def open_reference(
     progress: Progress,
     *,
     device: DeviceChoice = "auto",
+    windows: Sequence[Sequence[int]] = (),
 ) -> Iterator[ScoringModel]:
     """The reference for a checkpoint with room for ``context`` tokens.
 
-    ``auto`` takes transformers when it is installed, knows the model and its float32 weights fit into memory.
-    ``device`` is where transformers computes. Raises ``CheckpointError`` when an explicit choice is impossible,
-    ``DoesNotFitError`` when memory or disk is too small, and what ``resolve_device`` raises.
+    ``auto`` takes transformers when it is installed and knows the model. Where its float32 weights do not fit into
+    memory it computes ``windows`` layer by layer; that needs to know all that will be read. ``device`` is where
+    transformers computes. Raises ``CheckpointError`` when an explicit choice is impossible, ``DoesNotFitError`` when
+    memory or disk is too small, and what ``resolve_device`` raises.
     """
     description = describe(checkpoint, "onnx")  # what the model is, not what llama.cpp can hold
     if choice != "engine":
@@ -154,10 +158,14 @@ def open_reference(
             with _computing(description, device) as place:
                 yield _open_transformers(checkpoint, description, place, progress)
             return
+        if windows and layers_obstacle(checkpoint, description, available_memory()) is None:
+            with open_layerwise_scoring(checkpoint, windows, progress, device=device) as model:
+                yield model
+            return
         if choice == "transformers" or device == "cuda":
             raise CheckpointError(f"transformers cannot be the reference: {obstacle}")
-    with _open_engine(checkpoint, describe(checkpoint), context, progress) as model:
-        yield model
+    with _open_engine(checkpoint, describe(checkpoint), context, progress) as in_engine:
+        yield in_engine
 
 
 # --- transformers

@@ -53,6 +53,13 @@ class StatisticsStore:
         self.directory = directory
         self._mapped: dict[str, Quantizer] = {}
 
+    def clear(self) -> None:
+        """Forget everything, to begin anew."""
+        self._mapped = {}
+        for path in self.directory.iterdir():
+            if path.name != _LOCK:
+                path.unlink()
+
     # --- while statistics are measured
 
     @property
