@@ -207,11 +207,11 @@ def test_what_memory_and_disk_have_no_room_for_is_said(model: Path, monkeypatch:
     monkeypatch.setattr(measuring_way, "available_memory", lambda: Choice(value=1000, reason="made up"))
     refused = measuring_way.measuring_way(checkpoint)
     assert refused.value == "none"
-    assert "1.0 kB are free" in refused.reason
+    assert "1 kB are free" in refused.reason
     monkeypatch.undo()
     monkeypatch.setattr(measuring_way, "memory_obstacle", lambda _checkpoint: "too large")
     monkeypatch.setattr(measuring_way.shutil, "disk_usage", lambda _path: type("Usage", (), {"free": 2000}))
-    assert "of disk, 2.0 kB are free" in measuring_way.measuring_way(checkpoint).reason
+    assert "of disk, 2 kB are free" in measuring_way.measuring_way(checkpoint).reason
 
 
 def test_a_checkpoint_with_a_parameter_missing_is_refused(tmp_path: Path) -> None:
