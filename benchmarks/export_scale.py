@@ -41,16 +41,17 @@ GIB = 2**30
 RSS_LIMIT_BYTES = int(1.5 * GIB)
 TOKENS = 1024  # of the tokenizer; the other rows of the embedding count as unused
 SHARD_BYTES = 5_000_000_000
-# hidden, layers, heads, key heads, head size, feed-forward, vocabulary: Llama 3.1 70B and 8B, 3.2 3B and 1B, one to try
-# out.
+# hidden, layers, heads, key heads, head size, feed-forward, vocabulary: Llama 3.1 70B and 8B, 3.2 3B, a few of its
+# layers, 3.2 1B, one to try out.
 SHAPES = {
     "70b": (8192, 80, 64, 8, 128, 28672, 128256),
     "8b": (4096, 32, 32, 8, 128, 14336, 128256),
     "3b": (3072, 28, 24, 8, 128, 8192, 128256),
+    "3b-wide": (3072, 4, 24, 8, 128, 8192, 128256),
     "1b": (2048, 16, 32, 8, 64, 8192, 128256),
     "tiny": (512, 4, 8, 2, 64, 1536, 32000),
 }
-TIED = ("3b", "1b")
+TIED = ("3b", "3b-wide", "1b")
 HOLLOW = ("70b",)  # nothing but headers on disk
 
 
