@@ -142,7 +142,7 @@ def own_points(arguments: argparse.Namespace, work: Path, sizes: Sequence[int]) 
     an export's."""
     options = ExportOptions(str(arguments.model), quant="auto")
     checkpoint = open_checkpoint(open_source(options.source))
-    found_types = pipeline.measure_types(options, checkpoint, SILENT)
+    found_types = pipeline.measure_types(options, checkpoint, SILENT, pipeline.way_of(options, checkpoint))
     profile = load_profile(options.target)
     front = found_types.points(options, profile)
     count = min(arguments.points, len(front))

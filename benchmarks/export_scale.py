@@ -105,7 +105,7 @@ def make_checkpoint(directory: Path, shape: str) -> None:
 
 def write_shard(path: Path, held: list[tuple[str, tuple[int, ...]]], *, hollow: bool) -> None:
     generator = np.random.default_rng(len(held))
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which transformers wants
     offset = 0
     for name, size in held:
         size_bytes = 2 * int(np.prod(size))

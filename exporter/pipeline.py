@@ -18,6 +18,7 @@ from typing import Any
 from edgelm import bundle as bundles
 from edgelm.bundle import (
     Bundle,
+    Choice,
     EmbeddingQuality,
     EncoderRecord,
     ExportPlan,
@@ -114,8 +115,9 @@ def choices(
     options = paced(options, checkpoint, profile)
     found: list[Candidate] = []
     try:
-        if measure and options.quant.lower() == "auto" and measuring_obstacle(options, checkpoint) is None:
-            types = measure_types(options, checkpoint, progress)
+        automatic_types = measure and options.quant.lower() == "auto"
+        if automatic_types and (way := way_of(options, checkpoint)).value != "none":
+            types = measure_types(options, checkpoint, progress, way)
             points = types.points(options, profile)
             found = [Candidate(point.plan, point.eligible, point.reason) for point in points]
             best = types.best(points, options, profile)
@@ -130,25 +132,23 @@ def choices(
     return profile, [*found, *other_format(options, checkpoint, profile)], chosen, None
 
 
-def measuring_obstacle(options: ExportOptions, checkpoint: Checkpoint) -> str | None:
-    """Why types cannot be chosen by measured damage here, None when they can."""
+def way_of(options: ExportOptions, checkpoint: Checkpoint) -> Choice:
+    """How types can be chosen by measured damage here, ``none`` when they cannot, and why."""
     if options.format == "onnx":
-        return "types are measured for GGUF only"
+        return Choice(value="none", reason="types are measured for GGUF only")
     if describe(checkpoint).encoder is not None:
-        return "types are measured for models that generate"
-    way = measuring_way(checkpoint)
-    return way.reason if way.value == "none" else None
+        return Choice(value="none", reason="types are measured for models that generate")
+    return measuring_way(checkpoint)
 
 
-def measure_types(options: ExportOptions, checkpoint: Checkpoint, progress: Progress) -> Measured:
-    """Measure what every tensor loses in every type, or read it from the cache.
+def measure_types(options: ExportOptions, checkpoint: Checkpoint, progress: Progress, way: Choice) -> Measured:
+    """Measure what every tensor loses in every type, or read it from the cache. ``way`` is one that is not ``none``.
 
-    Raises ``UsageError`` for an unusable calibration text, ``CheckpointError`` and ``EngineError``.
+    Raises ``UsageError`` for an unusable calibration text, ``CheckpointError``, ``DoesNotFitError`` and ``EngineError``.
     """
     words = tokenizer.load_tokenizer(checkpoint, progress)
     text, hashes = _calibration(options, checkpoint, progress)
     key = tuple(record.sha256 for record in hashes)
-    way = measuring_way(checkpoint)
     found = analyse(checkpoint, words, text, key, progress, way=way, device=options.device)
     return Measured(checkpoint, found, hashes)
 
@@ -226,11 +226,11 @@ def _prepared(options: ExportOptions, checkpoint: Checkpoint, profile: TargetPro
     kept = unchanged(options, checkpoint, profile) if options.calibration is None else None
     if kept is not None:
         return Prepared(checkpoint, kept)
-    obstacle = measuring_obstacle(options, checkpoint)
-    if obstacle is None:
-        measured = measure_types(options, checkpoint, progress)
+    way = way_of(options, checkpoint)
+    if way.value != "none":
+        measured = measure_types(options, checkpoint, progress, way)
         return Prepared(checkpoint, measured.choose(options, profile).plan, measured)
-    plan = _with_note(resolve(options, checkpoint, profile), f"types were not measured: {obstacle}")
+    plan = _with_note(resolve(options, checkpoint, profile), f"types were not measured: {way.reason}")
     if options.format == "onnx" or not rounds(plan):
         return Prepared(checkpoint, plan)
     try:

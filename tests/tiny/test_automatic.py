@@ -172,13 +172,13 @@ def test_without_torch_rounding_is_weighed_by_what_the_engine_sees(
 
 def test_a_machine_too_small_for_the_statistics_says_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(open_source(str(model)))
-    assert pipeline.measuring_obstacle(ExportOptions(str(model)), checkpoint) is None
+    assert pipeline.way_of(ExportOptions(str(model)), checkpoint).value == "whole"
     weights = describe(checkpoint).parameters * 4
     for module in (sensitivity, measuring_way):
         monkeypatch.setattr(module, "available_memory", lambda: Choice(value=weights, reason="made up"))
-    told = pipeline.measuring_obstacle(ExportOptions(str(model)), checkpoint)
-    assert told is not None
-    assert "of memory even layer by layer" in told
+    way = pipeline.way_of(ExportOptions(str(model)), checkpoint)
+    assert way.value == "none"
+    assert "of memory even layer by layer" in way.reason
 
 
 def test_the_engine_sees_what_torch_sees(model: Path) -> None:
