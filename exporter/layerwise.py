@@ -124,17 +124,17 @@ class LayerwiseModel:
             self._run(embedded, [self.layers[0].register_forward_hook(note_answer)])
         self._in_tuple = isinstance(seen[0], tuple)
 
-        def noting(index: int) -> Callable[..., Any]:
-            def note(*arguments: Any, **named: Any) -> Any:
-                state = arguments[0] if arguments else named["hidden_states"]
-                rest = {name: value for name, value in named.items() if name != "hidden_states"}
-                self._calls[index] = _Call(tuple(arguments[1:]), rest)
-                return self._answer(state)
+        def noting(call: _Call) -> Callable[[Any, Any, Any], None]:
+            def note(_module: Any, arguments: Any, named: Any) -> None:
+                call.arguments = tuple(arguments[1:])
+                call.named = {name: value for name, value in named.items() if name != "hidden_states"}
 
             return note
 
-        with torch.no_grad(), self._in_place_of_layers(noting):
-            self._run(embedded, [self.head.register_forward_pre_hook(_stop)])
+        pairs = zip(self.layers, self._calls, strict=True)
+        hooks = [layer.register_forward_pre_hook(noting(call), with_kwargs=True) for layer, call in pairs]
+        with torch.no_grad(), self._answering(embedded):
+            self._run(embedded, [*hooks, self.head.register_forward_pre_hook(_stop)])
 
     def enter(self, embedded: Any) -> Any:
         """What the first layer reads of embedded tokens (1, tokens, columns)."""
@@ -155,7 +155,7 @@ class LayerwiseModel:
 
     def leave(self, state: Any) -> Any:
         """Logits (1, tokens, vocabulary) of what the last layer gave; the head is held."""
-        with self._in_place_of_layers(lambda _index: lambda *_, **__: self._answer(state)):
+        with self._answering(state):
             return self.model(inputs_embeds=state.detach(), use_cache=False).logits
 
     def through(self, windows: Sequence[Sequence[int]], progress: Progress) -> list[Any]:
@@ -180,9 +180,6 @@ class LayerwiseModel:
                     states[index] = state
         return states
 
-    def _answer(self, state: Any) -> Any:
-        return (state,) if self._in_tuple else state
-
     def _run(self, embedded: Any, hooks: Sequence[Any]) -> None:
         try:
             self.model(inputs_embeds=embedded, use_cache=False)
@@ -193,9 +190,11 @@ class LayerwiseModel:
                 hook.remove()
 
     @contextmanager
-    def _in_place_of_layers(self, replacement: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-        for index, layer in enumerate(self.layers):
-            layer.forward = replacement(index)
+    def _answering(self, state: Any) -> Iterator[None]:
+        """No layer computes inside: each answers with the same hidden states."""
+        answer = (state,) if self._in_tuple else state
+        for layer in self.layers:
+            layer.forward = lambda *_, **__: answer
         try:
             yield
         finally:

@@ -144,7 +144,7 @@ def way_of(options: ExportOptions, checkpoint: Checkpoint) -> Choice:
 def measure_types(options: ExportOptions, checkpoint: Checkpoint, progress: Progress, way: Choice) -> Measured:
     """Measure what every tensor loses in every type, or read it from the cache. ``way`` is one that is not ``none``.
 
-    Raises ``UsageError`` for an unusable calibration text, ``CheckpointError``, ``DoesNotFitError`` and ``EngineError``.
+    Raises ``UsageError`` for an unusable calibration text, ``CheckpointError``, ``DoesNotFitError``, ``EngineError``.
     """
     words = tokenizer.load_tokenizer(checkpoint, progress)
     text, hashes = _calibration(options, checkpoint, progress)

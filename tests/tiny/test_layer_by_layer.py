@@ -93,6 +93,17 @@ def test_a_layer_at_a_time_gives_what_the_whole_model_gives(row: Row, tmp_path: 
                 scoring.append([0] * 100)
 
 
+def test_a_gguf_source_is_computed_a_layer_at_a_time_too(model: Path, tmp_path: Path) -> None:
+    bundle = export(ExportOptions(str(model), quant="F16", verify=False), tmp_path / "f16")
+    checkpoint = open_checkpoint(open_source(str(bundle.artifact_path)))
+    expected = sensitivity.collect(checkpoint, _windows(), SILENT)
+    (tmp_path / "store").mkdir()
+    store = StatisticsStore(tmp_path / "store")
+    collect_by_layers(checkpoint, _windows(), store, SILENT)
+    for name, item in expected.items():
+        _same(store.statistics(name), item)
+
+
 class _Killed(BaseException):
     pass
 
