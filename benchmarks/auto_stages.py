@@ -2,7 +2,8 @@
 
     python benchmarks/auto_stages.py demo:smollm2 --work DIR --max-bytes 90MB
     python benchmarks/export_scale.py --shape 3b --keep DIR/3b --step make
-    python benchmarks/auto_stages.py DIR/3b --work DIR --memory 12GB --calibration short.txt --results auto_stages_3b
+    python benchmarks/auto_stages.py DIR/3b --work DIR --memory 12GB --calibration short.txt --results auto_stages_3b \
+        --log auto_stages_3b_log
 
 Wants a quiet machine. The limit keeps a quantised source from being taken as it stands. A stage is what a progress bar
 shows; peak memory is that of the process while the stage ran (Linux sets its high-water mark back on request), that of
@@ -26,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from measure import run, save
+from measure import append, run, save
 
 from edgelm.bundle import Choice
 from edgelm.progress import SILENT, Stage
@@ -43,12 +44,12 @@ class Stopwatch:
     rows: dict[str, dict[str, float]] = field(default_factory=dict)
     anonymous_bytes: int = 0  # the most since a stage began
     peak_bytes: int = 0  # of all resident pages, sampled, stages or not
+    log: str = ""  # name of a file of raw rows, for runs that may be killed
 
     @contextmanager
     def stage(self, name: str, total: int | None = None, *, unit: str = "") -> Iterator[Stage]:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is resident now
         self.anonymous_bytes = _resident_bytes("RssAnon")
-        print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
         wall, cpu = time.perf_counter(), time.process_time()
         with SILENT.stage(name, total, unit=unit) as stage:
             yield stage
@@ -60,6 +61,8 @@ class Stopwatch:
         row["cpu_s"] += time.process_time() - cpu
         row["peak_rss_bytes"] = max(row["peak_rss_bytes"], _resident_bytes("VmHWM"))
         row["peak_anonymous_bytes"] = max(row["peak_anonymous_bytes"], self.anonymous_bytes)
+        if self.log:
+            append(self.log, {"stage": name, "so_far": dict(row)})
 
     def sample(self) -> None:
         """Look at resident pages until the process ends."""
@@ -86,7 +89,7 @@ def pretend(memory_bytes: int) -> None:
 
 def child(arguments: argparse.Namespace) -> None:
     """One export; its stages as JSON on stdout."""
-    watch = Stopwatch()
+    watch = Stopwatch(log=arguments.log)
     threading.Thread(target=watch.sample, daemon=True).start()
     if arguments.memory is not None:
         pretend(arguments.memory)
@@ -119,6 +122,7 @@ def main() -> None:
     parser.add_argument("--no-verify", action="store_true")
     parser.add_argument("--keep", action="store_true", help="go on with the cache that is there")
     parser.add_argument("--results", default="auto_stages", help="name of the file of raw rows")
+    parser.add_argument("--log", default="", help="name of a file of raw rows that gets every finished stage at once")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

@@ -40,7 +40,7 @@ from exporter.quality import MIN_CONTEXT, Window, compare_models
 from exporter.reference import BATCH, EngineModel, ScoringModel, TransformersModel, open_torch_model
 from exporter.sensitivity import TensorStatistics, measured_tensors
 from exporter.sensitivity_layers import collect_by_layers
-from exporter.statistics_store import StatisticsStore, StoredQuantizers, open_store
+from exporter.statistics_store import DamagedStoreError, StatisticsStore, StoredQuantizers, open_store
 from exporter.tokenizer import SourceTokenizer
 from runtime.engine import EngineOptions
 from runtime.engines.llamacpp import load_engine
@@ -185,7 +185,7 @@ class _ByLayers:
         self.store = self.store or open_store(self.key)
         try:
             found = self._measured(self.store)
-        except (OSError, ValueError, KeyError):  # a file that is damaged: what it was made from is gone
+        except DamagedStoreError:  # what the file was made from is gone
             self.store.clear()
             found = self._measured(self.store)
         return known if known is not None else found

@@ -28,7 +28,7 @@ _LOGITS = 7  # arrays of the size of a window's logits while labels are drawn
 _ATTENTION = 6  # arrays of heads x tokens x tokens that a layer's backward pass keeps
 _ACTIVATIONS = 24  # arrays of tokens x the widest matrix, likewise
 _FACTOR_BYTES = 48  # per number of a moment while it is factorised, in float64
-_ROWS = 2.6  # of the largest tensor in float32: as it is read, in float32 and sampled
+_ROWS = 1.8  # of the largest tensor in float32: as it is read, in float32, and some of its rows
 
 
 def measuring_way(checkpoint: Checkpoint) -> Choice:

@@ -31,7 +31,7 @@ from exporter.sensitivity import (
     place_of,
     statistics_of,
 )
-from exporter.statistics_store import StatisticsStore
+from exporter.statistics_store import DamagedStoreError, StatisticsStore
 
 Floats = npt.NDArray[np.float32]
 
@@ -47,7 +47,7 @@ def collect_by_layers(
     """Put statistics of every matrix that can be quantised into a store, from windows of token ids of one length.
 
     Memory: the largest layer with its activations and moments, or the head with the logits of one window. Raises what
-    ``open_layerwise`` raises, and ``DoesNotFitError`` when the store's disk is full.
+    ``open_layerwise`` raises, ``DoesNotFitError`` when the store's disk is full, and ``DamagedStoreError``.
     """
     if store.measured:
         return
@@ -185,7 +185,8 @@ class _Run:
         import torch
 
         kept = self.store.state(f"input-{index}")
-        assert kept is not None
+        if kept is None:
+            raise DamagedStoreError(f"what layer {index} reads is not there")
         return [torch.from_numpy(values).to(self.model.place) for values in kept]
 
     def _gradients(self, index: int) -> list[Any] | None:

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import weakref
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -33,6 +34,18 @@ Floats = npt.NDArray[np.float32]
 _PREFIX = "layers-"
 _MEASURED, _LOCK = "measured", "lock"
 _MAPPED = 4  # tensors whose factors are mapped at the same time
+
+
+class DamagedStoreError(Exception):
+    """A file of a store is missing or not what was written: whoever has the store clears it and begins anew."""
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DamagedStoreError(f"{name}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -105,14 +118,15 @@ class StatisticsStore:
             np.savez(stream, **vectors)  # type: ignore[arg-type]
 
     def statistics(self, name: str) -> TensorStatistics:
-        """The statistics of a tensor, in memory. Raises ``OSError`` or ``ValueError`` when they are not there."""
-        with np.load(self._path(f"{name}.npz"), allow_pickle=False) as arrays:
-            values: dict[str, Any] = {key: arrays[key] for key in arrays.files}
-        values["tokens"] = int(values["tokens"])
-        path = self._path(f"{name}.moment")
-        if path.exists():
-            values["moment"] = UpperFile(path, len(values["input_squares"])).symmetric()
-        return TensorStatistics(**values)
+        """The statistics of a tensor, in memory. Raises ``DamagedStoreError``."""
+        with _reading(name):
+            with np.load(self._path(f"{name}.npz"), allow_pickle=False) as arrays:
+                values: dict[str, Any] = {key: arrays[key] for key in arrays.files}
+            values["tokens"] = int(values["tokens"])
+            path = self._path(f"{name}.moment")
+            if "input_squares" in values:  # of all but an embedding that is no head
+                values["moment"] = UpperFile(path, len(values["input_squares"])).symmetric()
+            return TensorStatistics(**values)
 
     def put_quantizer(self, name: str, given: Quantizer, damages: Mapping[str, float]) -> None:
         """Keep what rounds a tensor and what it loses in each type, in place of its statistics."""
@@ -134,20 +148,22 @@ class StatisticsStore:
         return self._path(f"{name}.rounding").exists()
 
     def damages(self, name: str) -> dict[str, float]:
-        """By type, of a tensor with a quantiser. Raises ``OSError`` or ``ValueError``."""
-        document = json.loads(self._path(f"{name}.json").read_text(encoding="utf-8"))
-        return {str(kind): float(lost) for kind, lost in document.items()}
+        """By type, of a tensor with a quantiser. Raises ``DamagedStoreError``."""
+        with _reading(name):
+            document = json.loads(self._path(f"{name}.json").read_text(encoding="utf-8"))
+            return {str(kind): float(lost) for kind, lost in document.items()}
 
     def quantizer(self, name: str) -> Quantizer:
-        """What rounds a tensor, its factor mapped. Raises ``OSError`` or ``ValueError``."""
+        """What rounds a tensor, its factor mapped. Raises ``DamagedStoreError``."""
         held = self._mapped.get(name)
         if held is None:
-            with np.load(self._path(f"{name}.rounding"), allow_pickle=False) as arrays:
-                found: dict[str, Floats] = {key: arrays[key] for key in arrays.files}
-            compensation = None
-            if "compensated" in found:
-                factor = UpperFile(self._path(f"{name}.factor"), len(found["compensated"]))
-                compensation = StoredCompensation(factor, found["compensated"])
+            with _reading(name):
+                with np.load(self._path(f"{name}.rounding"), allow_pickle=False) as arrays:
+                    found: dict[str, Floats] = {key: arrays[key] for key in arrays.files}
+                compensation = None
+                if "compensated" in found:
+                    factor = UpperFile(self._path(f"{name}.factor"), len(found["compensated"]))
+                    compensation = StoredCompensation(factor, found["compensated"])
             held = Quantizer(found.get("importance"), compensation)
             self._mapped = {**dict(list(self._mapped.items())[1 - _MAPPED :]), name: held}
         return held
