@@ -95,7 +95,7 @@ def child(arguments: argparse.Namespace) -> None:
         pretend(arguments.memory)
     started = time.perf_counter()
     options = ExportOptions(
-        arguments.source, quant="auto", format="gguf", max_artifact_bytes=arguments.max_bytes,
+        arguments.source, quant=arguments.quant, format="gguf", max_artifact_bytes=arguments.max_bytes,
         calibration=arguments.calibration, verify=not arguments.no_verify,
     )  # fmt: skip
     manifest = export(options, arguments.work / "bundle", force=True, progress=watch).manifest
@@ -117,6 +117,8 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("--work", type=Path, default=Path("auto-stages"))
     parser.add_argument("--max-bytes", type=parse_size)
+    parser.add_argument("--quant", default="auto", help="a named mix for its proof alone")
+    parser.add_argument("--once", action="store_true", help="leave the run with a full cache out")
     parser.add_argument("--memory", type=parse_size, help="free memory to decide for, in place of this machine's")
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--no-verify", action="store_true")
@@ -134,7 +136,7 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, *sys.argv[1:], "--child"]
     rows: list[dict[str, Any]] = []
-    for name in ("empty cache", "full cache"):
+    for name in ("empty cache",) if arguments.once else ("empty cache", "full cache"):
         done = run(command, environment={**os.environ, "EDGELM_CACHE": str(cache)})
         told = json.loads(done.stdout)
         # Setting the mark back hides earlier peaks from the final accounting, too.
