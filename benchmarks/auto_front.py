@@ -142,7 +142,7 @@ def own_points(arguments: argparse.Namespace, work: Path, sizes: Sequence[int]) 
     an export's."""
     options = ExportOptions(str(arguments.model), quant="auto")
     checkpoint = open_checkpoint(open_source(options.source))
-    found_types = pipeline.measure_types(options, checkpoint, SILENT)
+    found_types = pipeline.measure_types(options, checkpoint, SILENT, pipeline.way_of(options, checkpoint))
     profile = load_profile(options.target)
     front = found_types.points(options, profile)
     count = min(arguments.points, len(front))
@@ -156,7 +156,7 @@ def own_points(arguments: argparse.Namespace, work: Path, sizes: Sequence[int]) 
     for point in {point.plan.artifact_bytes: point for point in taken}.values():
         path = work / f"auto-{point.plan.artifact_bytes}-{found_types.analysis.key[:8]}.gguf"
         if not path.exists():
-            quantizers = quantizers or damage.quantizers(found_types.analysis.statistics)
+            quantizers = quantizers or found_types.analysis.rounding()
             metadata = {**description.metadata, **words.gguf_metadata}
             with made(path) as part:
                 write_gguf(part, checkpoint, description.tensors, point.plan.tensors, metadata, quantizers=quantizers)

@@ -41,18 +41,22 @@ GIB = 2**30
 RSS_LIMIT_BYTES = int(1.5 * GIB)
 TOKENS = 1024  # of the tokenizer; the other rows of the embedding count as unused
 SHARD_BYTES = 5_000_000_000
-# hidden, layers, heads, key heads, head size, feed-forward, vocabulary: Llama 3.1 70B and 8B, 3.2 1B, one to try out.
+# hidden, layers, heads, key heads, head size, feed-forward, vocabulary: Llama 3.1 70B and 8B, 3.2 3B, a few of its
+# layers, 3.2 1B, one to try out.
 SHAPES = {
     "70b": (8192, 80, 64, 8, 128, 28672, 128256),
     "8b": (4096, 32, 32, 8, 128, 14336, 128256),
+    "3b": (3072, 28, 24, 8, 128, 8192, 128256),
+    "3b-wide": (3072, 4, 24, 8, 128, 8192, 128256),
     "1b": (2048, 16, 32, 8, 64, 8192, 128256),
     "tiny": (512, 4, 8, 2, 64, 1536, 32000),
 }
+TIED = ("3b", "3b-wide", "1b")
 HOLLOW = ("70b",)  # nothing but headers on disk
 
 
 def tensors(shape: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of an untied Llama; the 1B one is tied, as its model is."""
+    """Names and shapes of a Llama; those of 1B and 3B are tied, as their models are."""
     hidden, layers, heads, kv_heads, head, feed_forward, vocabulary = SHAPES[shape]
     yield "model.embed_tokens.weight", (vocabulary, hidden)
     for layer in range(layers):
@@ -67,7 +71,7 @@ def tensors(shape: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield prefix + "mlp.up_proj.weight", (feed_forward, hidden)
         yield prefix + "mlp.down_proj.weight", (hidden, feed_forward)
     yield "model.norm.weight", (hidden,)
-    if shape != "1b":
+    if shape not in TIED:
         yield "lm_head.weight", (vocabulary, hidden)
 
 
@@ -78,7 +82,7 @@ def make_checkpoint(directory: Path, shape: str) -> None:
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocabulary, "hidden_size": hidden,
         "intermediate_size": feed_forward, "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": kv_heads, "head_dim": head, "hidden_act": "silu", "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": shape == "1b", "torch_dtype": "bfloat16",
+        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": shape in TIED, "torch_dtype": "bfloat16",
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
     write_tokenizer(directory, TOKENS)
@@ -101,7 +105,7 @@ def make_checkpoint(directory: Path, shape: str) -> None:
 
 def write_shard(path: Path, held: list[tuple[str, tuple[int, ...]]], *, hollow: bool) -> None:
     generator = np.random.default_rng(len(held))
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which transformers wants
     offset = 0
     for name, size in held:
         size_bytes = 2 * int(np.prod(size))

@@ -37,7 +37,7 @@ from exporter.damage import total
 from exporter.device import DeviceChoice, Placement, resolve_device
 from exporter.onnx_moments import MomentSource, spread_windows
 from exporter.options import ExportOptions
-from exporter.pipeline import Measured, export, measure_types
+from exporter.pipeline import Measured, export, measure_types, way_of
 from exporter.quality import compare_logits, cut_windows
 from exporter.reference import BATCH, open_reference
 from exporter.texts import evaluation_text
@@ -185,8 +185,9 @@ class Bench:
         """Sensitivity, damages, choices under limits, and the export under the middle one."""
         profile = load_profile("host")
         base = ExportOptions(self.source, quant="auto", format="gguf")
+        way = way_of(base, self.checkpoint)
         found: dict[str, Measured] = self.on_each(
-            "types", lambda device, watch: measure_types(replace(base, device=device), self.checkpoint, watch)
+            "types", lambda device, watch: measure_types(replace(base, device=device), self.checkpoint, watch, way)
         )
         for device, measured in found.items():
             note(part="types", device=device, knots=measured.analysis.knots)

@@ -3,8 +3,8 @@
 The estimate sums the tensors' damages. Three artefacts are built and read by the engine to correct it: one at 8 bits,
 which shows the floor that the kernels' own 8-bit activations leave under every type, one in the middle and the
 smallest; between them the KL is interpolated. Every part is kept in the cache as soon as it is there: other limits and
-targets cost nothing new, and a run that was interrupted goes on behind the last finished part. Needs torch and
-transformers; knows no limits and no targets.
+targets cost nothing new, and a run that was interrupted goes on behind the last finished part. Models that do not fit
+into memory are measured layer by layer. Needs torch and transformers; knows no limits and no targets.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import json
 import math
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -22,19 +24,23 @@ from typing import Any
 
 import numpy as np
 
-from edgelm.bundle import CalibrationRecord, TensorPlan
+from edgelm.bundle import CalibrationRecord, Choice, TensorPlan
 from edgelm.progress import Progress
 from exporter import cache, damage, ggml, sensitivity
 from exporter.allocate import Limits, Option, cheapest, solve
+from exporter.architectures import describe
 from exporter.architectures.base import ModelDescription
 from exporter.calibration import Calibration
 from exporter.checkpoint import Checkpoint
 from exporter.damage import Quantizer
 from exporter.device import DeviceChoice
-from exporter.gguf import write_gguf
+from exporter.gguf import usable_cpus, write_gguf
+from exporter.layerwise import open_layerwise_scoring
 from exporter.quality import MIN_CONTEXT, Window, compare_models
-from exporter.reference import BATCH, EngineModel, TransformersModel, open_torch_model
-from exporter.sensitivity import TensorStatistics
+from exporter.reference import BATCH, EngineModel, ScoringModel, TransformersModel, open_torch_model
+from exporter.sensitivity import TensorStatistics, measured_tensors
+from exporter.sensitivity_layers import collect_by_layers
+from exporter.statistics_store import DamagedStoreError, StatisticsStore, StoredQuantizers, open_store
 from exporter.tokenizer import SourceTokenizer
 from runtime.engine import EngineOptions
 from runtime.engines.llamacpp import load_engine
@@ -45,13 +51,18 @@ _RESULT, _DAMAGES, _PROBE, _STATISTICS = "analysis.json", "damages.json", "probe
 
 @dataclass(frozen=True)
 class Analysis:
-    """``damages`` by tensor and type; ``knots`` are measured (sum of damages, KL), rising. ``key`` is the cache's."""
+    """``damages`` by tensor and type; ``knots`` are measured (sum of damages, KL), rising. ``key`` is the cache's.
+
+    ``rounding`` gives the quantisers that damages are of, by tensor; for large models they read as they go. ``note``
+    tells how it was measured, where there is something to tell.
+    """
 
     key: str
     calibration: CalibrationRecord
     damages: Mapping[str, Mapping[str, float]]
     knots: tuple[tuple[float, float], ...]
-    statistics: Mapping[str, TensorStatistics]
+    rounding: Callable[[], Mapping[str, Quantizer]]
+    note: str = ""
 
     def predicted_kl(self, damage_sum: float) -> float:
         """Expected mean KL in nats per token of types whose damages add up to this.
@@ -82,38 +93,133 @@ def is_possible() -> bool:
 
 def analyse(
     checkpoint: Checkpoint,
-    description: ModelDescription,
     words: SourceTokenizer,
     calibration: Calibration,
     source_hashes: tuple[str, ...],
     progress: Progress,
     *,
+    way: Choice,
     device: DeviceChoice = "auto",
 ) -> Analysis:
     """The analysis of a checkpoint under a calibration, from the cache or measured and cached.
 
-    ``source_hashes`` are the SHA-256 of the checkpoint's files. What was measured on one device serves all: figures of
-    a CPU and a GPU differ by less than those of two texts. Raises ``CheckpointError``, ``EngineError`` and
-    ``DoesNotFitError``.
+    ``source_hashes`` are the SHA-256 of the checkpoint's files, ``way`` is of ``measuring_way``. What was measured on
+    one device or in one way serves all: figures of a CPU and a GPU differ by less than those of two texts. Raises
+    ``CheckpointError``, ``EngineError`` and ``DoesNotFitError``.
     """
+    description = describe(checkpoint)
     measured_of = cache.key_of("statistics", _VERSION, source_hashes, calibration.record.model_dump())
     table_of = cache.key_of("damages", measured_of, damage.CANDIDATE_TYPES)
     key = cache.key_of("analysis", table_of, calibration.probes)
-    statistics = _load_statistics(measured_of)
-    damages, knots = _load_damages(table_of), _load_knots(key)
-    if statistics is not None and damages is not None and knots is not None:
-        return Analysis(key, calibration.record, damages, knots, statistics)
-    if statistics is None:
-        statistics = sensitivity.collect(checkpoint, calibration.statistics, progress, device=device)
-        _store_statistics(measured_of, statistics)
-    quantizers = damage.quantizers(statistics)
-    if damages is None:
-        damages = damage.table(checkpoint, description, statistics, quantizers, progress)
+    kept, (knots, note) = _load_damages(table_of), _load_result(key)
+    given: _Whole | _ByLayers
+    if way.value == "layers":
+        given = _ByLayers(checkpoint, calibration.statistics, table_of, device, progress)
+    else:
+        given = _Whole(checkpoint, calibration.statistics, measured_of, device, progress)
+    damages: Mapping[str, Mapping[str, float]] = kept if kept is not None and knots is not None else given.damages(kept)
+    if kept is None:
         _store(table_of, _DAMAGES, damages)
     if knots is None:
-        knots = _Probe(key, checkpoint, description, words, calibration, quantizers, damages, device).knots(progress)
-        _store(key, _RESULT, {"knots": knots})
-    return Analysis(key, calibration.record, damages, knots, statistics)
+        knots = _Probe(key, checkpoint, description, words, calibration, damages, given).knots(progress)
+        note = way.reason if way.value == "layers" else ""
+        _store(key, _RESULT, {"knots": knots, "note": note})
+    return Analysis(key, calibration.record, damages, knots, given.rounding, note)
+
+
+@dataclass
+class _Whole:
+    """Statistics of all matrices in memory, from the cache or from the whole model."""
+
+    checkpoint: Checkpoint
+    windows: Sequence[Sequence[int]]
+    key: str
+    device: DeviceChoice
+    progress: Progress
+    quantizers: Mapping[str, Quantizer] | None = None
+
+    def damages(self, known: Mapping[str, Mapping[str, float]] | None) -> Mapping[str, Mapping[str, float]]:
+        """By tensor and type, measured unless they are known; quantisers stay for what follows."""
+        statistics = self._statistics()
+        self.quantizers = damage.quantizers(statistics)
+        if known is not None:
+            return known
+        return damage.table(self.checkpoint, describe(self.checkpoint), statistics, self.quantizers, self.progress)
+
+    def rounding(self) -> Mapping[str, Quantizer]:
+        """The quantisers."""
+        if self.quantizers is None:
+            statistics = self._statistics()
+            with self.progress.stage("preparing rounding", 1) as stage:
+                self.quantizers = damage.quantizers(statistics)
+                stage.advance()
+        return self.quantizers
+
+    @contextmanager
+    def reference(self, windows: Sequence[Sequence[int]]) -> Iterator[ScoringModel]:
+        """The unquantised model that probes are compared with."""
+        with open_torch_model(self.checkpoint, self.progress, device=self.device) as model:
+            yield TransformersModel(model, "")
+
+    def _statistics(self) -> Mapping[str, TensorStatistics]:
+        statistics = _load_statistics(self.key)
+        if statistics is None:
+            statistics = sensitivity.collect(self.checkpoint, self.windows, self.progress, device=self.device)
+            _store_statistics(self.key, statistics)
+        return statistics
+
+
+@dataclass
+class _ByLayers:
+    """Statistics of one matrix in memory at a time; they and the quantisers are on disk."""
+
+    checkpoint: Checkpoint
+    windows: Sequence[Sequence[int]]
+    key: str
+    device: DeviceChoice
+    progress: Progress
+    store: StatisticsStore | None = None
+
+    def damages(self, known: Mapping[str, Mapping[str, float]] | None) -> Mapping[str, Mapping[str, float]]:
+        """By tensor and type, as they were measured when the quantisers were made."""
+        self.store = self.store or open_store(self.key)
+        try:
+            found = self._measured(self.store)
+        except DamagedStoreError:  # what the file was made from is gone
+            self.store.clear()
+            found = self._measured(self.store)
+        return known if known is not None else found
+
+    def rounding(self) -> Mapping[str, Quantizer]:
+        """The quantisers, each read when it is asked for."""
+        if self.store is None:
+            self.damages(None)
+        assert self.store is not None
+        return StoredQuantizers(self.store, list(measured_tensors(describe(self.checkpoint))[0]))
+
+    @contextmanager
+    def reference(self, windows: Sequence[Sequence[int]]) -> Iterator[ScoringModel]:
+        """The unquantised model that probes are compared with, for these windows."""
+        with open_layerwise_scoring(self.checkpoint, windows, self.progress, device=self.device) as model:
+            yield model
+
+    def _measured(self, store: StatisticsStore) -> dict[str, dict[str, float]]:
+        """What every tensor loses; one tensor after the other, each with its quantiser in place of its statistics."""
+        collect_by_layers(self.checkpoint, self.windows, store, self.progress, device=self.device)
+        matrices = measured_tensors(describe(self.checkpoint))[0]
+        found: dict[str, dict[str, float]] = {}
+        stage_of = self.progress.stage("measuring types", len(matrices), unit="tensors")
+        with stage_of as stage, ThreadPoolExecutor(usable_cpus()) as pool:
+            for name, item in matrices.items():
+                if store.has_quantizer(name):
+                    store.quantizer(name)  # raises when it is damaged
+                else:
+                    statistics = store.statistics(name)
+                    given = damage.quantizer(statistics)
+                    store.put_quantizer(name, given, damage.judge(self.checkpoint, item, statistics, given, pool=pool))
+                found[name] = store.damages(name)
+                stage.advance()
+        return found
 
 
 # --- correction by measurement
@@ -126,9 +232,8 @@ class _Probe:
     description: ModelDescription
     words: SourceTokenizer
     calibration: Calibration
-    quantizers: Mapping[str, Quantizer]
     damages: Mapping[str, Mapping[str, float]]
-    device: DeviceChoice
+    given: _Whole | _ByLayers
 
     def knots(self, progress: Progress) -> tuple[tuple[float, float], ...]:
         """(sum of damages, KL) of three artefacts: all in the most bits, a good one of middle size, the smallest."""
@@ -139,15 +244,14 @@ class _Probe:
         assert least is not None  # the cheapest choice keeps its own limit
         middle = solve(options, Limits(size_bytes=round((least.size_bytes * most) ** 0.5)))
         assert middle is not None
-        with open_torch_model(self.checkpoint, progress, device=self.device) as model:
-            reference = TransformersModel(model, "")
+        with self.given.reference(self.calibration.probes) as reference:
             found = [
                 (damage.total(self.damages, types), self._kl(types, reference, progress))
                 for types in (high, middle.types, least.types)
             ]
         return _rising(found)
 
-    def _kl(self, types: Mapping[str, str], reference: TransformersModel, progress: Progress) -> float:
+    def _kl(self, types: Mapping[str, str], reference: ScoringModel, progress: Progress) -> float:
         """What was measured of an artefact, kept as soon as it is there."""
         key = cache.key_of("probe", self.key, sorted(types.items()))
         held = _load(key, _PROBE)
@@ -156,7 +260,7 @@ class _Probe:
             _store(key, _PROBE, held)
         return held
 
-    def _measure(self, types: Mapping[str, str], reference: TransformersModel, progress: Progress) -> float:
+    def _measure(self, types: Mapping[str, str], reference: ScoringModel, progress: Progress) -> float:
         windows = [Window(tokens, min(MIN_CONTEXT, len(tokens) // 2) - 1) for tokens in self.calibration.probes]
         with tempfile.TemporaryDirectory(prefix="edgelm-probe-") as directory:
             path = Path(directory) / "probe.gguf"
@@ -166,7 +270,7 @@ class _Probe:
             ]
             write_gguf(
                 path, self.checkpoint, self.description.tensors, plans, metadata,
-                progress=progress, quantizers=self.quantizers,
+                progress=progress, quantizers=self.given.rounding(),
             )  # fmt: skip
             length = max(len(window.tokens) for window in windows)
             engine = load_engine(path, EngineOptions(context=length, batch=BATCH, all_logits=True))
@@ -293,14 +397,15 @@ def _load_damages(key: str) -> dict[str, dict[str, float]] | None:
     return None
 
 
-def _load_knots(key: str) -> tuple[tuple[float, float], ...] | None:
+def _load_result(key: str) -> tuple[tuple[tuple[float, float], ...] | None, str]:
+    """Knots, None when they are not there, and the note that goes with them."""
     document = _load(key, _RESULT)
     try:
         if document is not None:
-            return tuple((float(lost), float(kl)) for lost, kl in document["knots"])
-    except (ValueError, KeyError, TypeError):
+            return tuple((float(lost), float(kl)) for lost, kl in document["knots"]), str(document.get("note", ""))
+    except (ValueError, KeyError, TypeError, AttributeError):
         cache.remove(key)
-    return None
+    return None, ""
 
 
 def _load_statistics(key: str) -> Mapping[str, TensorStatistics] | None:

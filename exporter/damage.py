@@ -20,7 +20,7 @@ from exporter import ggml, rounding
 from exporter.architectures.base import ModelDescription, TensorDescription, ordered_rows
 from exporter.checkpoint import Checkpoint
 from exporter.gguf import usable_cpus
-from exporter.rounding import Compensation
+from exporter.rounding import Compensating
 from exporter.sensitivity import TensorStatistics, damage
 
 Floats = npt.NDArray[np.float32]
@@ -39,7 +39,7 @@ class Quantizer:
     """
 
     importance: Floats | None = None
-    compensation: Compensation | None = None
+    compensation: Compensating | None = None
 
     def __call__(self, rows: Floats, type_name: str, out: ggml.Bytes | None = None) -> ggml.Bytes:
         """Bytes of float32 rows (n, columns) in a type. Errors as of ``ggml.quantize``."""
@@ -84,23 +84,36 @@ def table(
     """Damage in nats per token by tensor and type, for every tensor with statistics and every type its rows fit."""
     tensors = [item for item in description.tensors if item.name in statistics]
 
-    def judge(item: TensorDescription) -> dict[str, float]:
-        rows, sampled = _sample(load_rows(checkpoint, item), statistics[item.name])
-        found = {}
-        for name in types:
-            if rows.shape[1] % ggml.TYPES[name].block == 0:
-                stored = given[item.name](rows, name)
-                error = ggml.dequantize(stored, name, rows.size).reshape(rows.shape) - rows
-                found[name] = damage(error, sampled)
-        return found
+    def judged(item: TensorDescription) -> dict[str, float]:
+        return judge(checkpoint, item, statistics[item.name], given[item.name], types)
 
     found: dict[str, dict[str, float]] = {}
     stage_of = progress.stage("measuring types", len(tensors), unit="tensors")
     with stage_of as stage, ThreadPoolExecutor(usable_cpus()) as pool:
-        for item, judged in zip(tensors, pool.map(judge, tensors), strict=True):
-            found[item.name] = judged
+        for item, losses in zip(tensors, pool.map(judged, tensors), strict=True):
+            found[item.name] = losses
             stage.advance()
     return found
+
+
+def judge(
+    checkpoint: Checkpoint,
+    item: TensorDescription,
+    statistics: TensorStatistics,
+    given: Quantizer,
+    types: Sequence[str] = CANDIDATE_TYPES,
+    *,
+    pool: ThreadPoolExecutor | None = None,
+) -> dict[str, float]:
+    """Damage of one tensor in nats per token by type, for every type its rows fit; types in parallel in a ``pool``."""
+    rows, sampled = _sample(load_rows(checkpoint, item), statistics)
+    fitting = [name for name in types if rows.shape[1] % ggml.TYPES[name].block == 0]
+
+    def lost(name: str) -> float:
+        stored = given(rows, name)
+        return damage(ggml.dequantize(stored, name, rows.size).reshape(rows.shape) - rows, sampled)
+
+    return dict(zip(fitting, pool.map(lost, fitting) if pool else map(lost, fitting), strict=True))
 
 
 def load_rows(checkpoint: Checkpoint, item: TensorDescription) -> Floats:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgelm.errors import CheckpointError
 from edgelm.progress import Progress
 from exporter.architectures.base import TensorDescription
 from exporter.checkpoint import Checkpoint
 from exporter.device import DeviceChoice
-from exporter.reference import module_of, open_transformers
+from exporter.reference import open_transformers
+from exporter.transformers_model import decoder_layers, module_of
 
 WINDOW = 512
 WINDOWS = 24
@@ -104,7 +104,7 @@ class _Reader:
         import torch
 
         self._model, self._checkpoint, self._text, self._advance = model, checkpoint, text, advance
-        self._layers = _layers(model)
+        self._layers = decoder_layers(model)
         self._head = model.get_output_embeddings()
         self._modules = dict(model.named_modules())
         self._calls = [_Call() for _ in self._layers]
@@ -186,17 +186,6 @@ class _Reader:
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def _layers(model: Any) -> Any:
-    """The list of decoder layers."""
-    import torch
-
-    count = model.config.num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return module
-    raise CheckpointError(f"{type(model).__name__} has no list of {count} layers")
 
 
 def _note_arguments(call: _Call) -> Callable[[Any, Any, Any], None]:

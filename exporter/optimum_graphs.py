@@ -20,7 +20,7 @@ from typing import Any, Literal
 from edgelm.errors import CheckpointError, MissingDependencyError
 from edgelm.progress import Progress
 from exporter.checkpoint import Checkpoint
-from exporter.reference import load_directory, quiet_transformers
+from exporter.transformers_model import load_directory, quiet_transformers
 
 Task = Literal["feature-extraction", "fill-mask", "text-classification", "text2text-generation-with-past"]
 _CLASSES: dict[Task, str] = {

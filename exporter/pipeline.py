@@ -18,6 +18,7 @@ from typing import Any
 from edgelm import bundle as bundles
 from edgelm.bundle import (
     Bundle,
+    Choice,
     EmbeddingQuality,
     EncoderRecord,
     ExportPlan,
@@ -47,12 +48,12 @@ from exporter.device import DeviceChoice, Placement
 from exporter.format_choice import other_format, settle_format
 from exporter.gguf import RowQuantizer, check_room, write_errors, write_head, write_tensors
 from exporter.importance import importance, importance_of_file
+from exporter.measuring_way import measuring_way
 from exporter.options import ExportOptions, check_options
 from exporter.plan import Candidate, candidates, choose, file_type, form_of, paced, resolve, rounds, unchanged
 from exporter.preflight import check_checkpoint
-from exporter.reference import torch_obstacle
 from exporter.resume import Writer, hash_of_metadata, key_of_artifact, write_in_parts
-from exporter.sensitivity import TensorStatistics, memory_obstacle
+from exporter.sensitivity import TensorStatistics
 from exporter.texts import evaluation_text
 from exporter.tokenizer import SourceTokenizer
 from targets.host import cpu_name, instruction_set
@@ -82,7 +83,13 @@ class Measured:
     def choose(self, options: ExportOptions, profile: TargetProfile) -> Point:
         """The best point under the limits. Raises ``DoesNotFitError``."""
         options = paced(options, self.checkpoint, profile)
-        return automatic.choose(self.points(options, profile), options, profile)
+        return self.best(self.points(options, profile), options, profile)
+
+    def best(self, points: Sequence[Point], options: ExportOptions, profile: TargetProfile) -> Point:
+        """The best of some points, its plan telling how types were measured. Raises ``DoesNotFitError``."""
+        point = automatic.choose(points, options, profile)
+        note = self.analysis.note
+        return replace(point, plan=_with_note(point.plan, note)) if note else point
 
     def corrected(self, factor: float) -> Measured:
         """The same with all predicted KL times ``factor``."""
@@ -108,10 +115,12 @@ def choices(
     options = paced(options, checkpoint, profile)
     found: list[Candidate] = []
     try:
-        if measure and options.quant.lower() == "auto" and measuring_obstacle(options, checkpoint) is None:
-            points = measure_types(options, checkpoint, progress).points(options, profile)
+        automatic_types = measure and options.quant.lower() == "auto"
+        if automatic_types and (way := way_of(options, checkpoint)).value != "none":
+            types = measure_types(options, checkpoint, progress, way)
+            points = types.points(options, profile)
             found = [Candidate(point.plan, point.eligible, point.reason) for point in points]
-            best = automatic.choose(points, options, profile)
+            best = types.best(points, options, profile)
             chosen = Candidate(best.plan, best.eligible, best.reason)
         else:
             found = candidates(options, checkpoint, profile)
@@ -123,24 +132,24 @@ def choices(
     return profile, [*found, *other_format(options, checkpoint, profile)], chosen, None
 
 
-def measuring_obstacle(options: ExportOptions, checkpoint: Checkpoint) -> str | None:
-    """Why types cannot be chosen by measured damage here, None when they can."""
+def way_of(options: ExportOptions, checkpoint: Checkpoint) -> Choice:
+    """How types can be chosen by measured damage here, ``none`` when they cannot, and why."""
     if options.format == "onnx":
-        return "types are measured for GGUF only"
+        return Choice(value="none", reason="types are measured for GGUF only")
     if describe(checkpoint).encoder is not None:
-        return "types are measured for models that generate"
-    return torch_obstacle(checkpoint) or memory_obstacle(checkpoint)
+        return Choice(value="none", reason="types are measured for models that generate")
+    return measuring_way(checkpoint)
 
 
-def measure_types(options: ExportOptions, checkpoint: Checkpoint, progress: Progress) -> Measured:
-    """Measure what every tensor loses in every type, or read it from the cache.
+def measure_types(options: ExportOptions, checkpoint: Checkpoint, progress: Progress, way: Choice) -> Measured:
+    """Measure what every tensor loses in every type, or read it from the cache. ``way`` is one that is not ``none``.
 
-    Raises ``UsageError`` for an unusable calibration text, ``CheckpointError`` and ``EngineError``.
+    Raises ``UsageError`` for an unusable calibration text, ``CheckpointError``, ``DoesNotFitError``, ``EngineError``.
     """
     words = tokenizer.load_tokenizer(checkpoint, progress)
     text, hashes = _calibration(options, checkpoint, progress)
     key = tuple(record.sha256 for record in hashes)
-    found = analyse(checkpoint, describe(checkpoint), words, text, key, progress, device=options.device)
+    found = analyse(checkpoint, words, text, key, progress, way=way, device=options.device)
     return Measured(checkpoint, found, hashes)
 
 
@@ -217,11 +226,11 @@ def _prepared(options: ExportOptions, checkpoint: Checkpoint, profile: TargetPro
     kept = unchanged(options, checkpoint, profile) if options.calibration is None else None
     if kept is not None:
         return Prepared(checkpoint, kept)
-    obstacle = measuring_obstacle(options, checkpoint)
-    if obstacle is None:
-        measured = measure_types(options, checkpoint, progress)
+    way = way_of(options, checkpoint)
+    if way.value != "none":
+        measured = measure_types(options, checkpoint, progress, way)
         return Prepared(checkpoint, measured.choose(options, profile).plan, measured)
-    plan = _with_note(resolve(options, checkpoint, profile), f"types were not measured: {obstacle}")
+    plan = _with_note(resolve(options, checkpoint, profile), f"types were not measured: {way.reason}")
     if options.format == "onnx" or not rounds(plan):
         return Prepared(checkpoint, plan)
     try:
@@ -448,10 +457,7 @@ def _write_artifact(
         with write_errors(artifact):
             shutil.copyfile(held / artifact.name, artifact)
         return artifact
-    with progress.stage("preparing rounding", 1) as stage:
-        quantizers = damage.quantizers(analysis.statistics)
-        stage.advance()
-    fill(quantizers, analysis.key)
+    fill(analysis.rounding(), analysis.key)
     with cache.new_entry(key) as directory:
         if directory is not None:
             shutil.copyfile(artifact, directory / artifact.name)

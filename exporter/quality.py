@@ -82,7 +82,8 @@ def measure(
     text = evaluation_text(evaluation)
     windows = _windows(text, checkpoint, artifact_context(artifact_path, checkpoint), tokens)
     length = max(len(window.tokens) for window in windows)
-    with open_reference(checkpoint, length, reference, progress, device=placement.device) as original:
+    read = [window.tokens for window in windows]
+    with open_reference(checkpoint, length, reference, progress, device=placement.device, windows=read) as original:
         engine = load_engine(artifact_path, engine_options(length, placement))
         try:
             comparison = compare_models(original, EngineModel(engine), windows, progress)

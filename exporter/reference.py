@@ -1,7 +1,8 @@
 """The unquantised model that an artefact is measured against.
 
-With torch and transformers installed it is transformers in float32, on a GPU when torch sees one that holds it, an
-implementation that shares nothing with the engine; otherwise the same checkpoint, unquantised, in the engine itself.
+With torch and transformers installed it is transformers in float32, on a GPU when torch sees one that holds it, layer
+by layer where memory does not hold all of it: an implementation that shares nothing with the engine. Otherwise it is
+the same checkpoint, unquantised, in the engine itself.
 The manifest says which. No code from a checkpoint is ever run, and nothing is downloaded.
 """
 
@@ -10,16 +11,12 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
-import re
 import shutil
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
-
-import numpy as np
 
 from edgelm.bundle import TensorPlan
 from edgelm.errors import CheckpointError, DoesNotFitError, MissingDependencyError
@@ -30,13 +27,20 @@ from exporter.architectures import describe
 from exporter.architectures.base import ModelDescription, TensorDescription
 from exporter.checkpoint import Checkpoint, weight_type
 from exporter.device import DeviceChoice, exact_float32, memory_errors, resolve_device
-from exporter.ggml import Floats
 from exporter.gguf import write_gguf
+from exporter.layerwise import layers_obstacle, open_layerwise_scoring
 from exporter.tokenizer import read_tokenizer
+from exporter.transformers_model import (
+    decoder_class,
+    llama_from_gguf,
+    load_directory,
+    loading_obstacle,
+    quiet_transformers,
+)
 from runtime.engine import Chunk, Engine, EngineOptions, Logits
 from runtime.engines.llamacpp import load_engine
 from runtime.engines.llamacpp_inputs import InputSquares
-from targets.host import available_memory, default_threads
+from targets.host import available_memory
 
 BATCH = 128
 """Tokens per step of either model: their logits and those of the artefact are in memory at the same time."""
@@ -138,12 +142,14 @@ def open_reference(
     progress: Progress,
     *,
     device: DeviceChoice = "auto",
+    windows: Sequence[Sequence[int]] = (),
 ) -> Iterator[ScoringModel]:
     """The reference for a checkpoint with room for ``context`` tokens.
 
-    ``auto`` takes transformers when it is installed, knows the model and its float32 weights fit into memory.
-    ``device`` is where transformers computes. Raises ``CheckpointError`` when an explicit choice is impossible,
-    ``DoesNotFitError`` when memory or disk is too small, and what ``resolve_device`` raises.
+    ``auto`` takes transformers when it is installed and knows the model. Where its float32 weights do not fit into
+    memory it computes ``windows`` layer by layer; that needs to know all that will be read. ``device`` is where
+    transformers computes. Raises ``CheckpointError`` when an explicit choice is impossible, ``DoesNotFitError`` when
+    memory or disk is too small, and what ``resolve_device`` raises.
     """
     description = describe(checkpoint, "onnx")  # what the model is, not what llama.cpp can hold
     if choice != "engine":
@@ -152,10 +158,14 @@ def open_reference(
             with _computing(description, device) as place:
                 yield _open_transformers(checkpoint, description, place, progress)
             return
+        if windows and layers_obstacle(checkpoint, description, available_memory()) is None:
+            with open_layerwise_scoring(checkpoint, windows, progress, device=device) as model:
+                yield model
+            return
         if choice == "transformers" or device == "cuda":
             raise CheckpointError(f"transformers cannot be the reference: {obstacle}")
-    with _open_engine(checkpoint, describe(checkpoint), context, progress) as model:
-        yield model
+    with _open_engine(checkpoint, describe(checkpoint), context, progress) as in_engine:
+        yield in_engine
 
 
 # --- transformers
@@ -218,52 +228,13 @@ def transformers_obstacle(checkpoint: Checkpoint) -> str | None:
 
 def _transformers_obstacle(checkpoint: Checkpoint, description: ModelDescription) -> str | None:
     """Why transformers cannot compute this checkpoint here, None when it can."""
-    for package in ("torch", "transformers"):
-        if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed"
+    obstacle = loading_obstacle(checkpoint, description)
+    if obstacle is not None:
+        return obstacle
     needed_bytes, available = _float32_bytes(description) * _OVERHEAD, available_memory()
     if needed_bytes > int(available.value):
         return f"it needs {format_bytes(needed_bytes)} of memory, there are {format_bytes(int(available.value))}"
-    if description.dimensions.differing:
-        return "its layers differ in width, which transformers cannot load"
-    if checkpoint.source.kind == "huggingface":
-        part = checkpoint.config.get("text_config")
-        for kind in (checkpoint.architecture, part.get("model_type") if isinstance(part, Mapping) else None):
-            if isinstance(kind, str) and not _knows(kind):
-                return f"the installed version does not know models of type '{kind}'"
-    if checkpoint.source.kind == "gguf":
-        unknown = [item.name for item in description.tensors if _transformers_name(item.name) is None]
-        if description.architecture != "llama" or unknown:
-            return f"a GGUF file with {unknown[0] if unknown else description.architecture} is not translated for it"
     return None
-
-
-def _knows(model_type: str) -> bool:
-    with quiet_transformers():
-        from transformers import CONFIG_MAPPING
-
-        return model_type in CONFIG_MAPPING
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """As many threads as the host allows, no progress bars and no notes on stderr; all as before afterwards."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # both warn about their own imports; none of it is the user's
-        import torch
-        import transformers
-    logging = transformers.utils.logging
-    threads, verbosity, bars = torch.get_num_threads(), logging.get_verbosity(), logging.is_progress_bar_enabled()
-    torch.set_num_threads(int(default_threads()[1].value))
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _open_transformers(
@@ -277,116 +248,12 @@ def _open_transformers(
 def _load_transformers(checkpoint: Checkpoint, description: ModelDescription, place: str, progress: Progress) -> Any:
     with progress.stage("loading the reference", 1) as stage:
         if checkpoint.source.kind == "gguf":
-            model = _llama_from_gguf(checkpoint, description)
+            model = llama_from_gguf(checkpoint, description)
         else:
             model = load_directory(checkpoint.source.path, decoder_class(checkpoint.architecture))
         model.eval().to(place)
         stage.advance()
     return model
-
-
-def decoder_class(model_type: str) -> Any:
-    """The class of transformers that loads decoders of a type, some of which also see."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return AutoModelForCausalLM if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
-
-
-def load_directory(directory: Path, kind: Any) -> Any:
-    """A model in float32 by a class of transformers: no code of the checkpoint, no pickles, no network.
-
-    Raises ``CheckpointError`` when transformers cannot load it.
-    """
-    import torch
-
-    try:
-        return kind.from_pretrained(
-            directory,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation="eager",
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise CheckpointError(f"transformers cannot load {directory}: {str(error).splitlines()[0]}") from error
-
-
-# Names in a GGUF of the llama family -> names in transformers, without layer and suffix.
-_GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_GGUF_NAME = re.compile(r"(?:blk\.(\d+)\.)?([a-z_]+)\.weight")
-
-
-def _transformers_name(name: str) -> str | None:
-    match = _GGUF_NAME.fullmatch(name)
-    if match is None:
-        return None
-    layer, role = match.groups()
-    if layer is None:
-        return f"{_GLOBAL_NAMES[role]}.weight" if role in _GLOBAL_NAMES else None
-    return f"model.layers.{layer}.{_LAYER_NAMES[role]}.weight" if role in _LAYER_NAMES else None
-
-
-def _llama_from_gguf(checkpoint: Checkpoint, description: ModelDescription) -> Any:
-    """The weights of a llama GGUF, dequantised one by one into transformers' own Llama."""
-    import torch
-    from transformers import LlamaForCausalLM
-
-    with torch.device("meta"):
-        model = LlamaForCausalLM(_llama_config(description))
-    dimensions = description.dimensions
-    names = {name: _transformers_name(name) for name in checkpoint.tensors}
-    state = {}
-    for name, target in names.items():
-        values = checkpoint.load(name)
-        if ".attn_q." in name or ".attn_k." in name:
-            values = _halves(values, dimensions.head_size)
-        state[target] = torch.from_numpy(values)
-    if dimensions.tied:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state, strict=True, assign=True)
-    model.tie_weights()  # assigned one by one, a tied table would be two parameters, and twice in a GPU's memory
-    # Not part of the weights, so still without values: the frequencies, which follow from the configuration.
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
-    return model
-
-
-def _llama_config(description: ModelDescription) -> Any:
-    from transformers import LlamaConfig
-
-    dimensions, metadata = description.dimensions, description.metadata
-    return LlamaConfig(
-        vocab_size=dimensions.vocabulary,
-        hidden_size=dimensions.hidden,
-        intermediate_size=dimensions.feed_forward,
-        num_hidden_layers=dimensions.layers,
-        num_attention_heads=dimensions.heads,
-        num_key_value_heads=dimensions.kv_heads,
-        head_dim=dimensions.head_size,
-        max_position_embeddings=dimensions.context_trained,
-        rms_norm_eps=metadata["llama.attention.layer_norm_rms_epsilon"],
-        rope_theta=metadata.get("llama.rope.freq_base", 10000.0),
-        tie_word_embeddings=dimensions.tied,
-        attn_implementation="eager",
-    )
-
-
-def _halves(rows: Floats, head_size: int) -> Floats:
-    """Undo the order of rows in a llama GGUF, where rotation partners are neighbours: two halves per head instead."""
-    pairs = rows.reshape(-1, head_size // 2, 2, rows.shape[-1])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
 
 # --- the engine
@@ -486,31 +353,6 @@ def _float32_bytes(description: ModelDescription) -> int:
 
 
 # --- for what else looks inside
-
-
-def transformers_name(name: str) -> str | None:
-    """The name in transformers of a tensor of a llama GGUF, None when it has none there."""
-    return _transformers_name(name)
-
-
-def module_of(model: Any, checkpoint: Checkpoint, tensor: TensorDescription) -> Any:
-    """The module of a transformers model that multiplies by a tensor of the artefact.
-
-    It is called as in the checkpoint, perhaps below another prefix: beside its embedding, so that what a model sees
-    with is not taken for what it speaks with. Raises ``CheckpointError``.
-    """
-    name = tensor.source_name
-    if checkpoint.source.kind == "gguf":
-        name = transformers_name(tensor.name) or name
-    modules, table = dict(model.named_modules()), model.get_input_embeddings()
-    beside = next((path for path, module in modules.items() if module is table), "").rpartition(".")[0]
-    parts = name.removesuffix(".weight").split(".")
-    for start in range(len(parts)):
-        path = ".".join(parts[start:])
-        for candidate in (path, f"{beside}.{path}"):
-            if candidate in modules:
-                return modules[candidate]
-    raise CheckpointError(f"transformers has no module {'.'.join(parts)}: what {tensor.name} reads cannot be measured")
 
 
 def torch_obstacle(checkpoint: Checkpoint) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,16 +32,28 @@ _DAMPING_ATTEMPTS = 6
 _DIRECT_INVERSE = 96
 
 
+class Compensating(Protocol):
+    """What a matrix's columns can do for one another, wherever it is kept."""
+
+    @property
+    def importance(self) -> Floats:
+        """The cost (columns) of an error in each column after the later ones have made up for it."""
+        ...
+
+    def rows(self, start: int, stop: int) -> Floats:
+        """Rows of the factor, from the diagonal on: (stop - start, columns - start). Within one block of a type."""
+        ...
+
+
 @dataclass(frozen=True)
 class Compensation:
-    """What a matrix's columns can do for one another: the upper Cholesky factor of the inverse moment.
-
-    ``factor`` (columns, columns) is upper triangular, ``importance`` (columns) is the cost of an error in each column
-    after the later ones have made up for it.
-    """
+    """``Compensating`` in memory: the upper Cholesky factor (columns, columns) of the inverse moment."""
 
     factor: Floats
     importance: Floats
+
+    def rows(self, start: int, stop: int) -> Floats:
+        return self.factor[start:stop, start:]
 
 
 def compensation(moment: Floats, damping: float = DAMPING) -> Compensation:
@@ -48,19 +61,21 @@ def compensation(moment: Floats, damping: float = DAMPING) -> Compensation:
 
     A moment that rounding has left without an inverse gets more damping.
     """
-    plain = moment.astype(np.float64)
-    plain = (plain + plain.T) / 2
-    added = damping * float(np.trace(plain)) / len(plain) + 1e-12
+    damped = moment.astype(np.float64)
+    damped = damped + damped.T  # in place where that can be: of 8192 columns this is half a gigabyte
+    damped /= 2
+    diagonal = np.diag(damped).copy()
+    added = damping * float(np.trace(damped)) / len(damped) + 1e-12
     for _ in range(_DAMPING_ATTEMPTS):
         try:
-            damped = plain + added * np.eye(len(plain))
+            np.fill_diagonal(damped, diagonal + added)
             # With H = M M^T, M upper triangular, H^-1 = (M^-1)^T M^-1: its factor without the inverse itself.
             factor = _inverse_of_lower(np.linalg.cholesky(damped[::-1, ::-1]))[::-1, ::-1]
             break
         except np.linalg.LinAlgError:
             added *= 10
     else:
-        factor = np.eye(len(plain))  # nothing is known of how columns work together: plain rounding
+        factor = np.eye(len(damped))  # nothing is known of how columns work together: plain rounding
     importance = (1 / np.square(np.diag(factor))).astype(np.float32)
     return Compensation(np.ascontiguousarray(factor, dtype=np.float32), importance)
 
@@ -99,7 +114,7 @@ def supports(type_name: str) -> bool:
     return type_name in _LAYOUTS
 
 
-def quantize(rows: Floats, type_name: str, given: Compensation, out: Bytes | None = None) -> Bytes:
+def quantize(rows: Floats, type_name: str, given: Compensating, out: Bytes | None = None) -> Bytes:
     """Quantise float32 rows (n, columns) to the bytes of a type, errors compensated along each row.
 
     ``rows`` stays as it is. Same sizes and errors as ``ggml.quantize``.
@@ -114,10 +129,11 @@ def quantize(rows: Floats, type_name: str, given: Compensation, out: Bytes | Non
         importance = np.ascontiguousarray(given.importance[start:end])
         segment = np.ascontiguousarray(left[start:end].T)
         blocks = ggml.quantize(segment, type_name, importance=importance).reshape(count, kind.block_bytes)
-        errors = _round_block(left[start:end], blocks, layout, given.factor[start:end, start:end])
+        factor = given.rows(start, end)
+        errors = _round_block(left[start:end], blocks, layout, factor[:, :block])
         stored[:, index] = blocks
         if end < columns:
-            left[end:] -= given.factor[start:end, end:].T @ errors
+            left[end:] -= factor[:, block:].T @ errors
     if out is None:
         return stored.reshape(-1)
     out[:] = stored.reshape(-1)

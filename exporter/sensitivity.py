@@ -11,7 +11,7 @@ collected for as many layers at a time as memory allows. Needs torch; knows no s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,12 +25,13 @@ from exporter.architectures.base import ModelDescription, TensorDescription, ord
 from exporter.checkpoint import Checkpoint
 from exporter.device import DeviceChoice
 from exporter.mixes import WeightShape, is_quantizable
-from exporter.reference import module_of, open_torch_model
+from exporter.reference import open_torch_model
+from exporter.transformers_model import module_of
 from targets.host import available_memory
 
 Floats = npt.NDArray[np.float32]
 MOMENTS_LIMIT_BYTES = 2 * 2**30
-_SEED = 20_231
+LABELS_SEED = 20_231
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
 
@@ -54,7 +55,7 @@ class TensorStatistics:
 
 
 @dataclass
-class _Sums:
+class Sums:
     """What hooks add to while windows run."""
 
     tokens: int = 0
@@ -65,17 +66,18 @@ class _Sums:
 
 
 @dataclass
-class _Collector:
+class Collector:
     """Hooks on the linear layers of one pass: ``modules`` by tensor, and which of a module's outputs are the tensor's
     rows (a module may hold two tensors)."""
 
     modules: Mapping[str, tuple[Any, slice]]
-    sums: dict[str, _Sums] = field(default_factory=dict)
+    sums: dict[str, Sums] = field(default_factory=dict)
 
     def attach(self) -> list[Any]:
+        """Begin to collect; handles that end it again."""
         handles = []
         for name, (module, _) in self.modules.items():
-            self.sums[name] = _Sums()
+            self.sums[name] = Sums()
             handles.append(module.register_forward_hook(self._forward_hook(name)))
         return handles
 
@@ -117,9 +119,7 @@ def collect(
     decides between two neighbours. Raises ``CheckpointError``, ``MissingDependencyError`` and ``DoesNotFitError``.
     """
     description = describe(checkpoint)
-    matrices = {item.name: item for item in description.tensors if is_quantizable(WeightShape(item.name, item.shape))}
-    body = [name for name in matrices if name not in (_EMBEDDING, _HEAD)]
-    head = _EMBEDDING if description.dimensions.tied else _HEAD
+    matrices, body, head = measured_tensors(description)
     found: dict[str, TensorStatistics] = {}
     with open_torch_model(checkpoint, progress, device=device) as model:
         for parameter in model.parameters():
@@ -128,13 +128,20 @@ def collect(
         total = len(groups) * sum(len(window) for window in windows)
         with progress.stage("measuring sensitivity", total, unit="tokens") as stage:
             for index, group in enumerate(groups):
-                modules = {name: _place(model, checkpoint, matrices[name]) for name in group}
-                run = _Pass(model, _Collector(modules), head if index == 0 else None)
+                modules = {name: place_of(model, checkpoint, matrices[name]) for name in group}
+                run = Pass(model, Collector(modules), head if index == 0 else None)
                 run.over(windows, stage)
-                found.update(_finished(run, group, matrices, description, checkpoint))
+                found.update(finished(run.collector, group, matrices, description, checkpoint))
                 if index == 0:
-                    found.update(_outer(run, head, description))
+                    found.update(outer_statistics(run, statistics_of(run.head_sums), head, description))
     return found
+
+
+def measured_tensors(description: ModelDescription) -> tuple[dict[str, TensorDescription], list[str], str]:
+    """Every matrix that can be quantised, the names of those within layers, and the name of the head's."""
+    matrices = {item.name: item for item in description.tensors if is_quantizable(WeightShape(item.name, item.shape))}
+    head = _EMBEDDING if description.dimensions.tied else _HEAD
+    return matrices, [name for name in matrices if name not in (_EMBEDDING, _HEAD)], head
 
 
 def memory_obstacle(checkpoint: Checkpoint) -> str | None:
@@ -169,23 +176,24 @@ def _groups(names: Sequence[str], columns: Mapping[str, int], limit_bytes: int) 
     return groups
 
 
-def _place(model: Any, checkpoint: Checkpoint, item: TensorDescription) -> tuple[Any, slice]:
+def place_of(model: Any, checkpoint: Checkpoint, item: TensorDescription) -> tuple[Any, slice]:
+    """The module that multiplies by a tensor, and which of its outputs are the tensor's rows."""
     return module_of(model, checkpoint, item), slice(item.skipped, item.skipped + item.shape[0])
 
 
-class _Pass:
+class Pass:
     """Forward and backward over all windows, with hooks on one group of layers."""
 
-    def __init__(self, model: Any, collector: _Collector, head: str | None) -> None:
+    def __init__(self, model: Any, collector: Collector, head: str | None) -> None:
         self.model, self.collector, self.head = model, collector, head
-        self.head_sums = _Sums()
+        self.head_sums = Sums()
         self.lookup_counts: Any = None
         self.lookup_squares: Any = 0.0
 
     def over(self, windows: Sequence[Sequence[int]], stage: Stage) -> None:
         import torch
 
-        generator = torch.Generator().manual_seed(_SEED)
+        generator = torch.Generator().manual_seed(LABELS_SEED)
         handles = self.collector.attach()
         try:
             for window in windows:
@@ -196,10 +204,16 @@ class _Pass:
                 handle.remove()
 
     def _window(self, ids: Any, generator: Any) -> None:
-        import torch
-
         table = self.model.get_input_embeddings()
         embedded = table(ids).detach().requires_grad_(True)
+        self.read(lambda: self.model(inputs_embeds=embedded, use_cache=False).logits, generator)
+        if self.head is not None:
+            self.add_lookup(ids, embedding_factor(table, ids, embedded), embedded.grad)
+
+    def read(self, answer: Callable[[], Any], generator: Any) -> None:
+        """Let the model compute the logits (1, tokens, vocabulary) of a window, draw labels and send gradients back."""
+        import torch
+
         final: list[Any] = []
         raw: list[Any] = []
         head = self.model.get_output_embeddings()
@@ -208,35 +222,43 @@ class _Pass:
             head.register_forward_hook(lambda _module, _inputs, output: raw.append(output)),
         ]
         try:
-            answer = self.model(inputs_embeds=embedded, use_cache=False).logits
+            answered = answer()
         finally:
             for handle in handles:
                 handle.remove()
-        logits = answer[0].float()
+        logits = answered[0].float()
         # The loss is a sum: every position's label sends its gradient to all earlier tokens.
         with torch.no_grad():
             probabilities = torch.softmax(logits, dim=-1)
             labels = _sampled(probabilities, generator)
         if self.head is not None:
-            self._add_head(final[0][0].float(), probabilities, _slope(answer, raw[0]))
+            self._add_head(final[0][0].float(), probabilities, _slope(answered, raw[0]))
         with torch.no_grad():
             # d(-log p[label]) / d logits is softmax minus one-hot; given directly, the log-softmax needs no graph.
             probabilities.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=probabilities.dtype))
         logits.backward(probabilities)
-        if self.head is not None:
-            counts = torch.bincount(ids[0], minlength=logits.shape[-1]).float()
-            self.lookup_counts = counts if self.lookup_counts is None else self.lookup_counts + counts
-            # Some families multiply what is looked up inside the embedding.
-            factor = embedded.detach().square().sum() / table.weight[ids].square().sum().clamp_(min=1e-30)
-            self.lookup_squares = self.lookup_squares + factor * embedded.grad[0].float().square().sum(dim=0)
+
+    def add_lookup(self, ids: Any, factor: Any, gradient: Any) -> None:
+        """Count the looked up rows of a window and the squared gradients (1, tokens, columns) of what came out."""
+        import torch
+
+        rows = len(self.model.get_input_embeddings().weight)
+        counts = torch.bincount(ids[0], minlength=rows).float()
+        self.lookup_counts = counts if self.lookup_counts is None else self.lookup_counts + counts
+        self.lookup_squares = self.lookup_squares + factor * gradient[0].float().square().sum(dim=0)
 
     def _add_head(self, inputs: Any, probabilities: Any, slope: Any) -> None:
         """The head's Fisher information needs no sampled labels: the variance of each label is p (1 - p)."""
         variances = probabilities * (1 - probabilities) * slope**2
-        collector = _Collector({}, {"head": self.head_sums})
+        collector = Collector({}, {"head": self.head_sums})
         collector.add("head", inputs, variances.sum(dim=1), variances.sum(dim=0))
         self.head_sums.tokens += len(inputs)
         self.head_sums.squares = self.head_sums.squares + inputs.double().square().sum(dim=0)
+
+
+def embedding_factor(table: Any, ids: Any, embedded: Any) -> Any:
+    """The square of what some families multiply rows by inside the embedding, 1 for all others."""
+    return embedded.detach().square().sum() / table.weight[ids].square().sum().clamp_(min=1e-30)
 
 
 def _slope(logits: Any, raw: Any) -> Any:
@@ -258,7 +280,7 @@ def _sampled(probabilities: Any, generator: Any) -> Any:
     return torch.searchsorted(reached, drawn).clamp_(max=reached.shape[1] - 1)
 
 
-def _statistics(sums: _Sums, item: TensorDescription | None = None) -> TensorStatistics:
+def statistics_of(sums: Sums, item: TensorDescription | None = None) -> TensorStatistics:
     rows: Floats = (sums.rows / max(sums.tokens, 1)).cpu().numpy().astype(np.float32)
     if item is not None:  # a weight that is stored s times as large has gradients of one s-th
         rows = ordered_rows(rows, item) / np.float32(item.scale**2)
@@ -270,32 +292,31 @@ def _statistics(sums: _Sums, item: TensorDescription | None = None) -> TensorSta
     )
 
 
-def _finished(
-    run: _Pass,
+def finished(
+    collector: Collector,
     group: Sequence[str],
     matrices: Mapping[str, TensorDescription],
     description: ModelDescription,
     checkpoint: Checkpoint,
 ) -> Iterator[tuple[str, TensorStatistics]]:
+    """What was collected of a group of matrices, as the artefact has their rows."""
     for name in group:
         item = matrices[name]
         if checkpoint.source.kind == "gguf" and (".attn_q." in name or ".attn_k." in name):
             # The file has the artefact's order, transformers its own.
             item = replace(item, interleave=description.dimensions.head_size)
-        yield name, _statistics(run.collector.sums[name], item)
+        yield name, statistics_of(collector.sums[name], item)
 
 
-def _outer(run: _Pass, head: str, description: ModelDescription) -> dict[str, TensorStatistics]:
-    """Statistics of the head and of the embedding; one tensor when they are tied."""
-    output = _statistics(run.head_sums)
+def outer_statistics(
+    run: Pass, output: TensorStatistics, head: str, description: ModelDescription
+) -> dict[str, TensorStatistics]:
+    """Statistics of the head and of the embedding; one tensor when they are tied. ``output`` are those of the head, and
+    the pass knows what was looked up."""
     counts = run.lookup_counts.cpu().numpy()
-    squares = (run.lookup_squares / run.head_sums.tokens).cpu().numpy()
+    squares = (run.lookup_squares / output.tokens).cpu().numpy()
     if description.dimensions.tied:
-        return {
-            head: TensorStatistics(
-                output.tokens, output.input_squares, output.moment, output.row_weights, counts, squares
-            )
-        }
+        return {head: replace(output, lookup_counts=counts, lookup_weights=squares)}
     lookup = TensorStatistics(output.tokens, lookup_counts=counts, lookup_weights=squares)
     return {head: output, _EMBEDDING: lookup}
 

@@ -27,8 +27,8 @@ from exporter.architectures import describe
 from exporter.architectures.base import ModelDescription
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
 from exporter.gguf import write_gguf
-from exporter.reference import decoder_class
 from exporter.tokenizer import read_tokenizer
+from exporter.transformers_model import decoder_class
 from runtime.engine import Chunk, EngineOptions
 from runtime.engines.llamacpp import load_engine, load_library
 from tests.tiny_models import write_tokenizer

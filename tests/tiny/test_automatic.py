@@ -12,7 +12,7 @@ import pytest
 from edgelm.bundle import Choice
 from edgelm.errors import DoesNotFitError, UsageError
 from edgelm.progress import SILENT
-from exporter import analysis, damage, pipeline, sensitivity
+from exporter import analysis, damage, measuring_way, pipeline, sensitivity
 from exporter.architectures import describe
 from exporter.calibration import QUESTIONS, open_calibration
 from exporter.checkpoint import open_checkpoint, open_source
@@ -151,7 +151,8 @@ def test_without_torch_rounding_is_weighed_by_what_the_engine_sees(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EDGELM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(pipeline, "torch_obstacle", lambda _checkpoint: "torch is not installed")
+    refusal = Choice(value="none", reason="torch is not installed")
+    monkeypatch.setattr(pipeline, "measuring_way", lambda _checkpoint: refusal)
     largest = prepare(ExportOptions(str(model), quant="Q8_0")).plan.artifact_bytes
     found = prepare(ExportOptions(str(model), quant="auto", max_artifact_bytes=largest - 20_000))
     assert "types were not measured: torch is not installed" in found.plan.notes
@@ -171,12 +172,13 @@ def test_without_torch_rounding_is_weighed_by_what_the_engine_sees(
 
 def test_a_machine_too_small_for_the_statistics_says_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(open_source(str(model)))
-    assert pipeline.measuring_obstacle(ExportOptions(str(model)), checkpoint) is None
+    assert pipeline.way_of(ExportOptions(str(model)), checkpoint).value == "whole"
     weights = describe(checkpoint).parameters * 4
-    monkeypatch.setattr(sensitivity, "available_memory", lambda: Choice(value=weights, reason="made up"))
-    told = pipeline.measuring_obstacle(ExportOptions(str(model)), checkpoint)
-    assert told is not None
-    assert "what every matrix reads takes" in told
+    for module in (sensitivity, measuring_way):
+        monkeypatch.setattr(module, "available_memory", lambda: Choice(value=weights, reason="made up"))
+    way = pipeline.way_of(ExportOptions(str(model)), checkpoint)
+    assert way.value == "none"
+    assert "of memory even layer by layer" in way.reason
 
 
 def test_the_engine_sees_what_torch_sees(model: Path) -> None:

@@ -185,7 +185,7 @@ def test_sensitivity_is_measured_where_the_model_is(meta_model: Any, monkeypatch
         "blk.0.attn_q.weight": "model.layers.0.self_attn.q_proj",
     }
     modules = {name: (meta_model.get_submodule(place), slice(None)) for name, place in names.items()}
-    run = sensitivity._Pass(meta_model, sensitivity._Collector(modules), "token_embd.weight")
+    run = sensitivity.Pass(meta_model, sensitivity.Collector(modules), "token_embd.weight")
     with SILENT.stage("measuring", 1) as stage:
         run.over([range(3, 35), range(60, 92)], stage)
     sums = [*run.collector.sums.values(), run.head_sums]

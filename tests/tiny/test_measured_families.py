@@ -16,7 +16,7 @@ from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
 from exporter.gguf import write_gguf
 from exporter.mixes import WeightShape, is_quantizable
 from exporter.options import ExportOptions
-from exporter.pipeline import export, measuring_obstacle
+from exporter.pipeline import export, way_of
 from exporter.tokenizer import read_tokenizer
 from runtime.engine import Chunk, EngineOptions
 from runtime.engines.llamacpp import load_engine
@@ -108,7 +108,7 @@ def _logits(checkpoint: Checkpoint, path: Path, disturbed: dict[str, ggml.Floats
 def test_sensitivity_tells_what_an_error_in_each_matrix_does(row: Row, tmp_path: Path) -> None:
     make_checkpoint(row, tmp_path / "model", gain=1.0)
     checkpoint = open_checkpoint(open_source(str(tmp_path / "model")))
-    assert measuring_obstacle(ExportOptions(str(tmp_path / "model")), checkpoint) is None
+    assert way_of(ExportOptions(str(tmp_path / "model")), checkpoint).value == "whole"
     statistics = sensitivity.collect(checkpoint, _windows(), SILENT)
     matrices = [item for item in describe(checkpoint).tensors if is_quantizable(WeightShape(item.name, item.shape))]
     assert set(statistics) == {item.name for item in matrices}

@@ -15,7 +15,7 @@ RECORD = CalibrationRecord(text="t", text_sha256="0" * 64, tokens=1)
 
 
 def _analysis(*knots: tuple[float, float]) -> Analysis:
-    return Analysis("key", RECORD, {}, knots, {})
+    return Analysis("key", RECORD, {}, knots, dict)
 
 
 def test_prediction_goes_through_what_was_measured() -> None:
