@@ -20,6 +20,7 @@ from edgelm.bundle import Quality, TokenIdentity, open_bundle
 from edgelm.cli.app import run_cli
 from edgelm.errors import BundleError, CheckpointError, DoesNotFitError, EdgelmError, ProofError, UsageError
 from exporter import pipeline
+from exporter.device import ON_CPU, Placement
 from exporter.options import ExportOptions
 from exporter.pipeline import export
 from tests.tiny_models import make_tiny_llama
@@ -81,9 +82,9 @@ def measured(monkeypatch: pytest.MonkeyPatch, kl_mean: float) -> list[Any]:
     asked: list[Any] = []
 
     def measure(
-        artifact: Path, checkpoint: Any, identity: TokenIdentity, evaluation: Path | None, _: Any, device: str
+        artifact: Path, checkpoint: Any, identity: TokenIdentity, evaluation: Path | None, _: Any, placement: Placement
     ) -> Quality:
-        assert device == "auto"
+        assert placement == ON_CPU
         asked.append((artifact.name, evaluation))
         return Quality(
             reference="transformers",
