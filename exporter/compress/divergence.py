@@ -27,10 +27,12 @@ def terms(expected: Any, found: Any, scale: float, share: float) -> tuple[Any, A
     """
     import torch
 
-    wanted, got = (torch.log_softmax(item.float() * scale, dim=-1) for item in (expected, found))
+    scaled = (item if scale == 1 else item.float() * scale for item in (expected, found))
+    wanted, got = (torch.log_softmax(item, dim=-1, dtype=torch.float32) for item in scaled)
     probabilities = wanted.exp()
-    gradient = (got.exp() - probabilities) * share
-    return (probabilities * (wanted - got)).sum(dim=-1), gradient.to(found.dtype)
+    # In place: on a CPU every further array of a block is another pass through memory.
+    kl = wanted.sub_(got).mul_(probabilities).sum(dim=-1)
+    return kl, got.exp_().sub_(probabilities).mul_(share).to(found.dtype)
 
 
 @cache

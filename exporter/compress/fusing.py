@@ -14,7 +14,10 @@ from typing import Any
 
 @contextmanager
 def fused_layers(models: Sequence[Any], device: Any) -> Iterator[None]:
-    """Inside, layers of ``models`` are compiled when ``device`` is a GPU; afterwards they are as they were."""
+    """Inside, layers of ``models`` are compiled when ``device`` is a GPU; afterwards they are as they were.
+
+    Whatever cannot be compiled inside, theirs or others' functions, is computed as it was written.
+    """
     if device.type != "cuda":
         yield
         return

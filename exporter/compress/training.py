@@ -29,11 +29,11 @@ from exporter.compress.fusing import fused_layers
 from exporter.device import computing_in_bfloat16, is_out_of_memory, rounded_products
 from targets.host import available_memory
 
+_BETAS = (0.9, 0.95)
 _CLIP = 1.0
 _WARM_UP = 0.05  # of all steps
 _LAST_RATE = 0.1  # of the highest
 _STATE, _TENSORS = "state.json", "state-{step}.safetensors"
-_BETAS = (0.9, 0.95)
 _SAVE_EVERY_S = 60.0
 _FLOAT32_BYTES = 4
 # Arrays that are in memory at once, counted in PyTorch's code: gradient and both moments of AdamW of each weight; of
@@ -150,9 +150,8 @@ class Trainer:
 
     def _fused(self) -> AbstractContextManager[None]:
         """Layers computed as fast as the device can; as they are where something looks into them."""
-        if self._options.hidden_weight > 0 or self._options.attention_weight > 0:
-            return nullcontext()
-        return fused_layers((self._teacher, self._state.student), self._device)
+        looked_into = self._options.hidden_weight > 0 or self._options.attention_weight > 0
+        return fused_layers(() if looked_into else (self._teacher, self._state.student), self._device)
 
     def _tell(self, stage: Stage, tokens: int) -> None:
         latest = self._state.curve[-1]
