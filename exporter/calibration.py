@@ -221,13 +221,13 @@ def _own_words(
 
 
 def opening_of_a_turn(words: SourceTokenizer) -> tuple[int, ...]:
-    """Tokens that stand before what a user says first; none for models without a template, or one that refuses."""
+    """Tokens that stand before what a user says first; none for models without a template, or one that cannot."""
     if words.chat_template is None:
         return ()
-    template = ChatTemplate(words.chat_template, _special_tokens(words))
     try:
+        template = ChatTemplate(words.chat_template, _special_tokens(words))
         text = template.render([{"role": "user", "content": _SAID}], add_generation_prompt=False)
-    except UsageError:
+    except (BundleError, UsageError):
         return ()
     before, found, _ = text.partition(_SAID)
     ids = open_tokenizer(words.tokenizer_json, "tokenizer.json").encode(before, add_special_tokens=False).ids

@@ -59,9 +59,9 @@ def from_texts(paths: Sequence[Path | None], words: SourceTokenizer, length: int
     return Corpus(windows, tuple(sources))
 
 
-def written_by_teacher(windows: Ids, seed: int) -> Corpus:
+def written_by_teacher(windows: Ids, how: str, seed: int) -> Corpus:
     """What the teacher wrote, with what the model card says of it."""
-    return Corpus(windows, (f"the teacher's own words: {windows.size} tokens, seed {seed}",))
+    return Corpus(windows, (f"the teacher's own words: {windows.size} tokens, {how}, seed {seed}",))
 
 
 def together(one: Corpus, other: Corpus) -> Corpus:

@@ -23,7 +23,7 @@ from exporter.compress.run import OWN_WORDS, WRITTEN, Run
 from exporter.compress.shape import Shape
 from exporter.compress.training import Trainer, TrainingOptions
 from exporter.compress.vocabulary import VocabularyCut
-from exporter.compress.writing import own_words, starts
+from exporter.compress.writing import own_words, starts, told
 from exporter.device import DeviceChoice, memory_errors
 from exporter.quality import Window, compare_models, cut_windows
 from exporter.reference import ScoringModel, TransformersModel, open_torch_model
@@ -72,20 +72,19 @@ class Decoders:
             return corpus, None
         shared = max(1, round(total * options.own_share / length))
         own = min(shared, max(1, round((options.own_tokens or total) / length)))
-        path = run.state / OWN_WORDS
+        path, kinds = run.state / OWN_WORDS, starts(opening_of_a_turn(run.words), length)
         if path.is_file():
-            written = data.written_by_teacher(np.load(path, allow_pickle=False), options.seed)
+            words = np.load(path, allow_pickle=False)
         else:
             with memory_errors("one sequence that the teacher writes", "try a shorter --length, or --device cpu"):
                 words = own_words(
-                    teacher, own + _HELD_OUT, length, options.seed, starts(opening_of_a_turn(run.words)),
-                    run.state / WRITTEN, run.progress,
-                )  # fmt: skip
-            written = data.written_by_teacher(words, options.seed)
+                    teacher, own + _HELD_OUT, length, options.seed, kinds, run.state / WRITTEN, run.progress
+                )
             partial = path.with_name(f".partial.{path.name}")
-            np.save(partial, written.windows)
+            np.save(partial, words)
             partial.replace(path)
             shutil.rmtree(run.state / WRITTEN, ignore_errors=True)
+        written = data.written_by_teacher(words, told(kinds), options.seed)
         held_out = Corpus(written.windows[:_HELD_OUT], ())
         learned = Corpus(np.resize(written.windows[_HELD_OUT:], (shared, length)), written.sources)
         if options.own_share == 1:

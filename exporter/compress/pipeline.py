@@ -206,6 +206,11 @@ def _check(options: CompressOptions) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be above zero, not {value}")
     if not 0 <= options.own_share <= 1:
         raise UsageError(f"--own-share is a share from 0 to 1, not {options.own_share}")
+    if options.own_tokens is not None and options.own_share == 0:
+        raise UsageError(
+            "--own-tokens says how many of the teacher's own words are written, and none are asked for",
+            hint="give --own-share, too",
+        )
     limits = (options.min_decode_tps, options.max_ram_bytes, options.max_artifact_bytes)
     if any(limit is not None for limit in limits) and options.target is None:
         raise UsageError("limits of speed, memory or size need a --target that they hold for")

@@ -37,10 +37,18 @@ class Start:
     temperature: float
 
 
-def starts(opening: Sequence[int]) -> tuple[Start, ...]:
-    """What sequences take turns with; ``opening`` of a user's turn, empty for models without conversations."""
-    openings = dict.fromkeys(((), tuple(opening)))
+def starts(opening: Sequence[int], length: int) -> tuple[Start, ...]:
+    """What sequences of ``length`` tokens take turns with; ``opening`` of a user's turn, empty for models without
+    conversations. One that is half of a sequence is left out: there would be little else to learn from."""
+    openings = dict.fromkeys(((), tuple(opening) if 2 * len(opening) < length else ()))
     return tuple(Start(tokens, temperature) for temperature in _TEMPERATURES for tokens in openings)
+
+
+def told(kinds: Sequence[Start]) -> str:
+    """For the model card: what sequences take turns with."""
+    temperatures = ", ".join(f"{value:g}" for value in dict.fromkeys(kind.temperature for kind in kinds))
+    conversations = "half of them conversations, " if any(kind.opening for kind in kinds) else ""
+    return f"{conversations}temperatures {temperatures}"
 
 
 def own_words(

@@ -358,6 +358,7 @@ def test_what_is_trained_for_is_what_an_export_stores(teacher: Any) -> None:
         ({"neurons": 200}, "--neurons 200: the teacher has 96"),
         ({"heads": 3}, "2 heads share one head of keys"),
         ({"own_share": 1.5}, "from 0 to 1"),
+        ({"own_tokens": 1000}, "none are asked for"),
         ({"tokens": -1}, "--tokens"),
         ({"min_decode_tps": 5.0}, "--target"),
         ({"target": "host", "heads": 2}, "none of --layers, --neurons, --heads and --hidden"),

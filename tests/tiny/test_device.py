@@ -268,21 +268,25 @@ def test_words_go_on_after_the_batches_that_are_on_disk(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writing, "_CPU_BATCH", 4)
-    whole = writing.own_words(model, 10, 16, 7, writing.starts(()), tmp_path / "whole", SILENT)
+    whole = writing.own_words(model, 10, 16, 7, writing.starts((), 16), tmp_path / "whole", SILENT)
     assert whole.shape == (10, 16)
     assert len({tuple(row) for row in whole.tolist()}) == 10
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["0.npy", "4.npy", "8.npy"]
     (tmp_path / "whole" / "4.npy").rename(tmp_path / "4.npy")
     (tmp_path / "whole" / "8.npy").unlink()
-    assert np.array_equal(writing.own_words(model, 10, 16, 7, writing.starts(()), tmp_path / "whole", SILENT), whole)
+    assert np.array_equal(
+        writing.own_words(model, 10, 16, 7, writing.starts((), 16), tmp_path / "whole", SILENT), whole
+    )
     assert not np.array_equal(
-        writing.own_words(model, 10, 16, 8, writing.starts(()), tmp_path / "other", SILENT), whole
+        writing.own_words(model, 10, 16, 8, writing.starts((), 16), tmp_path / "other", SILENT), whole
     )
 
 
 def test_a_user_s_turn_is_opened_and_cool_words_are_the_likely_ones(model: Any, tmp_path: Path) -> None:
-    kinds = writing.starts((5, 6, 7))
+    kinds = writing.starts((5, 6, 7), 12)
     assert [bool(kind.opening) for kind in kinds] == [False, True, False, True]
+    assert not any(kind.opening for kind in writing.starts((5, 6, 7), 6))
+    assert writing.told(kinds) == "half of them conversations, temperatures 1, 0.7"
     rows = writing.own_words(model, 8, 12, 7, kinds, tmp_path / "warm", SILENT)
     assert (rows[1::2, :3] == (5, 6, 7)).all()
     assert len({tuple(row) for row in rows[1::2, 3:].tolist()}) == 4
@@ -300,7 +304,7 @@ def test_a_batch_that_does_not_fit_is_halved(model: Any, tmp_path: Path, monkeyp
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     model.register_forward_pre_hook(refuse_more_than_three)
-    assert len(writing.own_words(model, 6, 8, 7, writing.starts(()), tmp_path, SILENT)) == 6
+    assert len(writing.own_words(model, 6, 8, 7, writing.starts((), 16), tmp_path, SILENT)) == 6
     assert tried == [6, *[3] * 14]
 
 
