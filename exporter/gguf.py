@@ -26,9 +26,10 @@ from edgelm.errors import BundleError, CheckpointError
 from edgelm.progress import SILENT, Progress, Stage
 from edgelm.units import format_bytes
 from exporter import ggml
-from exporter.architectures.base import TensorDescription, interleave_rows, split_rows
+from exporter.architectures.base import TensorDescription, ordered_rows
 from exporter.checkpoint import Checkpoint, TensorReader, weight_type
 from exporter.gguf_header import encode_header, padded
+from exporter.safetensors_header import TensorHeader
 
 SLAB_ELEMENTS = 2**19
 
@@ -178,7 +179,8 @@ def _write_slabs(path: Path, sources: _Sources, slabs: Sequence[_Slab], threads:
     descriptor = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
     try:
         with TensorReader() as reader:
-            for file in {header.file for header in sources.checkpoint.tensors.values()}:
+            checkpoint = sources.checkpoint
+            for file in {header.file for header in (*checkpoint.tensors.values(), *checkpoint.finished.values())}:
                 reader.open(file)
             _run(_Worker(sources, reader, descriptor), slabs, threads, stage)
         os.fsync(descriptor)
@@ -231,10 +233,7 @@ class _Worker:
         size_bytes = rows * row_bytes
         first = (slab.start + slab.description.skipped) * row_bytes
         raw = self._reader.read(header, first, size_bytes, self._buffer("raw", size_bytes))
-        if slab.description.interleave:
-            raw = interleave_rows(raw.reshape(rows, row_bytes), slab.description.interleave).reshape(-1)
-        if slab.description.split:
-            raw = split_rows(raw.reshape(rows, row_bytes), slab.description.split).reshape(-1)
+        raw = ordered_rows(raw.reshape(rows, row_bytes), slab.description).reshape(-1)
         if source_type == slab.plan.type and not _changed(slab.description):
             if not ggml.is_valid(raw, source_type):
                 raise _not_finite(header.name)
@@ -245,6 +244,9 @@ class _Worker:
             raise _not_finite(header.name)
         floats = _values(floats, slab.description, rows, columns)
         out = self._buffer("out", slab.size_bytes)
+        finished = self._checkpoint.finished.get(header.name)
+        if finished is not None and finished.type == slab.plan.type and not _changed(slab.description):
+            return self._finished(finished, slab, floats, out)
         quantize = self._quantizers.get(slab.plan.name, ggml.quantize)
         data = quantize(floats.reshape(rows, columns), slab.plan.type, out)
         if not ggml.is_valid(data, slab.plan.type):  # scales of blocks are 16 bits wide
@@ -253,6 +255,18 @@ class _Worker:
                 hint=f"give it another type: --type '{slab.plan.name}=F32'",
             )
         return data
+
+    def _finished(self, header: TensorHeader, slab: _Slab, floats: ggml.Floats, out: ggml.Bytes) -> ggml.Bytes:
+        """Bytes that the numbers were trained for, which quantising them again might not find."""
+        row_bytes = header.shape[1]
+        raw = self._reader.read(header, (slab.start + slab.description.skipped) * row_bytes, slab.size_bytes, out)
+        raw = ordered_rows(raw.reshape(-1, row_bytes), slab.description).reshape(-1)
+        if not np.array_equal(ggml.dequantize(raw, header.type, floats.size), floats):
+            raise CheckpointError(
+                f"tensor {header.name} was changed after it was finished for {header.type}",
+                hint=f"remove {header.file.name} beside it to quantise it anew",
+            )
+        return raw
 
     def _buffer(self, name: str, size_bytes: int) -> ggml.Bytes:
         held: ggml.Bytes | None = getattr(self._buffers, name, None)

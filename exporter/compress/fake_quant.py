@@ -2,7 +2,8 @@
 
 The straight-through estimator (Bengio et al. 2013, arXiv:1308.3432): for a step each planned weight is replaced by what
 is left of it after quantising and dequantising, gradients are taken there, and applied to the full-precision weight.
-Quantising is libggml's own, so what is trained for is exactly what an export writes. Needs torch.
+Quantising is libggml's own, so what is trained for is exactly what an export writes, or goes to the nearest steps of a
+grid that a bundle stores (``grid``). Needs torch.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from exporter import ggml
+from exporter.compress.grid import Grid, on_grid
 from exporter.ggml import Floats
 from exporter.gguf import usable_cpus
 
@@ -22,24 +25,40 @@ _ROWS_BYTES = 2**20
 
 
 class FakeQuantizer:
-    """Quantises the named parameters of a model in place, for as long as a block runs. ``types``: name -> ggml type."""
+    """Quantises the named parameters of a model in place, for as long as a block runs. ``types``: name -> ggml type.
 
-    def __init__(self, model: Any, types: Mapping[str, str]) -> None:
+    Those in ``grids`` move to what their grid holds, and are quantised to its steps.
+    """
+
+    def __init__(self, model: Any, types: Mapping[str, str], grids: Mapping[str, Grid] = MappingProxyType({})) -> None:
         parameters = dict(model.named_parameters())
-        self._weights = {name: (parameters[name], kind) for name, kind in types.items()}
+        self._grids = {name: (parameters[name], on_grid(grid, parameters[name])) for name, grid in grids.items()}
+        self._weights = {name: (parameters[name], kind) for name, kind in types.items() if name not in grids}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, parameters hold their quantised values; afterwards their own again."""
-        kept = [weight.data for weight, _ in self._weights.values()]
+        weights = [weight for weight, _ in (*self._weights.values(), *self._grids.values())]
+        kept = [weight.data for weight in weights]
         changed = _all_quantized([(weight.data, kind) for weight, kind in self._weights.values()])
-        for (weight, _), values in zip(self._weights.values(), changed, strict=True):
+        changed += [grid(weight.data) for weight, grid in self._grids.values()]
+        for weight, values in zip(weights, changed, strict=True):
             weight.data = values
         try:
             yield
         finally:
-            for (weight, _), values in zip(self._weights.values(), kept, strict=True):
+            for weight, values in zip(weights, kept, strict=True):
                 weight.data = values
+
+    def settle(self) -> dict[str, Grid]:
+        """Put the parameters that have a grid onto it for good; what each is stored as, by name."""
+        import torch
+
+        found = {}
+        for name, (weight, grid) in self._grids.items():
+            found[name] = grid.stored(weight)
+            weight.data = torch.from_numpy(found[name].values()).to(weight.device, weight.dtype)
+        return found
 
 
 def quantized(values: Any, kind: str) -> Any:

@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgelm.bundle import file_record
+import numpy as np
+
+from edgelm.bundle import MANIFEST_NAME, file_record, read_manifest
 from edgelm.errors import CheckpointError, UsageError
 from edgelm.progress import SILENT, Progress
 from exporter import tokenizer
+from exporter.architectures import describe
 from exporter.calibration import read_conversations
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
 from exporter.compress import result, surgery
@@ -25,6 +28,7 @@ from exporter.compress.data import Corpus
 from exporter.compress.decoders import Decoders
 from exporter.compress.encoders import Encoders, check_encoder, is_encoder
 from exporter.compress.fake_quant import FakeQuantizer
+from exporter.compress.grid import Grid, fits, read_grids
 from exporter.compress.proposal import Proposal, imagined, propose
 from exporter.compress.result import CompressRecord
 from exporter.compress.run import CompressOptions, Kind, Run, check_steps, claim_state, state_kept_if_worth_it
@@ -49,6 +53,9 @@ from exporter.plan import resolve
 from exporter.reference import open_torch_model
 from exporter.tokenizer import SourceTokenizer
 from targets.profile import load_profile
+
+if TYPE_CHECKING:
+    from exporter.pipeline import Prepared
 
 _SETTINGS = (
     "batch", "learning_rate", "temperature", "hidden_weight", "attention_weight", "own_share",
@@ -109,11 +116,13 @@ class Pruned:
 
 @dataclass(frozen=True)
 class _Finished:
-    """What a student was trained through: the name of the plan, the type of each GGUF tensor, and on how much."""
+    """What a student was trained through: the name of the plan, the type of each GGUF tensor, on how much, and how
+    parameters are stored whose scales an export could not find again."""
 
     quant: str
     types: dict[str, str]
     tokens: int
+    stored: dict[str, Grid]
 
 
 def proposal(options: CompressOptions, progress: Progress = SILENT) -> tuple[Shape, Shape, Proposal | None, list[str]]:
@@ -189,7 +198,9 @@ def compress(
                 tool_versions={tool: version(tool) for tool in _TOOLS},
             )
             with result.new_directory(destination, force=force) as staging:
-                result.write_student(staging, student, checkpoint, words, record, cut)
+                result.write_student(
+                    staging, student, checkpoint, words, record, cut, finished.stored if finished else {}
+                )
                 result.write_curve(staging, run.curve)
     shutil.rmtree(state, ignore_errors=True)
     return Student(destination, record)
@@ -442,9 +453,10 @@ def _finish(lessons: Lessons, pruned: Pruned) -> _Finished:
     run, options, student = lessons.run, lessons.run.options, pruned.student
     directory = run.state / "unfinished"
     _save_plain(run, student, directory)
-    plan = prepare(_finish_export(options, str(directory)), run.progress).plan
+    prepared = prepare(_finish_export(options, str(directory)), run.progress)
+    plan = prepared.plan
     types = {item.source_name: item.type for item in plan.tensors if item.type not in ("F32", "F16", "BF16")}
-    quantizer = FakeQuantizer(student, types)
+    quantizer = FakeQuantizer(student, types, _grids(options, prepared, student))
     with quantizer.applied():
         lessons.compare(f"quantised to {plan.quant}", student)
     steps = max(1, options.finish_tokens // lessons.kind.step_tokens(lessons.corpus))
@@ -453,7 +465,29 @@ def _finish(lessons: Lessons, pruned: Pruned) -> _Finished:
     learned = lessons.train(pruned, training, "finish", quantizer)
     with quantizer.applied():
         lessons.compare(f"finished for {plan.quant}", student)
-    return _Finished(plan.quant, {item.name: item.type for item in plan.tensors}, learned)
+    return _Finished(plan.quant, {item.name: item.type for item in plan.tensors}, learned, quantizer.settle())
+
+
+def _grids(options: CompressOptions, prepared: Prepared, student: Any) -> dict[str, Grid]:
+    """What a bundle of this very student stores, where ``--finish`` names one."""
+    artifact = _bundle_of(options)
+    if artifact is None:
+        return {}
+    parameters = dict(student.named_parameters())
+    descriptions = {item.name: item for item in describe(prepared.checkpoint).tensors}
+    return {
+        name: grid
+        for name, grid in read_grids(artifact, prepared.plan.tensors, descriptions).items()
+        if fits(grid, np.ascontiguousarray(parameters[name].detach().float().cpu().numpy()))
+    }
+
+
+def _bundle_of(options: CompressOptions) -> Path | None:
+    """The artefact of the bundle that ``--finish`` names. Raises ``BundleError``."""
+    directory = Path(options.finish or "")
+    if options.finish is None or not (directory / MANIFEST_NAME).is_file():
+        return None
+    return directory / read_manifest(directory).artifact
 
 
 def _cut_vocabulary(lessons: Lessons, student: Any) -> VocabularyCut:

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -19,8 +20,9 @@ from pydantic import TypeAdapter
 from edgelm.bundle import FileRecord, Record
 from edgelm.errors import CheckpointError, UsageError
 from exporter.architectures.shared.encoders import sentence_files
-from exporter.checkpoint import Checkpoint
+from exporter.checkpoint import FINISHED, Checkpoint, finished_name
 from exporter.compress.anatomy import ANATOMIES
+from exporter.compress.grid import Grid
 from exporter.compress.vocabulary import VocabularyCut, rewrite
 from exporter.given_types import STUDENT_RECORD
 from exporter.tokenizer import SourceTokenizer
@@ -143,12 +145,15 @@ def write_student(
     words: SourceTokenizer,
     record: CompressRecord,
     cut: VocabularyCut | None = None,
+    stored: Mapping[str, Grid] = MappingProxyType({}),
 ) -> None:
     """Weights (bfloat16, or float32 after training for a quantisation), tokenizer, record and model card.
 
-    With ``cut`` the student has the rows that stayed, and its files get the new ids.
+    With ``cut`` the student has the rows that stayed, and its files get the new ids. ``stored`` are parameters as
+    types store them, which an export copies, but for tables that have lost rows since.
     """
     import torch
+    from safetensors.numpy import save_file
     from transformers import GenerationConfig
 
     student.to(torch.float32 if record.trained_for else torch.bfloat16)
@@ -159,6 +164,10 @@ def write_student(
     if hasattr(student, "generation_config"):
         student.generation_config = GenerationConfig()  # the teacher's file replaces it
     student.save_pretrained(directory, safe_serialization=True)
+    shapes = {name: tuple(item.shape) for name, item in student.named_parameters()}
+    whole = {name: grid for name, grid in stored.items() if shapes[name] == (len(grid.stored), grid.columns)}
+    if whole:
+        save_file({finished_name(grid.kind, name): grid.stored for name, grid in whole.items()}, directory / FINISHED)
     write_tokenizer(directory, checkpoint, words)
     if cut is not None:
         rewrite(directory, cut)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from edgelm.bundle import file_record
+from edgelm.bundle import MANIFEST_NAME, file_record
 from edgelm.errors import UsageError
 from edgelm.progress import Progress
 from exporter.checkpoint import Checkpoint
@@ -154,7 +154,9 @@ def check_steps(options: CompressOptions, step_tokens: int, told: str) -> None:
 def claim_state(run: Run, teacher: Checkpoint, wanted: Shape) -> None:
     """Make the state directory this run's own. Raises ``UsageError`` when it is another run's."""
     options = {name: str(value) for name, value in asdict(run.options).items() if name not in _CHANGEABLE}
-    paths = dict.fromkeys((*run.checkpoint.files, *teacher.files, *run.options.texts))
+    manifest = Path(run.options.finish or "") / MANIFEST_NAME  # of a bundle: what training for it begins with
+    bundle = (manifest,) if run.options.finish is not None and manifest.is_file() else ()
+    paths = dict.fromkeys((*run.checkpoint.files, *teacher.files, *run.options.texts, *bundle))
     files = [file_record(path).sha256 for path in paths]
     document = json.dumps({"options": options, "shape": str(wanted), "files": files}, indent=2)
     path = run.state / "run.json"
