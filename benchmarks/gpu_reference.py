@@ -7,8 +7,8 @@ alone is timed and compared token by token (KL, largest difference of a logit), 
 ONNX rounding reads of calibration text. ``types``: sensitivity of every matrix, what each loses in each type, the types
 chosen under three limits of size, and the proof of an export under the middle one. A fourth, ``writing``, is made when
 it is named: text for calibration that the model writes. ``--seconds`` begins no further part. Every device has a cache
-of its own below ``--work``, emptied first. Without a GPU it says so and ends; ``--devices cpu`` tries the script out.
-Raw rows are appended to ``results/gpu_reference.jsonl`` as they come.
+of its own below ``--work``, emptied first (``--again`` keeps it). Without a GPU it says so and ends; ``--devices cpu``
+tries the script out. Raw rows are appended to ``results/gpu_reference.jsonl`` as they come.
 """
 
 from __future__ import annotations
@@ -213,18 +213,13 @@ class Bench:
         self, found: Mapping[str, Measured], base: ExportOptions, profile: Any, limits: Sequence[int]
     ) -> None:
         one, other = found["cpu"].analysis, found["cuda"].analysis
-        sensitivities = _farthest(
-            {name: item.row_weights for name, item in one.statistics.items() if item.row_weights is not None},
-            {name: item.row_weights for name, item in other.statistics.items() if item.row_weights is not None},
-        )
         ratios = [
             abs(other.damages[name][kind] / lost - 1)
             for name, row in one.damages.items()
             for kind, lost in row.items()
             if lost > 0
         ]
-        note(part="types", row_weights_relative_max=sensitivities, damage_relative_max=max(ratios),
-             damage_relative_median=float(np.median(ratios)))  # fmt: skip
+        note(part="types", damage_relative_max=max(ratios), damage_relative_median=float(np.median(ratios)))
         judge("types", float(np.median(ratios)))
         for limit in limits:
             options = replace(base, max_artifact_bytes=limit)
@@ -252,6 +247,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("gpu-reference"))
     parser.add_argument("--devices", default="cuda,cpu", help="cuda alone leaves the comparison out")
     parser.add_argument("--parts", default="proof,moments,types")
+    parser.add_argument("--again", action="store_true", help="keep the caches of an earlier run: choices without times")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no part after so long")
     arguments = parser.parse_args()
     devices: list[DeviceChoice] = arguments.devices.split(",")
@@ -263,7 +259,7 @@ def main() -> None:
     import transformers
 
     arguments.work.mkdir(parents=True, exist_ok=True)
-    for device in devices:
+    for device in () if arguments.again else devices:
         shutil.rmtree(arguments.work / f"cache-{device}", ignore_errors=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     note(machine=machine(), devices=reasons, threads=default_threads()[1].value, source=arguments.source, **versions)
