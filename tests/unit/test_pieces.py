@@ -26,9 +26,7 @@ def ranges() -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_every_byte_arrives_in_aligned_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
-) -> None:
+def test_every_byte_arrives_in_aligned_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
     written: list[tuple[int, int]] = []
     really = os.pwrite
 
