@@ -185,7 +185,7 @@ def multiplied(workload: Workload) -> Workload:
     if not any(item.type == "fp16" for item in workload.weights):
         return workload
     weights = [
-        TypedWeights("fp32", item.parameters, 4 * item.parameters) if item.type == "fp16" else item
+        replace(item, type="fp32", size_bytes=4 * item.parameters) if item.type == "fp16" else item
         for item in workload.weights
     ]
     return replace(workload, weights=tuple(weights))
@@ -353,7 +353,8 @@ def without_head(workload: Workload) -> Iterable[TypedWeights]:
             yield item
         elif item.parameters > head:
             rest = item.parameters - head
-            yield TypedWeights(item.type, rest, round(item.size_bytes * rest / item.parameters))
+            rows = max(item.rows - workload.vocabulary, 0)
+            yield TypedWeights(item.type, rest, round(item.size_bytes * rest / item.parameters), rows)
 
 
 def ram_parts(workload: Workload, profile: TargetProfile, settings: RunSettings, family: Family) -> RamParts:
