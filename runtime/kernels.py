@@ -75,6 +75,11 @@ def wide_model(kind: str, *, small: bool) -> RandomModel:
     return RandomModel(kind, 6, 1024, 4096, 16, 4)
 
 
+def thin_model(kind: str, *, small: bool) -> RandomModel:
+    """As many weights in rows of half the length and less, as models of 100 M parameters have them."""
+    return RandomModel(kind, 10 if small else 40, 512, 1024, 8, 2)
+
+
 NARROW = RandomModel("Q8_0", 32, 128, 256, 2, 2)
 
 
@@ -128,8 +133,9 @@ def run_all(directory: Path, threads: int, *, small: bool) -> list[dict[str, Any
     found = []
     for kind in TYPES:
         model = wide_model(kind, small=small)
+        found += _runs(directory, thin_model(kind, small=small), [("thin", 1)])
         if kind not in SCALED_TYPES:
-            found += _runs(directory, model, [("type", threads)])
+            found += _runs(directory, model, [("type", count) for count in sorted({1, threads})])
             found += _runs(directory, replace(model, layers=LARGE_LAYERS), [("large", threads)])
             continue
         found += _runs(directory, model, [*(("type", count) for count in counts), ("deep", threads)])

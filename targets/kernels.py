@@ -8,13 +8,13 @@ no engine: ``runtime.kernels`` does the runs.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from targets.bandwidth import every_count
 from targets.calibration import Family, calibration
-from targets.predict import NO_SCALE, RunSettings, bandwidth_at, parallel_cores, prefill_seconds
+from targets.predict import NO_SCALE, RunSettings, bandwidth_at, parallel_cores, prefill_seconds, row_cycles
 from targets.profile import GB, Figure, KernelCycles, Memory, Streaming, TargetProfile
 from targets.workload import Workload
 
@@ -22,7 +22,7 @@ from targets.workload import Workload
 # anyway and the fourth power hides the difference.
 _LEAST_ARITHMETIC = 0.5
 
-Role = Literal["type", "size", "large", "deep", "narrow"]
+Role = Literal["type", "size", "large", "thin", "deep", "narrow"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,9 @@ class KernelRun:
     """One random model of one type on a number of threads.
 
     ``role``: ``type`` measures a type's kernels; ``size`` is the same model with fewer or more layers, for the read
-    rate; ``large`` has more, for the type; ``deep`` is the first one behind many tokens; ``narrow`` models are all
-    layers and hardly any weights. ``prefill_depth`` tokens were cached before the prompt, ``decode_depth`` in the
+    rate; ``large`` has more, for the type; ``thin`` has as many weights in shorter rows, for what a row costs;
+    ``deep`` is the first one behind many tokens; ``narrow`` models are all layers and hardly any weights.
+    ``prefill_depth`` tokens were cached before the prompt, ``decode_depth`` in the
     middle of decoding.
     """
 
@@ -60,12 +61,13 @@ def with_kernels(profile: TargetProfile, runs: Sequence[KernelRun]) -> TargetPro
     known = KernelCycles(
         prefill={},
         decode={},
-        layer_us=_layer_us([run for run in runs if run.role == "narrow"], profile, family),
+        layer_us=_layer_us(runs, profile, family, {}),
         parallel_loss=loss,
         attention_prefill=attention_prefill,
         attention_decode=attention_decode,
         source=source,
     )
+    known = _with_rows(known, runs, profile, family)
     profile = profile.model_copy(update={"kernel_cycles": known})
     prefill: dict[str, float] = {}
     for run in sorted(best, key=lambda item: item.type != "F16"):  # F16 first: attention may count as it
@@ -75,6 +77,10 @@ def with_kernels(profile: TargetProfile, runs: Sequence[KernelRun]) -> TargetPro
     profile = profile.model_copy(update={"memory": memory})
     decode = {run.type: _decode_cycles(run, profile, family, known) for run in best}
     tables: dict[str, object] = {"prefill": prefill, "decode": decode}
+    single = [run for run in typed if run.threads == 1]
+    if most > 1 and len(single) > 1:
+        tables["decode_single"] = {run.type: _decode_cycles(run, profile, family, known) for run in single}
+        tables["decode_threads"] = most
     large = [run for run in runs if run.role == "large"]
     if large:
         tables["decode_large"] = {run.type: _decode_cycles(run, profile, family, known) for run in large}
@@ -105,6 +111,40 @@ def _attention(runs: Sequence[KernelRun], profile: TargetProfile, family: Family
     decode = (deep.decode_s - flat.decode_s) * min(deep.threads, _cores(profile))
     decode *= _hertz(profile) / (per_token * (deep.decode_depth - flat.decode_depth))
     return prefill if prefill > 0 else None, decode if decode > 0 else None
+
+
+def _with_rows(cycles: KernelCycles, runs: Sequence[KernelRun], profile: TargetProfile, family: Family) -> KernelCycles:
+    """The cycles with what a row costs by type: what models of short rows take longer than those of long ones, beyond
+    their bytes. The layers of the narrow model have rows, too, so each is found twice, the other one known."""
+    for _ in range(2):
+        prefill: dict[str, float] = {}
+        decode: dict[str, float] = {}
+        for thin in (run for run in runs if run.role == "thin"):
+            wide = next(run for run in runs if (run.role, run.type, run.threads) == ("type", thin.type, thin.threads))
+            share = thin.workload.streamed_bytes / wide.workload.streamed_bytes
+            rows = _rows(thin) - share * _rows(wide)
+            longer_s = _weights_s(thin, profile, cycles, rows=False) - share * _weights_s(
+                wide, profile, cycles, rows=False
+            )
+            decode[thin.type] = max(longer_s * _hertz(profile) * min(thin.threads, _cores(profile)) / rows, 0.0)
+            longer_s = _matrices_s(thin, profile, cycles, family) - share * _matrices_s(wide, profile, cycles, family)
+            prefill[thin.type] = max(
+                longer_s * _hertz(profile) * parallel_cores(profile, family, thin.threads) / rows, 0.0
+            )
+        layer_us = _layer_us(runs, profile, family, decode)
+        cycles = cycles.model_copy(update={"prefill_row": prefill, "decode_row": decode, "layer_us": layer_us})
+    return cycles
+
+
+def _rows(run: KernelRun) -> float:
+    return row_cycles(run.workload.weights, run.workload, {run.type: 1.0})
+
+
+def _matrices_s(run: KernelRun, profile: TargetProfile, cycles: KernelCycles, family: Family) -> float:
+    """Seconds of a prompt token without attention."""
+    products = 2.0 * run.workload.layers * run.workload.hidden * (run.prefill_depth + run.prompt_tokens / 2)
+    attention = products * (cycles.attention_prefill or 0.0)
+    return run.prefill_s - attention / (_hertz(profile) * parallel_cores(profile, family, run.threads))
 
 
 def _streamed(profile: TargetProfile, runs: Sequence[KernelRun], cycles: KernelCycles) -> Memory:
@@ -141,9 +181,13 @@ def _rate(run: KernelRun, profile: TargetProfile, cycles: KernelCycles) -> float
     return run.workload.streamed_bytes / _weights_s(run, profile, cycles)
 
 
-def _weights_s(run: KernelRun, profile: TargetProfile, cycles: KernelCycles) -> float:
-    """Seconds of a generated token without the fixed cost of its layers and, where that is known, attention."""
+def _weights_s(run: KernelRun, profile: TargetProfile, cycles: KernelCycles, *, rows: bool = True) -> float:
+    """Seconds of a generated token without the fixed cost of its layers and, where they are known, attention and, with
+    ``rows``, the cost of rows."""
     other_s = run.workload.layers * cycles.layer_us * 1e-6
+    if rows:
+        other = row_cycles(run.workload.weights, run.workload, cycles.decode_row)
+        other_s += other / (_hertz(profile) * min(run.threads, _cores(profile)))
     if cycles.attention_decode is not None:
         products = 2.0 * run.workload.layers * run.workload.hidden * run.decode_depth
         other_s += products * cycles.attention_decode / (_hertz(profile) * min(run.threads, _cores(profile)))
@@ -181,10 +225,11 @@ def _decode_cycles(run: KernelRun, profile: TargetProfile, family: Family, cycle
     return arithmetic_s * _hertz(profile) * min(run.threads, _cores(profile)) / run.workload.parameters
 
 
-def _layer_us(narrow: Sequence[KernelRun], profile: TargetProfile, family: Family) -> float:
-    """Fixed microseconds of a layer at the most threads: what is left when the arithmetic is taken off."""
-    run = max(narrow, key=lambda item: item.threads)
+def _layer_us(runs: Sequence[KernelRun], profile: TargetProfile, family: Family, rows: Mapping[str, float]) -> float:
+    """Fixed microseconds of a layer at the most threads: what is left when arithmetic and rows are taken off."""
+    run = max((run for run in runs if run.role == "narrow"), key=lambda item: item.threads)
     cycles = run.workload.parameters * family.decode_of(run.type)
+    cycles += row_cycles(run.workload.weights, run.workload, rows)
     arithmetic_s = cycles / (_hertz(profile) * min(run.threads, _cores(profile)))
     return max(run.decode_s - arithmetic_s, 0.2 * run.decode_s) / run.workload.layers * 1e6
 
