@@ -49,7 +49,9 @@ _SCALES = {
     "Q5_K": (176, (0, 2)),
     "Q6_K": (210, (208,)),
 }
-_SCALE = 0.004
+# Scales as they spread in SmolLM2: the engine looks each up in a table of 256 KiB, and with one value for all blocks,
+# whose line stays in the first cache, it generated 9 to 15 % faster than with real weights (Zen 4, Q8_0, one thread).
+_SCALE, _SCALE_SPREAD, _BLOCKS = 0.004, 0.5, 2**15
 PIECE_BYTES = 2**21
 CONTEXT_TOKENS = DEEP_PROMPTS * PROMPT_TOKENS + GENERATED_TOKENS
 _VOCABULARY = 320
@@ -141,7 +143,7 @@ def run_all(directory: Path, threads: int, *, small: bool) -> list[dict[str, Any
         found += _runs(directory, model, [*(("type", count) for count in counts), ("deep", threads)])
         for layers in SIZES_LAYERS:
             found += _runs(directory, replace(model, layers=layers), [("size", count) for count in counts])
-    found += _runs(directory, NARROW, [("narrow", threads)])
+    found += _runs(directory, NARROW, [("narrow", count) for count in sorted({1, threads})])
     return found
 
 
@@ -260,9 +262,10 @@ def random_rows(kind: str, rows: int, row_bytes: int) -> npt.NDArray[np.uint8] |
         piece = (random.standard_normal(4096) * 10 * _SCALE).astype(np.float16)
         return np.resize(piece, (rows, row_bytes // 2))
     block_bytes, scales = _SCALES[kind]
-    blocks = random.integers(0, 256, (256, block_bytes), dtype=np.uint8)
+    blocks = random.integers(0, 256, (_BLOCKS, block_bytes), dtype=np.uint8)
     for offset in scales:
-        blocks[:, offset : offset + 2] = np.frombuffer(np.float16(_SCALE).tobytes(), np.uint8)
+        scale = _SCALE * np.exp(_SCALE_SPREAD * random.standard_normal((_BLOCKS, 1)))
+        blocks[:, offset : offset + 2] = scale.astype(np.float16).view(np.uint8)
     return np.resize(blocks, (rows, row_bytes))
 
 

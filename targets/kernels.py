@@ -8,19 +8,22 @@ no engine: ``runtime.kernels`` does the runs.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from targets.bandwidth import every_count
 from targets.calibration import Family, calibration
-from targets.predict import NO_SCALE, RunSettings, bandwidth_at, parallel_cores, prefill_seconds, row_cycles
+from targets.predict import NO_SCALE, RunSettings, bandwidth_at, layer_us, parallel_cores, prefill_seconds, row_cycles
 from targets.profile import GB, Figure, KernelCycles, Memory, Streaming, TargetProfile
 from targets.workload import Workload
 
 # Of the seconds that memory alone takes, at least this share is arithmetic: below it the type is limited by memory
 # anyway and the fourth power hides the difference.
 _LEAST_ARITHMETIC = 0.5
+
+# Rows are given no more of a model's cycles than this: what is left to its weights stays above 0.
+_MOST_ROWS = 0.8
 
 Role = Literal["type", "size", "large", "thin", "deep", "narrow"]
 
@@ -61,13 +64,17 @@ def with_kernels(profile: TargetProfile, runs: Sequence[KernelRun]) -> TargetPro
     known = KernelCycles(
         prefill={},
         decode={},
-        layer_us=_layer_us(runs, profile, family, {}),
+        layer_us=_layer_us([run for run in runs if run.role == "narrow"], profile, family, most),
         parallel_loss=loss,
         attention_prefill=attention_prefill,
         attention_decode=attention_decode,
         source=source,
     )
-    known = _with_rows(known, runs, profile, family)
+    single = [run for run in runs if run.role == "narrow" and run.threads == 1]
+    if most > 1 and single:
+        alone = {"layer_single_us": _layer_us(single, profile, family, 1), "decode_threads": most}
+        known = known.model_copy(update=alone)
+    known = known.model_copy(update={"prefill_row": _prefill_rows(runs, profile, family, known)})
     profile = profile.model_copy(update={"kernel_cycles": known})
     prefill: dict[str, float] = {}
     for run in sorted(best, key=lambda item: item.type != "F16"):  # F16 first: attention may count as it
@@ -75,12 +82,9 @@ def with_kernels(profile: TargetProfile, runs: Sequence[KernelRun]) -> TargetPro
         family = family.model_copy(update={"prefill": family.prefill | prefill})
     memory = _streamed(profile, [run for run in runs if run.role in ("type", "size")], known)
     profile = profile.model_copy(update={"memory": memory})
+    known = _with_rows(known, runs, profile, family)
     decode = {run.type: _decode_cycles(run, profile, family, known) for run in best}
     tables: dict[str, object] = {"prefill": prefill, "decode": decode}
-    single = [run for run in typed if run.threads == 1]
-    if most > 1 and len(single) > 1:
-        tables["decode_single"] = {run.type: _decode_cycles(run, profile, family, known) for run in single}
-        tables["decode_threads"] = most
     large = [run for run in runs if run.role == "large"]
     if large:
         tables["decode_large"] = {run.type: _decode_cycles(run, profile, family, known) for run in large}
@@ -114,26 +118,45 @@ def _attention(runs: Sequence[KernelRun], profile: TargetProfile, family: Family
 
 
 def _with_rows(cycles: KernelCycles, runs: Sequence[KernelRun], profile: TargetProfile, family: Family) -> KernelCycles:
-    """The cycles with what a row costs by type: what models of short rows take longer than those of long ones, beyond
-    their bytes. The layers of the narrow model have rows, too, so each is found twice, the other one known."""
-    for _ in range(2):
-        prefill: dict[str, float] = {}
-        decode: dict[str, float] = {}
-        for thin in (run for run in runs if run.role == "thin"):
-            wide = next(run for run in runs if (run.role, run.type, run.threads) == ("type", thin.type, thin.threads))
-            share = thin.workload.streamed_bytes / wide.workload.streamed_bytes
-            rows = _rows(thin) - share * _rows(wide)
-            longer_s = _weights_s(thin, profile, cycles, rows=False) - share * _weights_s(
-                wide, profile, cycles, rows=False
-            )
-            decode[thin.type] = max(longer_s * _hertz(profile) * min(thin.threads, _cores(profile)) / rows, 0.0)
-            longer_s = _matrices_s(thin, profile, cycles, family) - share * _matrices_s(wide, profile, cycles, family)
-            prefill[thin.type] = max(
-                longer_s * _hertz(profile) * parallel_cores(profile, family, thin.threads) / rows, 0.0
-            )
-        layer_us = _layer_us(runs, profile, family, decode)
-        cycles = cycles.model_copy(update={"prefill_row": prefill, "decode_row": decode, "layer_us": layer_us})
-    return cycles
+    """The cycles with what a row costs in decode, by type, and with those of a weight on the thread count of those
+    runs: models of long rows and of short ones tell both."""
+    decode, single = dict(cycles.decode_row), dict(cycles.decode_single)
+    for thin, wide in _thin_and_wide(runs):
+        long_s, short_s = (_arithmetic_s(run, profile, family, cycles) for run in (wide, thin))
+        work = _hertz(profile) * min(wide.threads, _cores(profile))
+        row, single[wide.type] = _per_row_and_weight(wide, thin, long_s * work, short_s * work)
+        decode[wide.type] = row
+    if cycles.decode_threads is None:
+        single = {}
+    return cycles.model_copy(update={"decode_row": decode, "decode_single": single})
+
+
+def _prefill_rows(
+    runs: Sequence[KernelRun], profile: TargetProfile, family: Family, cycles: KernelCycles
+) -> dict[str, float]:
+    """Cycles per row and prompt token, by type."""
+    found = {}
+    for thin, wide in _thin_and_wide(runs):
+        work = _hertz(profile) * parallel_cores(profile, family, wide.threads)
+        long_s, short_s = (_matrices_s(run, profile, cycles, family) for run in (wide, thin))
+        found[wide.type], _ = _per_row_and_weight(wide, thin, long_s * work, short_s * work)
+    return found
+
+
+def _thin_and_wide(runs: Sequence[KernelRun]) -> Iterator[tuple[KernelRun, KernelRun]]:
+    for thin in runs:
+        if thin.role == "thin":
+            same = ("type", thin.type, thin.threads)
+            yield thin, next(run for run in runs if (run.role, run.type, run.threads) == same)
+
+
+def _per_row_and_weight(wide: KernelRun, thin: KernelRun, long: float, short: float) -> tuple[float, float]:
+    """Cycles per row and per weight from those of two models. Rows cost no less than nothing and no more than most of
+    the model of long ones."""
+    share = thin.workload.parameters / wide.workload.parameters
+    row = (short - share * long) / (_rows(thin) - share * _rows(wide))
+    row = min(max(row, 0.0), _MOST_ROWS * long / _rows(wide))
+    return row, (long - row * _rows(wide)) / wide.workload.parameters
 
 
 def _rows(run: KernelRun) -> float:
@@ -181,13 +204,9 @@ def _rate(run: KernelRun, profile: TargetProfile, cycles: KernelCycles) -> float
     return run.workload.streamed_bytes / _weights_s(run, profile, cycles)
 
 
-def _weights_s(run: KernelRun, profile: TargetProfile, cycles: KernelCycles, *, rows: bool = True) -> float:
-    """Seconds of a generated token without the fixed cost of its layers and, where they are known, attention and, with
-    ``rows``, the cost of rows."""
-    other_s = run.workload.layers * cycles.layer_us * 1e-6
-    if rows:
-        other = row_cycles(run.workload.weights, run.workload, cycles.decode_row)
-        other_s += other / (_hertz(profile) * min(run.threads, _cores(profile)))
+def _weights_s(run: KernelRun, profile: TargetProfile, cycles: KernelCycles) -> float:
+    """Seconds of a generated token without the fixed cost of its layers and, where that is known, attention."""
+    other_s = run.workload.layers * layer_us(cycles, run.threads) * 1e-6
     if cycles.attention_decode is not None:
         products = 2.0 * run.workload.layers * run.workload.hidden * run.decode_depth
         other_s += products * cycles.attention_decode / (_hertz(profile) * min(run.threads, _cores(profile)))
@@ -212,7 +231,15 @@ def _prefill_cycles(run: KernelRun, profile: TargetProfile, family: Family) -> f
 
 
 def _decode_cycles(run: KernelRun, profile: TargetProfile, family: Family, cycles: KernelCycles) -> float:
-    """Cycles per weight from t = (memory^4 + arithmetic^4)^(1/4) + attention + layers."""
+    """Cycles per weight, without those of rows."""
+    work = _hertz(profile) * min(run.threads, _cores(profile))
+    all_cycles = _arithmetic_s(run, profile, family, cycles) * work
+    rows = row_cycles(run.workload.weights, run.workload, cycles.decode_row)
+    return max(all_cycles - rows, (1 - _MOST_ROWS) * all_cycles) / run.workload.parameters
+
+
+def _arithmetic_s(run: KernelRun, profile: TargetProfile, family: Family, cycles: KernelCycles) -> float:
+    """Seconds of arithmetic from t = (memory^4 + arithmetic^4)^(1/4) + attention + layers."""
     norm = calibration().norm
     assert profile.memory.effective is not None
     bandwidth, streamed_bytes = profile.memory.effective.value, run.workload.streamed_bytes
@@ -221,15 +248,13 @@ def _decode_cycles(run: KernelRun, profile: TargetProfile, family: Family, cycle
     weights_s = _weights_s(run, profile, cycles)
     memory_s = streamed_bytes / bandwidth
     arithmetic_s = float(max(weights_s**norm - memory_s**norm, 0.0) ** (1 / norm))
-    arithmetic_s = max(arithmetic_s, _LEAST_ARITHMETIC * memory_s)
-    return arithmetic_s * _hertz(profile) * min(run.threads, _cores(profile)) / run.workload.parameters
+    return max(arithmetic_s, _LEAST_ARITHMETIC * memory_s)
 
 
-def _layer_us(runs: Sequence[KernelRun], profile: TargetProfile, family: Family, rows: Mapping[str, float]) -> float:
-    """Fixed microseconds of a layer at the most threads: what is left when arithmetic and rows are taken off."""
-    run = max((run for run in runs if run.role == "narrow"), key=lambda item: item.threads)
+def _layer_us(narrow: Sequence[KernelRun], profile: TargetProfile, family: Family, threads: int) -> float:
+    """Fixed microseconds of a layer on a number of threads: what is left when the arithmetic is taken off."""
+    run = next((run for run in narrow if run.threads == threads), narrow[0])
     cycles = run.workload.parameters * family.decode_of(run.type)
-    cycles += row_cycles(run.workload.weights, run.workload, rows)
     arithmetic_s = cycles / (_hertz(profile) * min(run.threads, _cores(profile)))
     return max(run.decode_s - arithmetic_s, 0.2 * run.decode_s) / run.workload.layers * 1e6
 

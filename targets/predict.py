@@ -19,7 +19,7 @@ from edgelm.bundle import Prediction, RamParts
 from edgelm.errors import UsageError
 from edgelm.units import format_bytes
 from targets.calibration import Calibration, DeviceScale, Family, calibration
-from targets.profile import GB, TargetProfile
+from targets.profile import GB, KernelCycles, TargetProfile
 from targets.workload import TypedWeights, Workload
 
 # A device of which nothing is known beyond its family, or of which everything was measured.
@@ -266,7 +266,9 @@ def decode_seconds(
     rate = bandwidth_at(profile, family, bandwidth, threads, streamed_bytes)
     known = profile.kernel_cycles
     measured = known.attention_decode if known is not None else None
-    fixed_s += row_cycles(workload.weights, workload, {} if known is None else known.decode_row) / (clock * cores)
+    if known is not None:
+        cycles += row_cycles(workload.weights, workload, known.decode_row)
+        fixed_s = workload.layers * layer_us(known, threads) * 1e-6
     if measured is None:
         cycles += attention * family.decode_of("F16")
         return _norm((streamed_bytes / rate, cycles / (clock * cores)), norm) + fixed_s
@@ -290,10 +292,24 @@ def _decode_cycles(
         part = min(max(math.log(weights / low) / math.log(high / low), 0.0), 1.0)
         cycles += part * (measured.decode_large[item.type] - cycles)
     if measured.decode_threads is not None and item.type in measured.decode_single:
-        part = min(math.log(threads) / math.log(measured.decode_threads), 1.0)
         single = measured.decode_single[item.type]
-        cycles = single + part * (cycles - single)
+        cycles = single + _part_of_threads(measured, threads) * (cycles - single)
     return cycles
+
+
+def layer_us(measured: KernelCycles, threads: int) -> float:
+    """The fixed cost of a layer on a number of threads, between those that were measured."""
+    if measured.layer_single_us is None:
+        return measured.layer_us
+    return measured.layer_single_us + _part_of_threads(measured, threads) * (
+        measured.layer_us - measured.layer_single_us
+    )
+
+
+def _part_of_threads(measured: KernelCycles, threads: int) -> float:
+    """How far ``threads`` are from one to as many as were measured, in logarithms: 0 to 1."""
+    assert measured.decode_threads is not None
+    return min(math.log(threads) / math.log(measured.decode_threads), 1.0)
 
 
 def row_cycles(weights: Iterable[TypedWeights], workload: Workload, measured: Mapping[str, float]) -> float:
