@@ -30,10 +30,11 @@ from targets.workload import TypedWeights, Workload
 
 # All that types are chosen from, and F16: where one has kernels of its own, no neighbour tells its speed.
 TYPES = ("Q8_0", "F16", "Q4_0", "Q4_K", "Q6_K", "Q5_0", "Q4_1", "IQ4_NL", "Q5_1", "Q5_K", "IQ4_XS")
-SCALED_TYPES = TYPES[:1]  # the type that is run on every thread count
+SCALED_TYPE = "Q8_0"  # the type that is run behind a long text, and on every thread count
+STREAMED_TYPE = "F16"  # the type that is run in every size and on every thread count: of all it waits most for memory
 TIMEOUT_S = 600.0
 PROMPT_TOKENS, GENERATED_TOKENS, PASSES = 128, 32, 3
-SIZES_LAYERS = (2, 4, 8, 12, 16)  # beside the wide model's six: what a large cache keeps of a model depends on its size
+SIZES_LAYERS = (1, 2, 3, 4)  # beside six and twelve: what a large cache keeps of a model depends on its size
 LARGE_LAYERS = 12  # of the models that tell what a type costs when a cache holds less of it
 DEEP_PROMPTS, DEEP_PASSES = 4, 2  # attention costs what the last of so many prompts takes longer than the first
 # Bytes of a block, and where its f16 scales stand (ggml-common.h of llama.cpp): random bits there could mean infinity.
@@ -49,9 +50,9 @@ _SCALES = {
     "Q5_K": (176, (0, 2)),
     "Q6_K": (210, (208,)),
 }
-# Scales as they spread in SmolLM2: the engine looks each up in a table of 256 KiB, and with one value for all blocks,
-# whose line stays in the first cache, it generated 9 to 15 % faster than with real weights (Zen 4, Q8_0, one thread).
-_SCALE, _SCALE_SPREAD, _BLOCKS = 0.004, 0.5, 2**15
+_SCALE, _BLOCKS = 0.004, 2**15
+# How the logarithms of scales spread within a tensor of SmolLM2 in blocks of 32 and of 256 weights.
+_SCALE_SPREAD, _LARGE_SCALE_SPREAD, _LARGE_BLOCK_BYTES = 0.3, 0.2, 32
 PIECE_BYTES = 2**21
 CONTEXT_TOKENS = DEEP_PROMPTS * PROMPT_TOKENS + GENERATED_TOKENS
 _VOCABULARY = 320
@@ -131,17 +132,15 @@ def kernel_run(fields: dict[str, Any]) -> KernelRun:
 
 def run_all(directory: Path, threads: int, *, small: bool) -> list[dict[str, Any]]:
     """What the child does. Every model is written to ``directory`` and removed again: one at a time takes room."""
-    counts = thread_counts(threads)
-    found = []
+    counts, every = thread_counts(threads), (SCALED_TYPE, STREAMED_TYPE)
+    found: list[dict[str, Any]] = []
     for kind in TYPES:
         model = wide_model(kind, small=small)
+        cases: list[tuple[Role, int]] = [("type", count) for count in counts if kind in every or count in (1, threads)]
+        found += _runs(directory, model, [*cases, *([("deep", threads)] if kind == SCALED_TYPE else [])])
         found += _runs(directory, thin_model(kind, small=small), [("thin", 1)])
-        if kind not in SCALED_TYPES:
-            found += _runs(directory, model, [("type", count) for count in sorted({1, threads})])
-            found += _runs(directory, replace(model, layers=LARGE_LAYERS), [("large", threads)])
-            continue
-        found += _runs(directory, model, [*(("type", count) for count in counts), ("deep", threads)])
-        for layers in SIZES_LAYERS:
+        found += _runs(directory, replace(model, layers=LARGE_LAYERS), [("large", threads)])
+        for layers in SIZES_LAYERS if kind == STREAMED_TYPE else ():
             found += _runs(directory, replace(model, layers=layers), [("size", count) for count in counts])
     found += _runs(directory, NARROW, [("narrow", count) for count in sorted({1, threads})])
     return found
@@ -264,9 +263,22 @@ def random_rows(kind: str, rows: int, row_bytes: int) -> npt.NDArray[np.uint8] |
     block_bytes, scales = _SCALES[kind]
     blocks = random.integers(0, 256, (_BLOCKS, block_bytes), dtype=np.uint8)
     for offset in scales:
-        scale = _SCALE * np.exp(_SCALE_SPREAD * random.standard_normal((_BLOCKS, 1)))
-        blocks[:, offset : offset + 2] = scale.astype(np.float16).view(np.uint8)
+        blocks[:, offset : offset + 2] = _scales(random, large=block_bytes > _LARGE_BLOCK_BYTES).view(np.uint8)
     return np.resize(blocks, (rows, row_bytes))
+
+
+def _scales(random: np.random.Generator, *, large: bool) -> npt.NDArray[np.float16]:
+    """Scales of blocks as models have them, of shape (blocks, 1).
+
+    The engine looks each up in a table of 256 KiB: with one value for all, generating was 9 to 15 % faster than with
+    real weights (Zen 4, Q8_0, one thread), with more different ones than models have it was slower. The scale of a
+    small block follows from its largest weight, and weights come as bfloat16, whose mantissas have 8 bits.
+    """
+    spread = _LARGE_SCALE_SPREAD if large else _SCALE_SPREAD
+    scales = np.exp(spread * random.standard_normal((_BLOCKS, 1))).astype(np.float32)
+    if not large:
+        scales = (scales.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    return (np.float32(_SCALE) * scales).astype(np.float16)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def with_kernels(profile: TargetProfile, runs: Sequence[KernelRun]) -> TargetPro
     for run in sorted(best, key=lambda item: item.type != "F16"):  # F16 first: attention may count as it
         prefill[run.type] = _prefill_cycles(run, profile, family)
         family = family.model_copy(update={"prefill": family.prefill | prefill})
-    memory = _streamed(profile, [run for run in runs if run.role in ("type", "size")], known)
+    memory = _streamed(profile, [run for run in runs if run.role in ("type", "size", "large")], known)
     profile = profile.model_copy(update={"memory": memory})
     known = _with_rows(known, runs, profile, family)
     decode = {run.type: _decode_cycles(run, profile, family, known) for run in best}
@@ -173,7 +173,8 @@ def _matrices_s(run: KernelRun, profile: TargetProfile, cycles: KernelCycles, fa
 def _streamed(profile: TargetProfile, runs: Sequence[KernelRun], cycles: KernelCycles) -> Memory:
     """The memory of a profile, raised to what the engine's weights were streamed at."""
     memory, most = profile.memory, max(run.threads for run in runs)
-    largest = max(run.workload.streamed_bytes for run in runs if run.type == runs[0].type)
+    kind = next((run.type for run in runs if run.role == "size"), runs[0].type)
+    largest = max(run.workload.streamed_bytes for run in runs if run.type == kind)
     told = f"{cycles.source}: weights streamed while generating"
     # A model that a cache may hold says nothing of memory, unless there is no larger one.
     large = [run for run in runs if run.threads == most and run.workload.streamed_bytes >= largest]
@@ -187,7 +188,7 @@ def _streamed(profile: TargetProfile, runs: Sequence[KernelRun], cycles: KernelC
         return memory
     by_size: dict[float, dict[int, float]] = {}
     for run in runs:
-        if run.type == runs[0].type:
+        if run.type == kind and run.role != "large":
             by_size.setdefault(float(run.workload.streamed_bytes), {})[run.threads] = _rate(run, profile, cycles)
     sizes = sorted(by_size)
     engine = Streaming(sizes_bytes=tuple(sizes), rates=tuple(every_count(by_size[size]) for size in sizes), source=told)
