@@ -54,7 +54,8 @@ _SCALES = {
 }
 _SCALE, _BLOCKS = 0.004, 2**15
 # How the logarithms of scales spread within a tensor of SmolLM2 in blocks of 32 and of 256 weights.
-_SCALE_SPREAD, _LARGE_SCALE_SPREAD, _LARGE_BLOCK_BYTES = 0.3, 0.2, 32
+_SCALE_SPREAD, _LARGE_SCALE_SPREAD, _LARGE_BLOCK_BYTES = 0.3, 0.2, 64
+_SIGNED_SCALES, _SECOND_SCALE = ("Q4_0", "Q5_0", "IQ4_NL", "IQ4_XS", "Q6_K"), np.float32(8)
 PIECE_BYTES = 2**21
 CONTEXT_TOKENS = DEEP_PROMPTS * PROMPT_TOKENS + GENERATED_TOKENS
 # Random queries and keys of full size give products with a spread of 90, of which the softmax leaves one: the numbers
@@ -142,7 +143,9 @@ def run_all(directory: Path, threads: int, *, small: bool) -> list[dict[str, Any
     for kind in TYPES:
         model = wide_model(kind, small=small)
         cases: list[tuple[Role, int]] = [("type", count) for count in counts if kind in every or count in (1, threads)]
-        found += _runs(directory, model, [*cases, *([("deep", threads)] if kind == SCALED_TYPE else [])])
+        if kind == SCALED_TYPE:
+            cases.append(("deep", threads))
+        found += _runs(directory, model, cases)
         found += _runs(directory, thin_model(kind, small=small), [("thin", 1)])
         if kind == STREAMED_TYPE:
             found += _runs(directory, replace(model, layers=LARGE_LAYERS), [("large", threads)])
@@ -268,23 +271,30 @@ def random_rows(kind: str, rows: int, row_bytes: int) -> npt.NDArray[np.uint8] |
         return np.resize(piece, (rows, row_bytes // 2))
     block_bytes, scales = _SCALES[kind]
     blocks = random.integers(0, 256, (_BLOCKS, block_bytes), dtype=np.uint8)
-    for offset in scales:
-        blocks[:, offset : offset + 2] = _scales(random, large=block_bytes > _LARGE_BLOCK_BYTES).view(np.uint8)
+    for number, offset in enumerate(scales):
+        blocks[:, offset : offset + 2] = _scales(random, kind, number).view(np.uint8)
     return np.resize(blocks, (rows, row_bytes))
 
 
-def _scales(random: np.random.Generator, *, large: bool) -> npt.NDArray[np.float16]:
-    """Scales of blocks as models have them, of shape (blocks, 1).
+def _scales(random: np.random.Generator, kind: str, number: int) -> npt.NDArray[np.float16]:
+    """The first or the second scale of blocks as models have them, of shape (blocks, 1).
 
-    The engine looks each up in a table of 256 KiB: with one value for all, generating was 9 to 15 % faster than with
-    real weights (Zen 4, Q8_0, one thread), with more different ones than models have it was slower. The scale of a
-    small block follows from its largest weight, and weights come as bfloat16, whose mantissas have 8 bits.
+    The engine looks each up in a table of 256 KiB, by all 16 bits: with one value for all, generating was 9 to 15 %
+    faster than with real weights (Zen 4, Q8_0, one thread), with more different ones than models have it was slower.
+    The scale of a small block follows from its largest weight, and weights come as bfloat16, whose mantissas have 8
+    bits. Some types keep the sign of that weight. Second scales, of what is added to a block, are larger.
     """
+    large = _SCALES[kind][0] > _LARGE_BLOCK_BYTES
     spread = _LARGE_SCALE_SPREAD if large else _SCALE_SPREAD
     scales = np.exp(spread * random.standard_normal((_BLOCKS, 1))).astype(np.float32)
     if not large:
         scales = (scales.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
-    return (np.float32(_SCALE) * scales).astype(np.float16)
+    if kind in _SIGNED_SCALES:
+        scales *= random.choice(np.array([-1.0, 1.0], np.float32), scales.shape)
+    if number:
+        scales *= _SECOND_SCALE if large else -_SECOND_SCALE
+    found: npt.NDArray[np.float16] = (np.float32(_SCALE) * scales).astype(np.float16)
+    return found
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def with_kernels(profile: TargetProfile, runs: Sequence[KernelRun]) -> TargetPro
     family = calibration().family(profile.kernels)
     typed = [run for run in runs if run.role == "type"]
     most = max(run.threads for run in typed)
-    loss = _parallel_loss([run for run in typed if run.type == typed[0].type])
+    loss = _parallel_loss(typed)
     family = family.model_copy(update={"parallel_loss": loss})
     best = [run for run in typed if run.threads == most]
     source = f"measured: random models of {best[0].workload.parameters / 1e6:.0f} M weights, 1 to {most} threads"
@@ -261,12 +261,12 @@ def _layer_us(narrow: Sequence[KernelRun], profile: TargetProfile, family: Famil
 
 
 def _parallel_loss(runs: Sequence[KernelRun]) -> float:
-    """a of the speed-up n / (1 + a (n - 1)), the median over thread counts; 0 with one count."""
-    one = next((run.prefill_s for run in runs if run.threads == 1), None)
+    """a of the speed-up n / (1 + a (n - 1)), the median over types and thread counts; 0 with one count."""
+    alone = {run.type: run.prefill_s for run in runs if run.threads == 1}
     losses = [
-        (run.threads * run.prefill_s / one - 1) / (run.threads - 1)
+        (run.threads * run.prefill_s / alone[run.type] - 1) / (run.threads - 1)
         for run in runs
-        if one is not None and run.threads > 1
+        if run.threads > 1 and run.type in alone
     ]
     return min(max(statistics.median(losses), 0.0), 0.9) if losses else 0.0
 
