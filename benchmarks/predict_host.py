@@ -184,7 +184,7 @@ def ram_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         predicted = {"predicted_bytes": sum(parts.model_dump().values()), **parts.model_dump()}
         rows.append({**case, **json.loads(child.stdout), **predicted})
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-        save(RAM_NAME, rows)
+        save(arguments.name, rows)
     return rows
 
 
@@ -215,8 +215,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="for ram")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--name", default=SPEED_NAME, help="of the file of raw rows of speed, in results/")
+    parser.add_argument("--name", help="of the file of raw rows in results/: speed adds to it, ram writes it anew")
     arguments = parser.parse_args()
+    arguments.name = arguments.name or (SPEED_NAME if arguments.what == "speed" else RAM_NAME)
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.what == "speed":
         show_speed(speed_rows(arguments))
