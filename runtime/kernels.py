@@ -173,8 +173,8 @@ def timed(path: Path, threads: int, *, deep: bool = False) -> tuple[float, float
     """Seconds per prompt token and per generated token: the mean of a few passes but the slowest and the first.
 
     The mean and not the best, and whole passes and not single tokens, because ``bench`` measures seconds of generation
-    as a whole: what usually disturbs a machine is part of its speed. Tokens are generated from an empty cache on; ``deep``: behind
-    ``DEEP_PROMPTS`` prompts, the last of which counts.
+    as a whole: what usually disturbs a machine is part of its speed. Tokens are generated from an empty cache on;
+    ``deep``: behind ``DEEP_PROMPTS`` prompts, the last of which counts.
     """
     from runtime.engine import Chunk, EngineOptions
     from runtime.engines.llamacpp import load_engine
