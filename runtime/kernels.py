@@ -170,11 +170,11 @@ def _runs(directory: Path, model: RandomModel, cases: Sequence[tuple[Role, int]]
 
 
 def timed(path: Path, threads: int, *, deep: bool = False) -> tuple[float, float]:
-    """Seconds per prompt token and per generated token: the mean of a few passes but the slowest and the first.
+    """Seconds per prompt token and per generated token: the middle pass of a few, after one that is not counted.
 
-    The mean and not the best, and whole passes and not single tokens, because ``bench`` measures seconds of generation
-    as a whole: what usually disturbs a machine is part of its speed. Tokens are generated from an empty cache on;
-    ``deep``: behind ``DEEP_PROMPTS`` prompts, the last of which counts.
+    The middle and not the best, and whole passes and not single tokens, because that is how ``bench`` measures: what
+    usually disturbs a machine is part of its speed. Tokens are generated from an empty cache on; ``deep``: behind
+    ``DEEP_PROMPTS`` prompts, the last of which counts.
     """
     from runtime.engine import Chunk, EngineOptions
     from runtime.engines.llamacpp import load_engine
@@ -202,7 +202,7 @@ def timed(path: Path, threads: int, *, deep: bool = False) -> tuple[float, float
             decode.append((time.perf_counter() - started) / GENERATED_TOKENS)
     finally:
         engine.close()
-    return statistics.mean(sorted(prefill[1:])[:-1]), statistics.mean(sorted(decode[1:])[:-1])
+    return statistics.median(prefill[1:]), statistics.median(decode[1:])
 
 
 def write_random_gguf(path: Path, model: RandomModel) -> None:
