@@ -5,10 +5,13 @@
     python benchmarks/predict_host.py speed a.gguf b.gguf --profile me.toml --threads 1 2 --rounds 5
 
 With --types the models are sources, exported to DIR in every type first, where DIR has them not yet. Without --profile
-this machine is detected and measured before the runs, and the profile is kept beside the rows.
+this machine is detected and measured before every round, because what neighbours leave of a virtual machine's memory
+changes within minutes; the profile is kept among the rows. Rounds are added to those that results/NAME.jsonl has
+already, so they can be run one at a time (--rounds 1), and --rounds 0 shows what is there. Every file is written anew
+before it is measured, as it is when it was just exported.
 
-Speed wants a quiet machine: files and thread counts take turns in every round, and rows that ``bench`` calls spoilt
-are counted apart. Memory does not: every case is a process of its own, judged by its peak resident size.
+Speed wants a quiet machine: every second round takes the cases from the back, and rows that ``bench`` calls spoilt are
+counted apart. Memory does not: every case is a process of its own, judged by its peak resident size.
 """
 
 from __future__ import annotations
@@ -16,26 +19,30 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import shutil
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, edgelm, run, save
+from large_pages import copied
+from measure import RESULTS, append, edgelm, machine, run, save
 
 from edgelm.bundle import MANIFEST_NAME, open_bundle
+from exporter.pieces import PIECE_BYTES
 from runtime.gguf_header import read_gguf_header, workload_from_gguf
 from runtime.model import artifact_of
 from targets.calibration import calibration
 from targets.predict import RunSettings, family_of, predict_speed, ram_parts
-from targets.profile import load_profile
+from targets.profile import TargetProfile, load_profile
 
 PROMPT, GENERATED = 512, 128
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
 RAM_PROMPT = 512
 RAM_NAME, SPEED_NAME = "predict_host_ram", "predict_host_speed"
+SPEEDS = ("prefill_tps", "decode_tps")
 RAM_CHILD = """
 import json, sys
 from pathlib import Path
@@ -65,55 +72,95 @@ def exported(arguments: argparse.Namespace) -> list[Path]:
 
 
 def speed_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure the rounds asked for, each behind a detection of its own, and read all rows that the file then has."""
     if arguments.types:
         arguments.models = exported(arguments)
-    if arguments.profile is None:
-        arguments.profile = str(arguments.work / "host.toml")
-        print(run(edgelm("targets", "detect", "-o", arguments.profile)).stdout, file=sys.stderr)
-        shutil.copyfile(arguments.profile, RESULTS / f"{SPEED_NAME}.toml")
-    profile = load_profile(arguments.profile)
-    print("\n".join(note for note in profile.notes if "other processes" in note), file=sys.stderr)
-    rows = []
-    cases = list(itertools.product(arguments.models, arguments.threads))
-    for number in range(arguments.rounds):
+    path = RESULTS / f"{arguments.name}.jsonl"
+    for _ in range(arguments.rounds):
+        before = [row.get("detection", -1) for row in read_rows(path)]
+        number = 1 + max(before, default=-1)
+        append(arguments.name, {"machine": machine(), "detection": number} | detected(arguments, number))
+        profile = load_profile(arguments.profile or str(arguments.work / f"host-{number}.toml"))
+        cases = list(itertools.product(arguments.models, arguments.threads))
         for model, threads in cases if number % 2 == 0 else reversed(cases):
-            prompt, generated = arguments.prompt, arguments.generated
-            counts = ["-p", str(prompt), "-n", str(generated), "-r", str(arguments.repetitions), "--json"]
-            limits = ["--threads", str(threads), "--threads-prefill", str(threads)]
-            report = json.loads(run(edgelm("bench", str(model), *counts, *limits)).stdout)
-            settings = RunSettings(
-                context=prompt + generated,
-                depth=generated // 2,
-                prompt_tokens=prompt,
-                threads_decode=threads,
-                threads_prefill=threads,
-            )
-            predicted = predict_speed(workload_from_gguf(read_gguf_header(artifact_of(model)[0])), profile, settings)
-            row = {"round": number, "model": name_of(model), "threads": threads, "valid": report["valid"]}
-            for name in ("prefill_tps", "decode_tps"):
-                row |= {name: report[name]["median"], f"predicted_{name}": getattr(predicted, name)}
-            rows.append(row)
-        save(SPEED_NAME, rows)
-    return rows
+            append(arguments.name, {"detection": number} | speed_row(arguments, model, threads, profile))
+    return [row for row in read_rows(path) if "detection" in row and "model" in row]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def detected(arguments: argparse.Namespace, number: int) -> dict[str, Any]:
+    """The profile of a round for its raw rows; this machine is detected where none was given."""
+    if arguments.profile is not None:
+        return {"profile": arguments.profile}
+    path, started = arguments.work / f"host-{number}.toml", time.perf_counter()
+    run(edgelm("targets", "detect", "-o", str(path)))
+    return {"detect_s": time.perf_counter() - started, "profile": path.read_text()}
+
+
+def speed_row(arguments: argparse.Namespace, model: Path, threads: int, profile: TargetProfile) -> dict[str, Any]:
+    """One model on some threads: measured, and predicted from the profile of the round."""
+    rewritten(artifact_of(model)[0])
+    prompt, generated = arguments.prompt, arguments.generated
+    counts = ["-p", str(prompt), "-n", str(generated), "-r", str(arguments.repetitions), "--json"]
+    limits = ["--threads", str(threads), "--threads-prefill", str(threads)]
+    report = json.loads(run(edgelm("bench", str(model), *counts, *limits)).stdout)
+    settings = RunSettings(
+        context=prompt + generated,
+        depth=generated // 2,
+        prompt_tokens=prompt,
+        threads_decode=threads,
+        threads_prefill=threads,
+    )
+    predicted = predict_speed(workload_from_gguf(read_gguf_header(artifact_of(model)[0])), profile, settings)
+    row = {"model": name_of(model), "threads": threads, "valid": report["valid"]}
+    for name in SPEEDS:
+        row |= {name: report[name]["median"], f"predicted_{name}": getattr(predicted, name)}
+    return row
+
+
+def rewritten(path: Path) -> None:
+    """Write a file anew as exports do. A kernel that drops pages which nobody used for minutes reads them back in small
+    blocks, and decode is up to 15 % slower until the file is written or read as a whole again."""
+    copied(path, path.with_suffix(".again"), PIECE_BYTES).replace(path)
 
 
 def show_speed(rows: list[dict[str, Any]]) -> None:
-    print("| model | threads | prefill | predicted | error | decode | predicted | error |\n" + "|---" * 8 + "|")
-    errors: dict[str, list[float]] = {"prefill_tps": [], "decode_tps": []}
+    """By case the medians over all rounds; below them the errors of every prediction beside its own round, and of the
+    first round's prediction beside all rounds."""
+    print("| model | threads | prefill | error | decode | error |\n" + "|---" * 6 + "|")
+    first = min(row["detection"] for row in rows)
+    alone: dict[str, list[float]] = {name: [] for name in SPEEDS}
+    by_case: dict[str, list[float]] = {name: [] for name in SPEEDS}
     for model, threads in dict.fromkeys((row["model"], row["threads"]) for row in rows):
         same = [row for row in rows if (row["model"], row["threads"]) == (model, threads)]
         cells = [model, str(threads)]
-        for name, found in errors.items():
+        for name in SPEEDS:
             measured = statistics.median(row[name] for row in same)
-            predicted = same[0][f"predicted_{name}"]
-            found.append(100 * (predicted / measured - 1))
-            cells += [f"{measured:.1f}", f"{predicted:.1f}", f"{found[-1]:+.1f} %"]
+            by_case[name].append(statistics.median(error(row, name) for row in same))
+            once = [row[f"predicted_{name}"] for row in same if row["detection"] == first]
+            alone[name] += [100 * (value / measured - 1) for value in once]
+            cells += [f"{measured:.1f}", f"{by_case[name][-1]:+.1f} %"]
         print("| " + " | ".join(cells) + " |")
-    for name, found in errors.items():
-        print(f"{name}: median absolute error {statistics.median(map(abs, found)):.1f} % of {len(found)} cases")
+    for name in SPEEDS:
+        each, cases = sized(error(row, name) for row in rows), sized(by_case[name])
+        print(f"{name}, detection before every round: median absolute error {each} predictions, {cases} cases")
+        print(f"{name}, first detection beside the medians of all rounds: {sized(alone[name])} cases")
     spoilt = sum(not row["valid"] for row in rows)
     if spoilt:
-        print(f"NOT QUIET: bench calls {spoilt} of {len(rows)} runs spoilt; these figures say nothing about prediction")
+        print(f"NOT QUIET: bench calls {spoilt} of {len(rows)} runs spoilt; they are counted all the same")
+
+
+def error(row: dict[str, Any], name: str) -> float:
+    """Per cent that a prediction is above what its round measured."""
+    return float(100 * (row[f"predicted_{name}"] / row[name] - 1))
+
+
+def sized(errors: Iterable[float]) -> str:
+    sizes = [abs(item) for item in errors]
+    return f"{statistics.median(sizes):.1f} % of {len(sizes)}"
 
 
 def name_of(model: Path) -> str:
@@ -137,7 +184,7 @@ def ram_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         predicted = {"predicted_bytes": sum(parts.model_dump().values()), **parts.model_dump()}
         rows.append({**case, **json.loads(child.stdout), **predicted})
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-        save(RAM_NAME, rows)
+        save(arguments.name, rows)
     return rows
 
 
@@ -168,11 +215,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="for ram")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--name", help="of the file of raw rows in results/: speed adds to it, ram writes it anew")
     arguments = parser.parse_args()
+    arguments.name = arguments.name or (SPEED_NAME if arguments.what == "speed" else RAM_NAME)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    rows = speed_rows(arguments) if arguments.what == "speed" else ram_rows(arguments)
-    (show_speed if arguments.what == "speed" else show_ram)(rows)
-    print(f"raw rows: {save(f'predict_host_{arguments.what}', rows)}")
+    if arguments.what == "speed":
+        show_speed(speed_rows(arguments))
+    else:
+        show_ram(ram_rows(arguments))
 
 
 if __name__ == "__main__":

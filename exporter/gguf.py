@@ -1,8 +1,8 @@
 """Writes a GGUF file in one pass: tensors go from the source to their final place, quantised on the way.
 
 The layout is known before the data, so worker threads take slabs of rows, read, convert and quantise them, and write
-them where they belong. Memory is bounded by the workers, not by the model: a slab each. Knows what a plan says of each
-tensor and nothing of why.
+them where they belong, in large pieces. Memory is bounded by the workers, not by the model: a slab and a piece each.
+Knows what a plan says of each tensor and nothing of why.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from exporter import ggml
 from exporter.architectures.base import TensorDescription, ordered_rows
 from exporter.checkpoint import Checkpoint, TensorReader, weight_type
 from exporter.gguf_header import encode_header, padded
+from exporter.pieces import Pieces
 from exporter.safetensors_header import TensorHeader
 
 SLAB_ELEMENTS = 2**19
@@ -182,7 +183,8 @@ def _write_slabs(path: Path, sources: _Sources, slabs: Sequence[_Slab], threads:
             checkpoint = sources.checkpoint
             for file in {header.file for header in (*checkpoint.tensors.values(), *checkpoint.finished.values())}:
                 reader.open(file)
-            _run(_Worker(sources, reader, descriptor), slabs, threads, stage)
+            pieces = Pieces(descriptor, ((slab.position, slab.size_bytes) for slab in slabs))
+            _run(_Worker(sources, reader, pieces), slabs, threads, stage)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -203,11 +205,11 @@ def _run(worker: _Worker, slabs: Sequence[_Slab], threads: int, stage: Stage) ->
 
 
 class _Worker:
-    """What each thread does with a slab. Buffers belong to threads and are reused, descriptors are shared."""
+    """What each thread does with a slab. Buffers belong to threads and are reused, files are shared."""
 
-    def __init__(self, sources: _Sources, reader: TensorReader, descriptor: int) -> None:
+    def __init__(self, sources: _Sources, reader: TensorReader, pieces: Pieces) -> None:
         self._checkpoint, self._quantizers = sources.checkpoint, sources.quantizers
-        self._reader, self._descriptor = reader, descriptor
+        self._reader, self._pieces = reader, pieces
         self._buffers = threading.local()
         self.cancelled = threading.Event()
 
@@ -215,11 +217,7 @@ class _Worker:
         """Read, convert, quantise and write one slab. Raises ``CheckpointError`` or ``OSError``."""
         if self.cancelled.is_set():
             raise _Cancelled
-        data = self._data(slab)
-        view, position = data.data, slab.position
-        while len(view):
-            count = os.pwrite(self._descriptor, view, position)
-            view, position = view[count:], position + count
+        self._pieces.write(self._data(slab), slab.position)
 
     def _data(self, slab: _Slab) -> ggml.Bytes:
         if slab.description.values is not None:

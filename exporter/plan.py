@@ -433,15 +433,15 @@ def _workload(
     description: ModelDescription, tensors: Sequence[TensorPlan], artifact_bytes: int, format_name: Format = "gguf"
 ) -> Workload:
     dimensions = description.dimensions
-    groups: dict[str, tuple[int, int]] = {}
+    groups: dict[str, tuple[int, int, int]] = {}
     lookup = None
     for item in tensors:
-        parameters = math.prod(item.shape)
+        parameters, rows = math.prod(item.shape), math.prod(item.shape[:-1])
         if item.name == "token_embd.weight" and not dimensions.tied:
-            lookup = TypedWeights(item.type, parameters, item.size_bytes)
+            lookup = TypedWeights(item.type, parameters, item.size_bytes, rows)
             continue
-        count, size_bytes = groups.get(item.type, (0, 0))
-        groups[item.type] = (count + parameters, size_bytes + item.size_bytes)
+        count, size_bytes, rows_before = groups.get(item.type, (0, 0, 0))
+        groups[item.type] = (count + parameters, size_bytes + item.size_bytes, rows_before + rows)
     return Workload(
         format=format_name,
         architecture=description.architecture,

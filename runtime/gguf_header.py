@@ -430,7 +430,12 @@ def _typed(tensors: Sequence[GGUFTensor]) -> tuple[TypedWeights, ...]:
     for tensor in tensors:
         groups.setdefault(tensor.type, []).append(tensor)
     return tuple(
-        TypedWeights(name, sum(item.parameters for item in group), sum(item.size_bytes for item in group))
+        TypedWeights(
+            name,
+            sum(item.parameters for item in group),
+            sum(item.size_bytes for item in group),
+            sum(prod(item.shape[:-1]) for item in group),
+        )
         for name, group in groups.items()
     )
 
@@ -488,7 +493,7 @@ def workload_from_gguf(header: GGUFHeader) -> Workload:
         parameters=sum(tensor.parameters for tensor in header.tensors),
         file_bytes=header.file_bytes,
         weights=_typed([tensor for tensor in header.tensors if tied or tensor is not embedding]),
-        lookup=None if tied else TypedWeights(embedding.type, embedding.parameters, embedding.size_bytes),
+        lookup=None if tied else _typed([embedding])[0],
         layers=len(per_layer),
         hidden=_positive(header, f"{architecture}.embedding_length"),
         vocabulary=embedding.shape[0],

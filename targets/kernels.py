@@ -8,13 +8,13 @@ no engine: ``runtime.kernels`` does the runs.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from targets.bandwidth import every_count
 from targets.calibration import Family, calibration
-from targets.predict import NO_SCALE, RunSettings, bandwidth_at, parallel_cores, prefill_seconds
+from targets.predict import NO_SCALE, RunSettings, bandwidth_at, layer_us, parallel_cores, prefill_seconds, row_cycles
 from targets.profile import GB, Figure, KernelCycles, Memory, Streaming, TargetProfile
 from targets.workload import Workload
 
@@ -22,7 +22,10 @@ from targets.workload import Workload
 # anyway and the fourth power hides the difference.
 _LEAST_ARITHMETIC = 0.5
 
-Role = Literal["type", "size", "large", "deep", "narrow"]
+# Rows are given no more of a model's cycles than this: what is left to its weights stays above 0.
+_MOST_ROWS = 0.8
+
+Role = Literal["type", "size", "large", "thin", "deep", "narrow"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +33,9 @@ class KernelRun:
     """One random model of one type on a number of threads.
 
     ``role``: ``type`` measures a type's kernels; ``size`` is the same model with fewer or more layers, for the read
-    rate; ``large`` has more, for the type; ``deep`` is the first one behind many tokens; ``narrow`` models are all
-    layers and hardly any weights. ``prefill_depth`` tokens were cached before the prompt, ``decode_depth`` in the
+    rate; ``large`` has more, for the type; ``thin`` has as many weights in shorter rows, for what a row costs;
+    ``deep`` is the first one behind many tokens; ``narrow`` models are all layers and hardly any weights.
+    ``prefill_depth`` tokens were cached before the prompt, ``decode_depth`` in the
     middle of decoding.
     """
 
@@ -52,7 +56,7 @@ def with_kernels(profile: TargetProfile, runs: Sequence[KernelRun]) -> TargetPro
     family = calibration().family(profile.kernels)
     typed = [run for run in runs if run.role == "type"]
     most = max(run.threads for run in typed)
-    loss = _parallel_loss([run for run in typed if run.type == typed[0].type])
+    loss = _parallel_loss(typed)
     family = family.model_copy(update={"parallel_loss": loss})
     best = [run for run in typed if run.threads == most]
     source = f"measured: random models of {best[0].workload.parameters / 1e6:.0f} M weights, 1 to {most} threads"
@@ -60,19 +64,25 @@ def with_kernels(profile: TargetProfile, runs: Sequence[KernelRun]) -> TargetPro
     known = KernelCycles(
         prefill={},
         decode={},
-        layer_us=_layer_us([run for run in runs if run.role == "narrow"], profile, family),
+        layer_us=_layer_us([run for run in runs if run.role == "narrow"], profile, family, most),
         parallel_loss=loss,
         attention_prefill=attention_prefill,
         attention_decode=attention_decode,
         source=source,
     )
+    single = [run for run in runs if run.role == "narrow" and run.threads == 1]
+    if most > 1 and single:
+        alone = {"layer_single_us": _layer_us(single, profile, family, 1), "decode_threads": most}
+        known = known.model_copy(update=alone)
+    known = known.model_copy(update={"prefill_row": _prefill_rows(runs, profile, family, known)})
     profile = profile.model_copy(update={"kernel_cycles": known})
     prefill: dict[str, float] = {}
     for run in sorted(best, key=lambda item: item.type != "F16"):  # F16 first: attention may count as it
         prefill[run.type] = _prefill_cycles(run, profile, family)
         family = family.model_copy(update={"prefill": family.prefill | prefill})
-    memory = _streamed(profile, [run for run in runs if run.role in ("type", "size")], known)
+    memory = _streamed(profile, [run for run in runs if run.role in ("type", "size", "large")], known)
     profile = profile.model_copy(update={"memory": memory})
+    known = _with_rows(known, runs, profile, family)
     decode = {run.type: _decode_cycles(run, profile, family, known) for run in best}
     tables: dict[str, object] = {"prefill": prefill, "decode": decode}
     large = [run for run in runs if run.role == "large"]
@@ -107,10 +117,64 @@ def _attention(runs: Sequence[KernelRun], profile: TargetProfile, family: Family
     return prefill if prefill > 0 else None, decode if decode > 0 else None
 
 
+def _with_rows(cycles: KernelCycles, runs: Sequence[KernelRun], profile: TargetProfile, family: Family) -> KernelCycles:
+    """The cycles with what a row costs in decode, by type, and with those of a weight on the thread count of those
+    runs: models of long rows and of short ones tell both."""
+    decode, single = dict(cycles.decode_row), dict(cycles.decode_single)
+    for thin, wide in _thin_and_wide(runs):
+        long_s, short_s = (_arithmetic_s(run, profile, family, cycles) for run in (wide, thin))
+        work = _hertz(profile) * min(wide.threads, _cores(profile))
+        row, single[wide.type] = _per_row_and_weight(wide, thin, long_s * work, short_s * work)
+        decode[wide.type] = row
+    if cycles.decode_threads is None:
+        single = {}
+    return cycles.model_copy(update={"decode_row": decode, "decode_single": single})
+
+
+def _prefill_rows(
+    runs: Sequence[KernelRun], profile: TargetProfile, family: Family, cycles: KernelCycles
+) -> dict[str, float]:
+    """Cycles per row and prompt token, by type."""
+    found = {}
+    for thin, wide in _thin_and_wide(runs):
+        work = _hertz(profile) * parallel_cores(profile, family, wide.threads)
+        long_s, short_s = (_matrices_s(run, profile, cycles, family) for run in (wide, thin))
+        found[wide.type], _ = _per_row_and_weight(wide, thin, long_s * work, short_s * work)
+    return found
+
+
+def _thin_and_wide(runs: Sequence[KernelRun]) -> Iterator[tuple[KernelRun, KernelRun]]:
+    for thin in runs:
+        if thin.role == "thin":
+            same = ("type", thin.type, thin.threads)
+            yield thin, next(run for run in runs if (run.role, run.type, run.threads) == same)
+
+
+def _per_row_and_weight(wide: KernelRun, thin: KernelRun, long: float, short: float) -> tuple[float, float]:
+    """Cycles per row and per weight from those of two models. Rows cost no less than nothing and no more than most of
+    the model of long ones."""
+    share = thin.workload.parameters / wide.workload.parameters
+    row = (short - share * long) / (_rows(thin) - share * _rows(wide))
+    row = min(max(row, 0.0), _MOST_ROWS * long / _rows(wide))
+    return row, (long - row * _rows(wide)) / wide.workload.parameters
+
+
+def _rows(run: KernelRun) -> float:
+    return row_cycles(run.workload.weights, run.workload, {run.type: 1.0})
+
+
+def _matrices_s(run: KernelRun, profile: TargetProfile, cycles: KernelCycles, family: Family) -> float:
+    """Seconds of a prompt token without attention."""
+    products = 2.0 * run.workload.layers * run.workload.hidden * (run.prefill_depth + run.prompt_tokens / 2)
+    attention = products * (cycles.attention_prefill or 0.0)
+    return run.prefill_s - attention / (_hertz(profile) * parallel_cores(profile, family, run.threads))
+
+
 def _streamed(profile: TargetProfile, runs: Sequence[KernelRun], cycles: KernelCycles) -> Memory:
     """The memory of a profile, raised to what the engine's weights were streamed at."""
     memory, most = profile.memory, max(run.threads for run in runs)
-    largest = max(run.workload.streamed_bytes for run in runs if run.type == runs[0].type)
+    kind = next((run.type for run in runs if run.role == "size"), runs[0].type)
+    largest = max(run.workload.streamed_bytes for run in runs if run.type == kind)
     told = f"{cycles.source}: weights streamed while generating"
     # A model that a cache may hold says nothing of memory, unless there is no larger one.
     large = [run for run in runs if run.threads == most and run.workload.streamed_bytes >= largest]
@@ -124,7 +188,7 @@ def _streamed(profile: TargetProfile, runs: Sequence[KernelRun], cycles: KernelC
         return memory
     by_size: dict[float, dict[int, float]] = {}
     for run in runs:
-        if run.type == runs[0].type:
+        if run.type == kind and run.role != "large":
             by_size.setdefault(float(run.workload.streamed_bytes), {})[run.threads] = _rate(run, profile, cycles)
     sizes = sorted(by_size)
     engine = Streaming(sizes_bytes=tuple(sizes), rates=tuple(every_count(by_size[size]) for size in sizes), source=told)
@@ -143,7 +207,7 @@ def _rate(run: KernelRun, profile: TargetProfile, cycles: KernelCycles) -> float
 
 def _weights_s(run: KernelRun, profile: TargetProfile, cycles: KernelCycles) -> float:
     """Seconds of a generated token without the fixed cost of its layers and, where that is known, attention."""
-    other_s = run.workload.layers * cycles.layer_us * 1e-6
+    other_s = run.workload.layers * layer_us(cycles, run.threads) * 1e-6
     if cycles.attention_decode is not None:
         products = 2.0 * run.workload.layers * run.workload.hidden * run.decode_depth
         other_s += products * cycles.attention_decode / (_hertz(profile) * min(run.threads, _cores(profile)))
@@ -168,7 +232,15 @@ def _prefill_cycles(run: KernelRun, profile: TargetProfile, family: Family) -> f
 
 
 def _decode_cycles(run: KernelRun, profile: TargetProfile, family: Family, cycles: KernelCycles) -> float:
-    """Cycles per weight from t = (memory^4 + arithmetic^4)^(1/4) + attention + layers."""
+    """Cycles per weight, without those of rows."""
+    work = _hertz(profile) * min(run.threads, _cores(profile))
+    all_cycles = _arithmetic_s(run, profile, family, cycles) * work
+    rows = row_cycles(run.workload.weights, run.workload, cycles.decode_row)
+    return max(all_cycles - rows, (1 - _MOST_ROWS) * all_cycles) / run.workload.parameters
+
+
+def _arithmetic_s(run: KernelRun, profile: TargetProfile, family: Family, cycles: KernelCycles) -> float:
+    """Seconds of arithmetic from t = (memory^4 + arithmetic^4)^(1/4) + attention + layers."""
     norm = calibration().norm
     assert profile.memory.effective is not None
     bandwidth, streamed_bytes = profile.memory.effective.value, run.workload.streamed_bytes
@@ -177,25 +249,24 @@ def _decode_cycles(run: KernelRun, profile: TargetProfile, family: Family, cycle
     weights_s = _weights_s(run, profile, cycles)
     memory_s = streamed_bytes / bandwidth
     arithmetic_s = float(max(weights_s**norm - memory_s**norm, 0.0) ** (1 / norm))
-    arithmetic_s = max(arithmetic_s, _LEAST_ARITHMETIC * memory_s)
-    return arithmetic_s * _hertz(profile) * min(run.threads, _cores(profile)) / run.workload.parameters
+    return max(arithmetic_s, _LEAST_ARITHMETIC * memory_s)
 
 
-def _layer_us(narrow: Sequence[KernelRun], profile: TargetProfile, family: Family) -> float:
-    """Fixed microseconds of a layer at the most threads: what is left when the arithmetic is taken off."""
-    run = max(narrow, key=lambda item: item.threads)
+def _layer_us(narrow: Sequence[KernelRun], profile: TargetProfile, family: Family, threads: int) -> float:
+    """Fixed microseconds of a layer on a number of threads: what is left when the arithmetic is taken off."""
+    run = next((run for run in narrow if run.threads == threads), narrow[0])
     cycles = run.workload.parameters * family.decode_of(run.type)
     arithmetic_s = cycles / (_hertz(profile) * min(run.threads, _cores(profile)))
     return max(run.decode_s - arithmetic_s, 0.2 * run.decode_s) / run.workload.layers * 1e6
 
 
 def _parallel_loss(runs: Sequence[KernelRun]) -> float:
-    """a of the speed-up n / (1 + a (n - 1)), the median over thread counts; 0 with one count."""
-    one = next((run.prefill_s for run in runs if run.threads == 1), None)
+    """a of the speed-up n / (1 + a (n - 1)), the median over types and thread counts; 0 with one count."""
+    alone = {run.type: run.prefill_s for run in runs if run.threads == 1}
     losses = [
-        (run.threads * run.prefill_s / one - 1) / (run.threads - 1)
+        (run.threads * run.prefill_s / alone[run.type] - 1) / (run.threads - 1)
         for run in runs
-        if one is not None and run.threads > 1
+        if run.threads > 1 and run.type in alone
     ]
     return min(max(statistics.median(losses), 0.0), 0.9) if losses else 0.0
 

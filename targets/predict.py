@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,7 +19,7 @@ from edgelm.bundle import Prediction, RamParts
 from edgelm.errors import UsageError
 from edgelm.units import format_bytes
 from targets.calibration import Calibration, DeviceScale, Family, calibration
-from targets.profile import GB, TargetProfile
+from targets.profile import GB, KernelCycles, TargetProfile
 from targets.workload import TypedWeights, Workload
 
 # A device of which nothing is known beyond its family, or of which everything was measured.
@@ -185,7 +185,7 @@ def multiplied(workload: Workload) -> Workload:
     if not any(item.type == "fp16" for item in workload.weights):
         return workload
     weights = [
-        TypedWeights("fp32", item.parameters, 4 * item.parameters) if item.type == "fp16" else item
+        replace(item, type="fp32", size_bytes=4 * item.parameters) if item.type == "fp16" else item
         for item in workload.weights
     ]
     return replace(workload, weights=tuple(weights))
@@ -259,10 +259,16 @@ def decode_seconds(
     threads = settings.threads_decode or int(profile.threads_decode.value)
     cores = _cores(profile, threads)
     clock = _hertz(profile) * scale.compute
-    cycles = sum(item.parameters * _decode_cycles(item, workload, profile, family) for item in workload.weights)
+    cycles = sum(
+        item.parameters * _decode_cycles(item, workload, profile, family, threads) for item in workload.weights
+    )
     streamed_bytes = workload.streamed_bytes + kv_bytes
     rate = bandwidth_at(profile, family, bandwidth, threads, streamed_bytes)
-    measured = profile.kernel_cycles.attention_decode if profile.kernel_cycles is not None else None
+    known = profile.kernel_cycles
+    measured = known.attention_decode if known is not None else None
+    if known is not None:
+        cycles += row_cycles(workload.weights, workload, known.decode_row)
+        fixed_s = workload.layers * layer_us(known, threads) * 1e-6
     if measured is None:
         cycles += attention * family.decode_of("F16")
         return _norm((streamed_bytes / rate, cycles / (clock * cores)), norm) + fixed_s
@@ -271,16 +277,55 @@ def decode_seconds(
     return _norm((workload.streamed_bytes / rate, cycles / (clock * cores)), norm) + attention_s + fixed_s
 
 
-def _decode_cycles(item: TypedWeights, workload: Workload, profile: TargetProfile, family: Family) -> float:
+def _decode_cycles(
+    item: TypedWeights, workload: Workload, profile: TargetProfile, family: Family, threads: int
+) -> float:
     """Cycles per weight of a type, between what was measured on a smaller and on a larger model of that type: by how
-    the bytes of the whole workload stand to theirs, in logarithms."""
-    small, measured = family.decode_of(item.type), profile.kernel_cycles
-    if measured is None or measured.decode_weights is None or item.type not in measured.decode_large:
-        return small
-    low, high = measured.decode_weights
-    weights = workload.streamed_bytes * item.parameters / item.size_bytes
-    part = min(max(math.log(weights / low) / math.log(high / low), 0.0), 1.0)
-    return small * (1 - part) + measured.decode_large[item.type] * part
+    the bytes of the whole workload stand to theirs, in logarithms. And between one thread and as many as were measured:
+    where threads share a memory that is too slow for them, more of the arithmetic is hidden."""
+    cycles, measured = family.decode_of(item.type), profile.kernel_cycles
+    if measured is None:
+        return cycles
+    if measured.decode_weights is not None and item.type in measured.decode_large:
+        low, high = measured.decode_weights
+        weights = workload.streamed_bytes * item.parameters / item.size_bytes
+        part = min(max(math.log(weights / low) / math.log(high / low), 0.0), 1.0)
+        cycles += part * (measured.decode_large[item.type] - cycles)
+    if measured.decode_threads is not None and item.type in measured.decode_single:
+        single = measured.decode_single[item.type]
+        cycles = single + _part_of_threads(measured, threads) * (cycles - single)
+    return cycles
+
+
+def layer_us(measured: KernelCycles, threads: int) -> float:
+    """The fixed cost of a layer on a number of threads, between those that were measured."""
+    if measured.layer_single_us is None:
+        return measured.layer_us
+    return measured.layer_single_us + _part_of_threads(measured, threads) * (
+        measured.layer_us - measured.layer_single_us
+    )
+
+
+def _part_of_threads(measured: KernelCycles, threads: int) -> float:
+    """How far ``threads`` are from one to as many as were measured, in logarithms: 0 to 1."""
+    assert measured.decode_threads is not None
+    return min(math.log(threads) / math.log(measured.decode_threads), 1.0)
+
+
+def row_cycles(weights: Iterable[TypedWeights], workload: Workload, measured: Mapping[str, float]) -> float:
+    """Cycles that the rows of all matrices cost for one token, besides their weights.
+
+    Where a workload does not know its rows they are as long as the model is wide; types that nobody measured cost the
+    middle of those that were. None of ONNX Runtime's kernels was measured.
+    """
+    if not measured or workload.format == "onnx":
+        return 0.0
+    usual = statistics.median(measured.values())
+    return sum(
+        (item.rows or item.parameters / workload.hidden) * measured.get(item.type, usual)
+        for item in weights
+        if item.type != "F32"
+    )
 
 
 def prefill_seconds(
@@ -301,8 +346,10 @@ def prefill_seconds(
             arithmetic_s + 2 * attention / (family.prefill_of("F16") * flops) + streamed_s / min(tokens, settings.batch)
         )
     threads = settings.threads_prefill or int(profile.threads_prefill.value)
-    measured = profile.kernel_cycles.attention_prefill if profile.kernel_cycles is not None else None
+    known = profile.kernel_cycles
+    measured = known.attention_prefill if known is not None else None
     cycles = sum(item.parameters * family.prefill_of(item.type) for item in body)
+    cycles += row_cycles(body, workload, {} if known is None else known.prefill_row)
     cycles += attention * (family.prefill_of("F16") if measured is None else measured)
     clock = _hertz(profile) * scale.compute * (family.old_prefill if settings.old_engine else 1)
     return cycles / (clock * parallel_cores(profile, family, threads))
@@ -353,7 +400,8 @@ def without_head(workload: Workload) -> Iterable[TypedWeights]:
             yield item
         elif item.parameters > head:
             rest = item.parameters - head
-            yield TypedWeights(item.type, rest, round(item.size_bytes * rest / item.parameters))
+            rows = max(item.rows - workload.vocabulary, 0)
+            yield TypedWeights(item.type, rest, round(item.size_bytes * rest / item.parameters), rows)
 
 
 def ram_parts(workload: Workload, profile: TargetProfile, settings: RunSettings, family: Family) -> RamParts:

@@ -116,7 +116,10 @@ class KernelCycles(Record):
     ``calibration.toml``. ``attention_prefill`` and ``attention_decode`` are cycles per multiplication of attention,
     None where they were not measured: it then counts as arithmetic in F16. ``decode`` was measured on as many weights
     as ``decode_weights`` says first, ``decode_large``, of some types, on as many as it says second: kernels that do not
-    rearrange weights lose more than a read rate tells once a cache no longer holds them.
+    rearrange weights lose more than a read rate tells once a cache no longer holds them. ``prefill_row`` and
+    ``decode_row`` are what a row of a matrix costs besides, for every token: narrow models have more rows for their
+    weights. Empty where nobody measured them. ``decode`` holds at ``decode_threads`` threads, ``decode_single`` and
+    ``layer_single_us`` on one: more threads wait for each other in every layer, and hide arithmetic behind memory.
     """
 
     prefill: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
@@ -125,6 +128,11 @@ class KernelCycles(Record):
     parallel_loss: float = Field(ge=0, lt=1)
     decode_large: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
     decode_weights: tuple[float, float] | None = None
+    decode_single: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    decode_threads: int | None = Field(default=None, gt=1)
+    layer_single_us: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    prefill_row: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    decode_row: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
     attention_prefill: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     attention_decode: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     source: str = Field(min_length=8)
@@ -135,6 +143,8 @@ class KernelCycles(Record):
             raise ValueError("decode_large needs decode_weights")
         if self.decode_weights is not None and not 0 < self.decode_weights[0] < self.decode_weights[1]:
             raise ValueError("decode_weights has to rise from above 0")
+        if (self.decode_single or self.layer_single_us is not None) and self.decode_threads is None:
+            raise ValueError("decode_single and layer_single_us need decode_threads")
         return self
 
 
@@ -381,16 +391,25 @@ def _kernel_lines(cycles: KernelCycles) -> list[str]:
     def table(values: dict[str, float]) -> str:
         return f"{{ {', '.join(f'{kind} = {value:.4g}' for kind, value in values.items())} }}"
 
-    attention = {"attention_prefill": cycles.attention_prefill, "attention_decode": cycles.attention_decode}
+    optional = {
+        "layer_single_us": cycles.layer_single_us,
+        "attention_prefill": cycles.attention_prefill,
+        "attention_decode": cycles.attention_decode,
+    }
     lines = [f"prefill = {table(cycles.prefill)}", f"decode = {table(cycles.decode)}"]
     if cycles.decode_weights is not None:
         lines.append(f"decode_large = {table(cycles.decode_large)}")
         lines.append(f"decode_weights = [{', '.join(f'{count!r}' for count in cycles.decode_weights)}]")
+    if cycles.decode_threads is not None:
+        lines.append(f"decode_single = {table(cycles.decode_single)}")
+        lines.append(f"decode_threads = {cycles.decode_threads}")
+    if cycles.decode_row:
+        lines += [f"prefill_row = {table(cycles.prefill_row)}", f"decode_row = {table(cycles.decode_row)}"]
     return [
         *lines,
         f"layer_us = {cycles.layer_us:.4g}",
         f"parallel_loss = {cycles.parallel_loss:.4g}",
-        *(f"{key} = {value:.4g}" for key, value in attention.items() if value is not None),
+        *(f"{key} = {value:.4g}" for key, value in optional.items() if value is not None),
         f"source = {_quoted(cycles.source)}",
     ]
 

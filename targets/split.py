@@ -93,7 +93,7 @@ def part_of(workload: Workload, layers: int, *, with_head: bool) -> Workload:
 
 def _scaled(weights: Iterable[TypedWeights], share: float) -> list[TypedWeights]:
     return [
-        replace(item, parameters=round(item.parameters * share), size_bytes=round(item.size_bytes * share))
+        TypedWeights(item.type, *(round(count * share) for count in (item.parameters, item.size_bytes, item.rows)))
         for item in weights
     ]
 
@@ -103,7 +103,8 @@ def _head(workload: Workload) -> TypedWeights | None:
     if holder is None:
         return None
     parameters = workload.vocabulary * workload.hidden
-    return TypedWeights(holder.type, parameters, round(holder.size_bytes * parameters / holder.parameters))
+    size_bytes = round(holder.size_bytes * parameters / holder.parameters)
+    return TypedWeights(holder.type, parameters, size_bytes, workload.vocabulary)
 
 
 def layered(workload: Workload) -> LayeredModel:

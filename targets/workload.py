@@ -18,11 +18,15 @@ OwnKvType = Literal["f32", "f16"]
 
 @dataclass(frozen=True, slots=True)
 class TypedWeights:
-    """All weights stored in one type (``Q4_0``, ``F32``; ONNX: ``int4``, ``int8``, ``fp32``, ``fp16``)."""
+    """All weights stored in one type (``Q4_0``, ``F32``; ONNX: ``int4``, ``int8``, ``fp32``, ``fp16``).
+
+    ``rows`` are those of its matrices, one product of vectors each for every token; 0 where only the size is known.
+    """
 
     type: str
     parameters: int
     size_bytes: int
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +71,23 @@ def workload_from_plan(plan: ExportPlan) -> Workload | None:
         return None
     parameters: Counter[str] = Counter()
     size_bytes: Counter[str] = Counter()
+    rows: Counter[str] = Counter()
     lookup = None
     for tensor in plan.tensors:
         if tensor.name == shape.lookup_tensor:
-            lookup = TypedWeights(tensor.type, prod(tensor.shape), tensor.size_bytes)
+            lookup = TypedWeights(tensor.type, prod(tensor.shape), tensor.size_bytes, prod(tensor.shape[:-1]))
             continue
         parameters[tensor.type] += prod(tensor.shape)
         size_bytes[tensor.type] += tensor.size_bytes
+        rows[tensor.type] += prod(tensor.shape[:-1])
     return Workload(
         format=plan.format,
         architecture=plan.architecture,
         parameters=plan.parameters,
         file_bytes=plan.artifact_bytes,
-        weights=tuple(TypedWeights(kind, parameters[kind], size_bytes[kind]) for kind in sorted(parameters)),
+        weights=tuple(
+            TypedWeights(kind, parameters[kind], size_bytes[kind], rows[kind]) for kind in sorted(parameters)
+        ),
         lookup=lookup,
         layers=shape.layers,
         hidden=shape.hidden,

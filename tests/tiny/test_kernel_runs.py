@@ -46,22 +46,25 @@ def test_seconds_per_token_are_measured(tmp_path: Path) -> None:
 def test_runs_become_a_profile_that_predicts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "TYPES", ("Q8_0", "F16"))
     monkeypatch.setattr(kernels, "wide_model", lambda kind, small: RandomModel(kind, 2, 256, 512, 4, 2))
-    monkeypatch.setattr(kernels, "SIZES_LAYERS", (1, 4))
+    monkeypatch.setattr(kernels, "thin_model", lambda kind, small: RandomModel(kind, 4, 128, 256, 2, 2))
+    monkeypatch.setattr(kernels, "SIZES_LAYERS", (1, 3))
     monkeypatch.setattr(kernels, "LARGE_LAYERS", 4)
     runs = [kernels.kernel_run(fields) for fields in kernels.run_all(tmp_path, 1, small=True)]
     assert [(run.type, run.role, run.workload.layers) for run in runs] == [
         ("Q8_0", "type", 2),
         ("Q8_0", "deep", 2),
-        ("Q8_0", "size", 1),
-        ("Q8_0", "size", 4),
+        ("Q8_0", "thin", 4),
         ("F16", "type", 2),
+        ("F16", "thin", 4),
         ("F16", "large", 4),
+        ("F16", "size", 1),
+        ("F16", "size", 3),
         ("Q8_0", "narrow", 32),
     ]
     assert not list(tmp_path.iterdir()), "models are removed once they have run"
     profile = with_kernels(detect_host(), runs)
     settings = RunSettings(context=256, prompt_tokens=kernels.PROMPT_TOKENS, threads_decode=1, threads_prefill=1)
-    for run in (runs[0], runs[4]):
+    for run in (runs[0], runs[3]):
         speed = predict_speed(run.workload, profile, settings)
         assert speed.prefill_tps == pytest.approx(1 / run.prefill_s, rel=0.02)
 

@@ -10,7 +10,7 @@ from edgelm.errors import ProfileError
 from targets.calibration import calibration
 from targets.catalogue import workload_from_figures
 from targets.kernels import KernelRun, throughput_gflops, with_kernels
-from targets.predict import RunSettings, family_of, predict_speed
+from targets.predict import RunSettings, family_of, layer_us, predict_speed
 from targets.profile import Figure, Streaming, TargetProfile, load_profile, parse_profile, profile_toml
 from targets.workload import TypedWeights, Workload
 
@@ -172,6 +172,63 @@ def test_a_type_may_cost_more_in_a_large_model(profile: TargetProfile) -> None:
     assert 40 < between < 160
     again = parse_profile(profile_toml(told).encode(), "me.toml")
     assert predict_speed(model, again, settings).decode_tps == pytest.approx(40, rel=0.07)
+
+
+WIDE = replace(workload("Q4_0", 90_000_000, 4.5), weights=(TypedWeights("Q4_0", 90_000_000, 50_625_000, 70_000),))
+THIN = replace(
+    workload("Q4_0", 90_000_000, 4.5),
+    weights=(TypedWeights("Q4_0", 90_000_000, 50_625_000, 150_000),),
+    layers=40,
+    hidden=512,
+)
+ROWS = (
+    run("Q8_0", 1, 1 / 500, 1 / 70, 8.5),
+    run("Q8_0", 2, 1 / 900, 1 / 110, 8.5),
+    KernelRun("Q4_0", 1, "type", WIDE, PROMPT, 1 / 700, 1 / 120),
+    KernelRun("Q4_0", 2, "type", WIDE, PROMPT, 1 / 1260, 1 / 180),
+    KernelRun("Q4_0", 1, "thin", THIN, PROMPT, 1 / 550, 1 / 95),
+    KernelRun("Q8_0", 1, "narrow", NARROW, PROMPT, 1e-4, 1 / 1500),
+    KernelRun("Q8_0", 2, "narrow", NARROW, PROMPT, 1e-4, 1 / 1000),
+)
+
+
+@pytest.mark.parametrize("index", [2, 3, 4])
+def test_models_of_short_rows_are_given_back_as_well(profile: TargetProfile, index: int) -> None:
+    one = ROWS[index]
+    told = with_kernels(profile, ROWS)
+    again = parse_profile(profile_toml(told).encode(), "me.toml")
+    settings = RunSettings(
+        context=PROMPT, prompt_tokens=PROMPT, threads_decode=one.threads, threads_prefill=one.threads
+    )
+    for known in (told, again):
+        speed = predict_speed(one.workload, known, settings)
+        assert speed.decode_tps == pytest.approx(1 / one.decode_s, rel=0.02)
+        assert speed.prefill_tps == pytest.approx(1 / one.prefill_s, rel=0.05)
+
+
+def test_rows_that_nobody_counted_are_as_long_as_the_model_is_wide(profile: TargetProfile) -> None:
+    told = with_kernels(profile, ROWS)
+    settings = RunSettings(context=PROMPT, threads_decode=1, threads_prefill=1)
+
+    def speeds(rows: int) -> tuple[float, float]:
+        model = replace(THIN, weights=(TypedWeights("Q4_0", 90_000_000, 50_625_000, rows),))
+        speed = predict_speed(model, told, settings)
+        return speed.prefill_tps, speed.decode_tps
+
+    assert speeds(0) == pytest.approx(speeds(90_000_000 // 512), rel=1e-5)
+    assert speeds(0) < speeds(100_000)
+
+
+def test_layers_cost_what_they_did_on_as_many_threads(profile: TargetProfile) -> None:
+    cycles = with_kernels(profile, ROWS).kernel_cycles
+    assert cycles is not None
+    assert cycles.layer_single_us is not None
+    assert cycles.layer_single_us < cycles.layer_us
+    told = [layer_us(cycles, threads) for threads in (1, 2, 4)]
+    assert told == pytest.approx([cycles.layer_single_us, cycles.layer_us, cycles.layer_us])
+    text = profile_toml(with_kernels(profile, ROWS)).replace("decode_threads = 2\n", "")
+    with pytest.raises(ProfileError, match="need decode_threads"):
+        parse_profile(text.encode(), "me.toml")
 
 
 @pytest.mark.parametrize(
