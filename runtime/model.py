@@ -200,6 +200,7 @@ def _open_draft(path: Path, model: LoadedModel, options: EngineOptions) -> Loade
         context=min(model.info.context, longest),
         sequences=min(options.sequences, DRAFTED_STREAMS),
         kv_type="f16",
+        flash_attention="auto" if artifact.suffix == ".onnx" else options.flash_attention,
         mmap=options.mmap or artifact.suffix == ".onnx",
         lookup=False,
         draft="",
@@ -226,6 +227,8 @@ def _open_alone(path: Path, options: EngineOptions, *, beside_bytes: int = 0) ->
     if artifact.suffix == ".onnx":
         if options.gpu_layers > 0 or options.gpu:
             raise UsageError(f"{path} is an ONNX model: --gpu-layers and --gpu are for GGUF", hint="leave them out")
+        if options.flash_attention != "auto":
+            raise UsageError(f"{path} is an ONNX model: --flash-attention is for GGUF", hint="leave it out")
         return _open_onnx(artifact, bundle, options)
     header = read_gguf_header(artifact)
     if options.context == 0:

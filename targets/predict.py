@@ -36,6 +36,10 @@ COMPUTE_BASE_BYTES = 5 * 2**20
 # Activations of one position that are alive at once, in units of the hidden size, for full batches (SmolLM2);
 # short prompts touch about half of it.
 LIVE_ACTIVATIONS = 20
+# Without flash attention the scores of a whole batch are alive (4 bytes for each head, token and cell, and a mask), and
+# so many activations beside them (SmolLM2: 6.6 of 16.6 to 166.6 MiB that llama.cpp announces at 512 to 8,192 cells).
+SCORED_ACTIVATIONS = 6
+USUAL_HEAD = 64
 SLOW_CORE_SHARE = 0.45
 # Work of loading, in cycles of one core: reading one entry of the vocabulary, filling a byte of fresh memory (a copy of
 # weights, the zeroed cache), mapping a byte of the file. Fitted on CPU time, 2.8 GHz x86-64, 24 loads of SmolLM2 and a
@@ -52,7 +56,8 @@ class RunSettings:
 
     Threads of None are the profile's own choice. ``old_engine`` asks for llama.cpp as it was before 2025, which is
     how many published figures were taken. ``batch`` is the most tokens computed in one step. ``source_tokenizer`` is
-    whether the source's tokenizer runs beside the engine: with bundles, not with bare GGUF files.
+    whether the source's tokenizer runs beside the engine: with bundles, not with bare GGUF files. ``context`` counts
+    the tokens of all ``sequences``. Without ``flash_attention`` the scores of a batch take memory.
     """
 
     context: int
@@ -65,6 +70,8 @@ class RunSettings:
     batch: int = 512
     old_engine: bool = False
     source_tokenizer: bool = True
+    sequences: int = 1
+    flash_attention: bool = True
 
 
 def predict(
@@ -361,7 +368,12 @@ def ram_parts(workload: Workload, profile: TargetProfile, settings: RunSettings,
     cells = math.ceil(settings.context / KV_PADDING) * KV_PADDING
     kv_bytes = workload.kv_elements_per_token * kv_element_bytes(workload, settings) * cells
     batch = min(settings.batch, settings.context)
-    compute_bytes = COMPUTE_BASE_BYTES + batch * workload.hidden * LIVE_ACTIVATIONS * 4 + workload.vocabulary * 4
+    live_bytes = batch * workload.hidden * LIVE_ACTIVATIONS * 4
+    if not settings.flash_attention and workload.format == "gguf":
+        heads = workload.heads or max(workload.hidden // USUAL_HEAD, 1)
+        scores = batch * (heads + 1) * cells // settings.sequences
+        live_bytes = max(live_bytes, 4 * (scores + batch * workload.hidden * SCORED_ACTIVATIONS))
+    compute_bytes = COMPUTE_BASE_BYTES + live_bytes + workload.vocabulary * 4
     repack_bytes = 0.0 if family.gpu else _repack_bytes(workload, settings, family)
     entry_bytes = VOCABULARY_ENTRY_BYTES + (TOKENIZER_ENTRY_BYTES if settings.source_tokenizer else 0)
     return RamParts(

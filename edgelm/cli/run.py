@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.console import gpu_layers_option, gpu_option, print_json, provider_option
+from edgelm.cli.console import flash_attention_option, gpu_layers_option, gpu_option, print_json, provider_option
 from edgelm.errors import ContextOverflowError, UsageError
 from edgelm.units import format_bytes
 
 if TYPE_CHECKING:
     from runtime.encoder import EncoderOptions
-    from runtime.engine import KvType
+    from runtime.engine import FlashAttention, KvType
     from runtime.generate import Answer, Session
     from runtime.model import LoadedModel
     from runtime.sampling import SamplingOptions
@@ -74,6 +74,7 @@ class _Settings:
 )
 @gpu_layers_option
 @gpu_option
+@flash_attention_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of streamed text.")
 def command(
     bundle: Path,
@@ -99,6 +100,7 @@ def command(
     draft: Path | None,
     gpu_layers: int,
     gpu: str,
+    flash_attention: FlashAttention,
     as_json: bool,
 ) -> None:
     """Answer PROMPT with the model in BUNDLE (a bundle or a .gguf file), or chat when no PROMPT is given.
@@ -153,10 +155,20 @@ def command(
         providers=provider,
         gpu_layers=gpu_layers,
         gpu=gpu,
+        flash_attention=flash_attention,
     )
     if target is not None:
         threads_asked = (options.threads_decode, options.threads_prefill)
-        asked = Asked(context or 0, 1, *threads_asked, kv_type, lookup=lookup, draft=options.draft, providers=provider)
+        asked = Asked(
+            context or 0,
+            1,
+            *threads_asked,
+            kv_type,
+            lookup=lookup,
+            draft=options.draft,
+            providers=provider,
+            flash_attention=flash_attention,
+        )
         settled = choose_settings(bundle, target, asked)
         for name, line in settled.lines().items():
             click.echo(f"{name} {line}", err=True)

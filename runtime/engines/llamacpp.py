@@ -17,11 +17,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
+from edgelm.bundle import Choice
 from edgelm.errors import BundleError, EngineError, UsageError
+from runtime.attention import ON, check_attention, choose_attention
 from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits, State, check_chunks
 from runtime.engines.llamacpp_batch import AbortSwitch, Batch
 from runtime.engines.llamacpp_devices import buffer_name, can_offload, device_now, find_devices, place_layers
@@ -31,7 +33,7 @@ from runtime.gguf_header import has_single_blocks, read_gguf_header, workload_fr
 from runtime.huge_pages import collapse_resident, from_first_use
 from runtime.libllama import import_declarations, kernel_set, load_kernels
 from runtime.offload import offload_of, room_of
-from runtime.tiles import apart
+from runtime.tiles import apart, has_tiles
 from runtime.waiting import decided, let_helpers_go, prepare_openmp
 from targets.host import default_threads
 from targets.vram import Device, OffloadPlan
@@ -166,11 +168,12 @@ def load_engine(path: Path, options: EngineOptions, observer: InputSquares | Non
     threads = (options.threads_decode or int(decode.value), options.threads_prefill or int(prefill.value))
     library = load_library()
     offload = offload_of(library, header, options, path.name)
+    attention = choose_attention(options, on_gpu=offload.gpu_layers > 0)
     started = time.perf_counter()
     note_buffers(offload.device)
     model = load_weights(library, path, options, repack=not has_single_blocks(header), offload=offload)
     try:
-        context = _create_context(library, model, path, options, threads, observer)
+        context = _create_context(library, model, path, options, threads, attention, observer)
     except EngineError:
         library.llama_model_free(model)
         raise
@@ -178,6 +181,7 @@ def load_engine(path: Path, options: EngineOptions, observer: InputSquares | Non
     loaded = Loaded(library, model, context)
     info = _describe(loaded, path, options, threads, workload.kv_elements_per_token, time.perf_counter() - started)
     info = replace(info, devices=find_devices(library), gpu_backends=can_offload(library), offload=offload)
+    info = replace(info, attention=attention)
     return LlamaCppEngine(loaded, replace(info, huge_page_bytes=huge_page_bytes), options)
 
 
@@ -197,6 +201,7 @@ def _check_options(options: EngineOptions) -> None:
         raise UsageError(f"llama.cpp keeps at most {_MAX_SEQUENCES} sequences, {options.sequences} were asked for")
     if options.kv_type not in _KV_BYTES_PER_ELEMENT:
         raise UsageError(f"no KV cache type '{options.kv_type}'", hint=f"there are: {', '.join(_KV_BYTES_PER_ELEMENT)}")
+    check_attention(options)
 
 
 def load_weights(
@@ -228,6 +233,7 @@ def _create_context(
     path: Path,
     options: EngineOptions,
     threads: tuple[int, int],
+    attention: Choice,
     observer: InputSquares | None = None,
 ) -> Any:
     parameters = library.llama_context_default_params()
@@ -244,7 +250,8 @@ def _create_context(
     parameters.n_outputs_max = room_of(options).outputs
     parameters.n_outputs_max_per_seq = 0
     parameters.n_threads, parameters.n_threads_batch = threads
-    parameters.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    kinds = library.LLAMA_FLASH_ATTN_TYPE_DISABLED, library.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    parameters.flash_attn_type = kinds[attention.value == ON]
     kv_type = {"f32": library.GGML_TYPE_F32, "f16": library.GGML_TYPE_F16, "q8_0": library.GGML_TYPE_Q8_0}
     parameters.type_k = parameters.type_v = kv_type[options.kv_type]
     parameters.no_perf = True
@@ -356,6 +363,7 @@ class LlamaCppEngine:
         # Sequences whose cells llama.cpp copies or turns only when it computes the next time.
         self._unsettled: set[int] = set()
         self._abort = AbortSwitch(library, loaded.context)
+        self._may_share = has_tiles()
         self.vocabulary = LlamaVocabulary(library, loaded.model)
 
     @property
@@ -407,7 +415,13 @@ class LlamaCppEngine:
         self._batch.put(0, chunk.tokens[0], before, sequence, wanted=wanted)
         self._lengths[sequence] = before + 1
         self._abort.clear()
-        self._compute(1, {sequence: before})
+        batch = self._batch.c
+        batch.n_tokens = 1
+        status = apart(self._decode, self._context, batch) if self._may_share else self._decode(self._context, batch)
+        if status != 0:
+            self._failed(status, 1, {sequence: before})
+        if self._unsettled:
+            self._unsettled.clear()
         return self._view(int(wanted))
 
     def _check(self, chunks: Sequence[Chunk]) -> None:
@@ -438,13 +452,17 @@ class LlamaCppEngine:
         return 0
 
     def _compute(self, count: int, before: dict[int, int]) -> None:
-        """Run what the batch holds. On failure the sequences are cleared; interrupted, they are what they were."""
+        """Run what the batch holds. Raises as ``_failed``."""
         batch = self._batch.c
         batch.n_tokens = count
         status = apart(self._decode, self._context, batch)
-        if status == 0:
-            self._unsettled.clear()
-            return
+        if status != 0:
+            self._failed(status, count, before)
+        self._unsettled.clear()
+
+    def _failed(self, status: int, count: int, before: dict[int, int]) -> NoReturn:
+        """Clear the sequences that were to be computed; interrupted, they are what they were. Raises ``EngineError``
+        and ``EngineInterruptedError``."""
         if status == ABORTED:
             for sequence, length in before.items():
                 self._forget(length, sequence)
