@@ -35,7 +35,8 @@ class EngineOptions:
     speculative decoding; engines themselves know nothing of it. ``providers`` are ONNX Runtime's, best first: none is
     the CPU. ``gpu_layers`` are what llama.cpp puts on a GPU, ``targets.vram.AUTO_LAYERS`` means as many as fit; ``gpu``
     names which, "" for the one with the most free memory. ``flash_attention`` is llama.cpp's: ``auto`` leaves it to
-    ``runtime.attention``. Proofs fix it, so that their figures do not hang on the machine.
+    ``runtime.attention``, which goes by what was measured to be faster on this CPU (``faster_attention``, None: nobody
+    did). Proofs fix it, so that their figures do not hang on the machine.
     """
 
     context: int = 2048
@@ -53,6 +54,7 @@ class EngineOptions:
     gpu_layers: int = 0
     gpu: str = ""
     flash_attention: FlashAttention = "auto"
+    faster_attention: Literal["on", "off"] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ _SCALES = {
 }
 _SCALE = 0.004
 CONTEXT_TOKENS = DEEP_PROMPTS * PROMPT_TOKENS + GENERATED_TOKENS
+_DEEP: tuple[Role, ...] = ("deep", "plain")
 _VOCABULARY = 320
 _SEED = 0
 
@@ -106,7 +107,7 @@ def kernel_run(fields: dict[str, Any]) -> KernelRun:
     workload = fields["workload"] | {"weights": tuple(TypedWeights(**item) for item in fields["workload"]["weights"])}
     if workload["lookup"] is not None:
         workload["lookup"] = TypedWeights(**workload["lookup"])
-    deep = fields["role"] == "deep"
+    deep = fields["role"] in _DEEP
     return KernelRun(
         type=fields["type"],
         threads=fields["threads"],
@@ -130,7 +131,9 @@ def run_all(directory: Path, threads: int, *, small: bool) -> list[dict[str, Any
             found += _runs(directory, model, [("type", threads)])
             found += _runs(directory, replace(model, layers=LARGE_LAYERS), [("large", threads)])
             continue
-        found += _runs(directory, model, [*(("type", count) for count in counts), ("deep", threads)])
+        found += _runs(
+            directory, model, [*(("type", count) for count in counts), ("deep", threads), ("plain", threads)]
+        )
         for layers in SIZES_LAYERS:
             found += _runs(directory, replace(model, layers=layers), [("size", count) for count in counts])
     found += _runs(directory, NARROW, [("narrow", threads)])
@@ -144,14 +147,14 @@ def _runs(directory: Path, model: RandomModel, cases: Sequence[tuple[Role, int]]
     found = []
     workload = asdict(workload_from_gguf(read_gguf_header(path)))
     for role, threads in cases:
-        prefill_s, decode_s = timed(path, threads, deep=role == "deep")
+        prefill_s, decode_s = timed(path, threads, deep=role in _DEEP, flash_attention=role != "plain")
         case = {"type": model.type, "threads": threads, "role": role, "workload": workload}
         found.append({**case, "prefill_s": prefill_s, "decode_s": decode_s})
     path.unlink()
     return found
 
 
-def timed(path: Path, threads: int, *, deep: bool = False) -> tuple[float, float]:
+def timed(path: Path, threads: int, *, deep: bool = False, flash_attention: bool = True) -> tuple[float, float]:
     """Seconds per prompt token and per generated token, the best of a few passes after one that is not counted.
 
     Tokens are generated from an empty cache on; ``deep``: behind ``DEEP_PROMPTS`` prompts, the last of which counts.
@@ -160,7 +163,11 @@ def timed(path: Path, threads: int, *, deep: bool = False) -> tuple[float, float
     from runtime.engines.llamacpp import load_engine
 
     options = EngineOptions(
-        context=CONTEXT_TOKENS, threads_decode=threads, threads_prefill=threads, batch=PROMPT_TOKENS
+        context=CONTEXT_TOKENS,
+        threads_decode=threads,
+        threads_prefill=threads,
+        batch=PROMPT_TOKENS,
+        flash_attention="on" if flash_attention else "off",
     )
     engine = load_engine(path, options)
     prompt = np.random.default_rng(_SEED).integers(0, _VOCABULARY, PROMPT_TOKENS).tolist()

@@ -15,6 +15,7 @@ from typing import Any
 from edgelm.bundle import MANIFEST_NAME, Bundle, Choice, Manifest, open_bundle
 from edgelm.errors import BundleError, DoesNotFitError, EdgelmError, UsageError
 from edgelm.units import format_bytes
+from runtime.attention import OFF
 from runtime.chat import ChatTemplate, Message
 from runtime.engine import Engine, EngineInfo, EngineOptions
 from runtime.engines.llamacpp import kv_bytes_per_token, load_engine, load_library
@@ -27,6 +28,7 @@ from runtime.offload import offload_of
 from runtime.speculative import DRAFT_TOKENS, DRAFTED_STREAMS, ModelDrafter, Speculation
 from runtime.tokenizer import GgufTokenizer, JsonTokenizer, TextTokenizer
 from targets.host import available_memory
+from targets.predict import score_bytes
 
 DEFAULT_CONTEXT = 4096  # of a bare GGUF file, when it was trained for as much
 TOKENIZER_NAME = "tokenizer.json"
@@ -317,6 +319,8 @@ def check_memory(
     workload = workload_from_gguf(header)
     per_token = kv_bytes_per_token(workload.kv_elements_per_token, options.kv_type) * options.sequences
     fixed = workload.file_bytes + _PROCESS_BYTES + beside_bytes - on_gpu_bytes
+    if options.flash_attention == OFF:
+        fixed += score_bytes(workload, options.context, options.batch)
     needed = fixed + per_token * options.context
     free = memory_for_model()
     if needed <= int(free.value):

@@ -18,14 +18,14 @@ from typing import Literal
 from edgelm.bundle import Bundle, Choice
 from edgelm.errors import BundleError, DoesNotFitError, UsageError
 from edgelm.units import format_bytes
-from runtime.attention import OFF, ON, choose_attention
+from runtime.attention import OFF, ON, choose_attention, measured_attention
 from runtime.engine import EngineOptions, FlashAttention, KvType
 from runtime.gguf_header import GGUFHeader, read_gguf_header, workload_from_gguf
 from runtime.model import artifact_of, memory_for_model, planned_context
 from runtime.speculative import DRAFTED_STREAMS
 from targets.calibration import Family, calibration
 from targets.host import default_threads
-from targets.predict import RunSettings, family_of, ram_parts
+from targets.predict import RunSettings, family_of, ram_parts, score_bytes
 from targets.profile import TargetProfile, load_profile
 from targets.workload import Workload, workload_from_plan
 
@@ -108,16 +108,17 @@ class _Model:
             mmap=options.mmap,
             batch=options.batch,
             sequences=options.sequences,
-            flash_attention=_flash(options),
+            flash_attention=self.attention(options).value == ON,
         )
         parts = ram_parts(self.workload, self.profile, settings, self.family)
         held: dict[str, int] = parts.model_dump()
         drafting = 0 if self.draft is None else self.draft.needs(_drafting(way))
         return sum(held.values()) + drafting + (0 if way.in_process else SERVER_BYTES)
 
-
-def _flash(options: EngineOptions) -> bool:
-    return choose_attention(options, on_gpu=False).value == ON
+    def attention(self, options: EngineOptions) -> Choice:
+        """The kind of attention that options mean for this model."""
+        scores = score_bytes(self.workload, options.context, options.batch)
+        return choose_attention(options, on_gpu=False, scores_bytes=scores)
 
 
 def _drafting(way: _Way) -> _Way:
@@ -151,6 +152,7 @@ def choose_settings(path: Path, target: str, asked: Asked) -> Settings:
         draft=asked.draft,
         providers=asked.providers or (profile.onnx_providers if model.workload.format == "onnx" else ()),
         flash_attention=asked.flash_attention,
+        faster_attention=measured_attention(profile),
     )
     first = _Way(options, in_process=asked.process == "own")
     way = _fitting(model, first, free, shorten=asked.context == 0)
@@ -251,7 +253,7 @@ def _ways(model: _Model, first: _Way) -> Iterator[_Way]:
     yield first
     options = replace(first.options, batch=min(first.options.batch, _SMALL_BATCH))
     yield _Way(options, first.in_process)
-    if options.flash_attention == "auto" and not _flash(options):
+    if options.flash_attention == "auto" and model.attention(options).value == OFF:
         options = replace(options, flash_attention=ON)
         yield _Way(options, first.in_process)
     yield _Way(options, in_process=True)
@@ -316,7 +318,7 @@ def _reasons(model: _Model, way: _Way, free: Choice, decode: Choice, prefill: Ch
         reasons["kv_type"] = Choice(value=own, reason="what ONNX Runtime's attention keeps")
         reasons["threads_prefill"] = Choice(value=decode.value, reason="ONNX Runtime has one pool of threads")
         return reasons
-    reasons["flash_attention"] = choose_attention(options, on_gpu=False)
+    reasons["flash_attention"] = model.attention(options)
     mapped = "loads at once, and nothing is copied but what the kernels rearrange"
     copied = f"the kernels rearrange weights, mapped ones would be there twice and {short}"
     reasons["mmap"] = Choice(

@@ -269,7 +269,7 @@ def decode_seconds(
     cycles = sum(item.parameters * _decode_cycles(item, workload, profile, family) for item in workload.weights)
     streamed_bytes = workload.streamed_bytes + kv_bytes
     rate = bandwidth_at(profile, family, bandwidth, threads, streamed_bytes)
-    measured = profile.kernel_cycles.attention_decode if profile.kernel_cycles is not None else None
+    measured = attention_cycles(profile, flash=settings.flash_attention)[1]
     if measured is None:
         cycles += attention * family.decode_of("F16")
         return _norm((streamed_bytes / rate, cycles / (clock * cores)), norm) + fixed_s
@@ -308,11 +308,22 @@ def prefill_seconds(
             arithmetic_s + 2 * attention / (family.prefill_of("F16") * flops) + streamed_s / min(tokens, settings.batch)
         )
     threads = settings.threads_prefill or int(profile.threads_prefill.value)
-    measured = profile.kernel_cycles.attention_prefill if profile.kernel_cycles is not None else None
+    measured = attention_cycles(profile, flash=settings.flash_attention)[0]
     cycles = sum(item.parameters * family.prefill_of(item.type) for item in body)
     cycles += attention * (family.prefill_of("F16") if measured is None else measured)
     clock = _hertz(profile) * scale.compute * (family.old_prefill if settings.old_engine else 1)
     return cycles / (clock * parallel_cores(profile, family, threads))
+
+
+def attention_cycles(profile: TargetProfile, *, flash: bool) -> tuple[float | None, float | None]:
+    """Cycles per multiplication of a kind of attention in prefill and decode, None where they were not measured. What
+    is not known of attention without flash attention is taken to be as with it."""
+    cycles = profile.kernel_cycles
+    if cycles is None:
+        return None, None
+    if flash or cycles.plain_prefill is None or cycles.plain_decode is None:
+        return cycles.attention_prefill, cycles.attention_decode
+    return cycles.plain_prefill, cycles.plain_decode
 
 
 def parallel_cores(profile: TargetProfile, family: Family, threads: int) -> float:
@@ -370,9 +381,8 @@ def ram_parts(workload: Workload, profile: TargetProfile, settings: RunSettings,
     batch = min(settings.batch, settings.context)
     live_bytes = batch * workload.hidden * LIVE_ACTIVATIONS * 4
     if not settings.flash_attention and workload.format == "gguf":
-        heads = workload.heads or max(workload.hidden // USUAL_HEAD, 1)
-        scores = batch * (heads + 1) * cells // settings.sequences
-        live_bytes = max(live_bytes, 4 * (scores + batch * workload.hidden * SCORED_ACTIVATIONS))
+        scored = score_bytes(workload, settings.context // settings.sequences, batch)
+        live_bytes = max(live_bytes, scored + 4 * batch * workload.hidden * SCORED_ACTIVATIONS)
     compute_bytes = COMPUTE_BASE_BYTES + live_bytes + workload.vocabulary * 4
     repack_bytes = 0.0 if family.gpu else _repack_bytes(workload, settings, family)
     entry_bytes = VOCABULARY_ENTRY_BYTES + (TOKENIZER_ENTRY_BYTES if settings.source_tokenizer else 0)
@@ -383,6 +393,13 @@ def ram_parts(workload: Workload, profile: TargetProfile, settings: RunSettings,
         compute_bytes=round(compute_bytes),
         process_bytes=GPU_CONTEXT_BYTES if family.gpu else PROCESS_BYTES + workload.vocabulary * entry_bytes,
     )
+
+
+def score_bytes(workload: Workload, context: int, batch: int) -> int:
+    """What attention keeps without flash attention: a score for each head, token of a batch and cell of a sequence, and
+    a mask."""
+    heads = workload.heads or max(workload.hidden // USUAL_HEAD, 1)
+    return 4 * min(batch, context) * (heads + 1) * math.ceil(context / KV_PADDING) * KV_PADDING
 
 
 def _repack_bytes(workload: Workload, settings: RunSettings, family: Family) -> float:

@@ -36,6 +36,7 @@ from runtime.offload import offload_of, room_of
 from runtime.tiles import apart, has_tiles
 from runtime.waiting import decided, let_helpers_go, prepare_openmp
 from targets.host import default_threads
+from targets.predict import score_bytes
 from targets.vram import Device, OffloadPlan
 
 _KV_BYTES_PER_ELEMENT = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}  # ggml blocks: q8_0 is 32 int8 and one f16 scale
@@ -168,7 +169,8 @@ def load_engine(path: Path, options: EngineOptions, observer: InputSquares | Non
     threads = (options.threads_decode or int(decode.value), options.threads_prefill or int(prefill.value))
     library = load_library()
     offload = offload_of(library, header, options, path.name)
-    attention = choose_attention(options, on_gpu=offload.gpu_layers > 0)
+    scores = score_bytes(workload, options.context, options.batch)
+    attention = choose_attention(options, on_gpu=offload.gpu_layers > 0, scores_bytes=scores)
     started = time.perf_counter()
     note_buffers(offload.device)
     model = load_weights(library, path, options, repack=not has_single_blocks(header), offload=offload)
