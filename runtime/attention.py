@@ -15,8 +15,9 @@ from edgelm.units import format_bytes
 from runtime.engine import EngineOptions
 from runtime.tiles import has_tiles
 from targets.host import available_memory
-from targets.predict import attention_cycles
+from targets.predict import attention_cycles, copied_score_bytes
 from targets.profile import TargetProfile
+from targets.workload import Workload
 
 ON: Final = "on"
 OFF: Final = "off"
@@ -62,6 +63,16 @@ def measured_attention(profile: TargetProfile) -> Literal["on", "off"] | None:
     read, written = READ**2 / 2, WRITTEN * (READ + WRITTEN / 2)
     seconds = [read * (prefill or 0) + written * (decode or 0) for prefill, decode in (flash, plain)]
     return OFF if seconds[1] < (1 - _LEAST_GAIN) * seconds[0] else ON
+
+
+def with_copies(
+    buffers: dict[str, int], attention: Choice, workload: Workload, options: EngineOptions
+) -> dict[str, int]:
+    """Bytes of the buffers that an engine announced, and the copies of scores that the CPU makes besides without flash
+    attention."""
+    if attention.value == ON or "compute" not in buffers:
+        return buffers
+    return {**buffers, "compute": buffers["compute"] + copied_score_bytes(workload, options.context, options.batch)}
 
 
 def check_attention(options: EngineOptions) -> None:

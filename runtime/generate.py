@@ -259,6 +259,7 @@ class Continuation:
         self._sampler = Sampler(request.sampling, self._constraint)
         self._text = TokenText(tokenizer, request.stop, request.spelled)
         self._generated = 0
+        self.forgets = request.keep is not None  # whether a full context goes on
         self.shifted = 0  # tokens that were forgotten to make room
         self._rows: Logits | None = None
         self._only_row: Logits | None = None
@@ -475,9 +476,11 @@ def _go_on(
     cancelled: Callable[[], bool],
 ) -> tuple[Chunk, Logits] | None:
     """Compute what follows ``token``, with room made for it; None when cancelled or interrupted on the way."""
-    again = continuation.make_room(session, drafts)
+    again = continuation.make_room(session, drafts) if continuation.forgets else []
     if again:
         return _prefill(session, [*again, token], cancelled)
+    if drafts is None:
+        return _forward(session, Chunk(session.sequence, [token]))
     return _forward(session, next_chunk(session, continuation, token, drafts))
 
 

@@ -36,8 +36,8 @@ COMPUTE_BASE_BYTES = 5 * 2**20
 # Activations of one position that are alive at once, in units of the hidden size, for full batches (SmolLM2);
 # short prompts touch about half of it.
 LIVE_ACTIVATIONS = 20
-# Without flash attention the scores of a whole batch are alive (4 bytes for each head, token and cell, and a mask), and
-# so many activations beside them (SmolLM2: 6.6 of 16.6 to 166.6 MiB that llama.cpp announces at 512 to 8,192 cells).
+# Without flash attention the scores of a whole batch are alive, and so many activations beside them (SmolLM2: 6.6 of
+# 16.6 to 166.6 MiB that llama.cpp announces at 512 to 8,192 cells; the scores' copies it does not announce).
 SCORED_ACTIVATIONS = 6
 USUAL_HEAD = 64
 SLOW_CORE_SHARE = 0.45
@@ -396,10 +396,19 @@ def ram_parts(workload: Workload, profile: TargetProfile, settings: RunSettings,
 
 
 def score_bytes(workload: Workload, context: int, batch: int) -> int:
-    """What attention keeps without flash attention: a score for each head, token of a batch and cell of a sequence, and
-    a mask."""
-    heads = workload.heads or max(workload.hidden // USUAL_HEAD, 1)
-    return 4 * min(batch, context) * (heads + 1) * math.ceil(context / KV_PADDING) * KV_PADDING
+    """What attention keeps without flash attention: for each head, token of a batch and cell of a sequence a score and
+    its copy of 16 bits, which is multiplied, and a mask."""
+    pairs = min(batch, context) * math.ceil(context / KV_PADDING) * KV_PADDING
+    return copied_score_bytes(workload, context, batch) + pairs * 4 * (_heads(workload) + 1)
+
+
+def copied_score_bytes(workload: Workload, context: int, batch: int) -> int:
+    """The copies among ``score_bytes``, which llama.cpp's announced buffers do not hold."""
+    return min(batch, context) * math.ceil(context / KV_PADDING) * KV_PADDING * 2 * _heads(workload)
+
+
+def _heads(workload: Workload) -> int:
+    return workload.heads or max(workload.hidden // USUAL_HEAD, 1)
 
 
 def _repack_bytes(workload: Workload, settings: RunSettings, family: Family) -> float:
