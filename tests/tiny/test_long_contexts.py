@@ -187,6 +187,7 @@ def test_what_a_state_depends_on_is_in_the_name_of_its_file(gguf: Path, tmp_path
         (gguf, replace(usual, kv_type="q8_0")),
         (gguf, replace(usual, context=512)),
         (gguf, replace(usual, sequences=3)),
+        (gguf, replace(usual, flash_attention="off")),
     ):
         model = open_model(path, wanted)
         prompts = keep_prompts(model, wanted, cache, Metrics())
@@ -194,7 +195,7 @@ def test_what_a_state_depends_on_is_in_the_name_of_its_file(gguf: Path, tmp_path
         seen.add(prompts._name(PROMPT))
         prompts.close()
         model.close()
-    assert len(seen) == 5
+    assert len(seen) == 6
 
 
 def check_exact(fresh: Engine, wanted: GenerationRequest, chosen: Sequence[int | None]) -> None:
