@@ -90,6 +90,7 @@ def speed_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 prompt_tokens=prompt,
                 threads_decode=threads,
                 threads_prefill=threads,
+                flash_attention=report["engine"]["flash_attention"] is not False,
             )
             predicted = predict_speed(workload_from_gguf(read_gguf_header(artifact_of(model)[0])), profile, settings)
             row = {"round": number, "model": name_of(model), "threads": threads, "valid": report["valid"]}
