@@ -98,7 +98,8 @@ class EngineInfo:
     attention: Choice | None = None
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, though nobody changes it: freezing costs a call per field, behind every token.
+@dataclass(slots=True)
 class Chunk:
     """Tokens to append to one sequence, and which of their logits are wanted."""
 

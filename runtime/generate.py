@@ -65,7 +65,8 @@ class TokenLogprobs:
     top: tuple[LikelyToken, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, though nobody changes it: freezing costs a call per field, behind every token.
+@dataclass(slots=True)
 class TokenEvent:
     """One generated token. ``text`` is what became certain with it: may be empty (incomplete UTF-8, possible stop).
 
@@ -228,7 +229,8 @@ class TokenText:
         return text + self._scanner.flush(), stopped
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, though nobody changes it: freezing costs a call per field, as with ``TokenEvent``.
+@dataclass(slots=True)
 class Step:
     """What came of one row of logits. The last step of a generation has a ``finish_reason``."""
 
