@@ -45,7 +45,8 @@ def ours(model: Path, depth: int, threads: int, repetitions: int) -> dict[str, f
     counts = ["-p", str(PROMPT), "-n", str(GENERATED), "-r", str(repetitions), "--depth", str(depth)]
     # Both sides wait for their threads as libgomp does by itself.
     limits = ["--threads", str(threads), "--threads-prefill", str(threads), "--no-history", "--json"]
-    report = json.loads(run(edgelm("bench", str(model), *counts, *limits)).stdout)
+    same = ["--flash-attention", "on"]  # as llama-bench has it, whatever is faster here
+    report = json.loads(run(edgelm("bench", str(model), *counts, *limits, *same)).stdout)
     return {"prefill_tps": report["prefill_tps"]["median"], "decode_tps": report["decode_tps"]["median"]}
 
 

@@ -1,6 +1,7 @@
 """Predicted against measured on this machine: speed of any GGUF files on 1 and more threads, and memory.
 
     python benchmarks/predict_host.py ram BUNDLE BUNDLE
+    python benchmarks/predict_host.py ram a.gguf --plain
     python benchmarks/predict_host.py speed MODEL MODEL --types Q4_0 Q4_K_M Q5_K_M Q6_K Q8_0 F16 --work DIR
     python benchmarks/predict_host.py speed a.gguf b.gguf --profile me.toml --threads 1 2 --rounds 5
 
@@ -11,7 +12,8 @@ already, so they can be run one at a time (--rounds 1), and --rounds 0 shows wha
 before it is measured, as it is when it was just exported.
 
 Speed wants a quiet machine: every second round takes the cases from the back, and rows that ``bench`` calls spoilt are
-counted apart. Memory does not: every case is a process of its own, judged by its peak resident size.
+counted apart. Memory does not: every case is a process of its own, judged by its peak resident size. Without flash
+attention (--plain, rows of their own) the whole context is filled: scores take more the more there is of it.
 """
 
 from __future__ import annotations
@@ -51,8 +53,9 @@ from runtime.generate import GenerationRequest, Session, generate
 from runtime.memory import snapshot
 from runtime.model import open_model
 import runtime.bench
-path, context, kv_type, mmap, tokens = sys.argv[1:]
-model = open_model(Path(path), EngineOptions(context=int(context), kv_type=kv_type, mmap=mmap == "1"))
+path, context, kv_type, mmap, tokens, kind = sys.argv[1:]
+options = EngineOptions(context=int(context), kv_type=kv_type, mmap=mmap == "1", flash_attention=kind)
+model = open_model(Path(path), options)
 prompt = [index * 7919 % model.engine.info.vocabulary for index in range(int(tokens) - 8)]
 for event in generate(Session(model.engine), model.tokenizer, GenerationRequest(prompt, 8)):
     pass
@@ -113,6 +116,7 @@ def speed_row(arguments: argparse.Namespace, model: Path, threads: int, profile:
         prompt_tokens=prompt,
         threads_decode=threads,
         threads_prefill=threads,
+        flash_attention=report["engine"]["flash_attention"] is not False,
     )
     predicted = predict_speed(workload_from_gguf(read_gguf_header(artifact_of(model)[0])), profile, settings)
     row = {"model": name_of(model), "threads": threads, "valid": report["valid"]}
@@ -174,11 +178,29 @@ def ram_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     profile = load_profile("host")
     family = family_of(profile, calibration())
     rows = []
-    cases = itertools.product(arguments.models, arguments.contexts, ("f16", "q8_0"), (True, False))
+    types = ("f16",) if arguments.plain else ("f16", "q8_0")
+    cases = itertools.product(arguments.models, arguments.contexts, types, (True, False))
     for model, context, kv_type, mmap in cases:
-        command = [sys.executable, "-c", RAM_CHILD, str(model), str(context), kv_type, str(int(mmap)), str(RAM_PROMPT)]
+        tokens, kind = (context, "off") if arguments.plain else (RAM_PROMPT, "on")
+        command = [
+            sys.executable,
+            "-c",
+            RAM_CHILD,
+            str(model),
+            str(context),
+            kv_type,
+            str(int(mmap)),
+            str(tokens),
+            kind,
+        ]
         child = subprocess.run(command, capture_output=True, text=True, check=True)
-        settings = RunSettings(context=context, kv_type=kv_type, mmap=mmap, source_tokenizer=model.is_dir())
+        settings = RunSettings(
+            context=context,
+            kv_type=kv_type,
+            mmap=mmap,
+            source_tokenizer=model.is_dir(),
+            flash_attention=not arguments.plain,
+        )
         parts = ram_parts(workload_from_gguf(read_gguf_header(artifact_of(model)[0])), profile, settings, family)
         case = {"model": name_of(model), "context": context, "kv_type": kv_type, "mmap": mmap}
         predicted = {"predicted_bytes": sum(parts.model_dump().values()), **parts.model_dump()}
@@ -186,6 +208,10 @@ def ram_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         save(arguments.name, rows)
     return rows
+
+
+def ram_name(arguments: argparse.Namespace) -> str:
+    return f"{RAM_NAME}_plain" if arguments.plain else RAM_NAME
 
 
 def show_ram(rows: list[dict[str, Any]]) -> None:
@@ -214,10 +240,11 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="for ram")
+    parser.add_argument("--plain", action="store_true", help="for ram: without flash attention")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--name", help="of the file of raw rows in results/: speed adds to it, ram writes it anew")
     arguments = parser.parse_args()
-    arguments.name = arguments.name or (SPEED_NAME if arguments.what == "speed" else RAM_NAME)
+    arguments.name = arguments.name or (SPEED_NAME if arguments.what == "speed" else ram_name(arguments))
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.what == "speed":
         show_speed(speed_rows(arguments))

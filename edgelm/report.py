@@ -287,6 +287,8 @@ class EngineRecord(Record):
     ``waiting`` tells how threads wait for one another and ``waiting_reason`` why; ``huge_page_bytes`` how much of the
     model was moved to huge pages, None in reports of engines that did not know. ``gpu_layers`` of ``layers`` (the head
     counts as one) were on the GPU ``gpu``, for ``offload_reason``; None where the engine knows no GPUs.
+    ``flash_attention`` was used or not, for ``attention_reason``; None where the engine has one kind, and in reports of
+    before, which had it with llama.cpp.
     """
 
     name: str
@@ -303,6 +305,8 @@ class EngineRecord(Record):
     gpu_layers: int | None = None
     layers: int | None = None
     offload_reason: str = ""
+    flash_attention: bool | None = None
+    attention_reason: str = ""
 
 
 class Settings(Record):

@@ -273,7 +273,8 @@ class _Probe:
                 progress=progress, quantizers=self.given.rounding(),
             )  # fmt: skip
             length = max(len(window.tokens) for window in windows)
-            engine = load_engine(path, EngineOptions(context=length, batch=BATCH, all_logits=True))
+            options = EngineOptions(context=length, batch=BATCH, all_logits=True, flash_attention="on")
+            engine = load_engine(path, options)
             try:
                 compared = compare_models(reference, EngineModel(engine), windows, progress)
             finally:

@@ -112,7 +112,9 @@ def measure(
 def engine_options(context: int, placement: Placement) -> EngineOptions:
     """How the artefact is loaded for a measurement with windows of ``context`` tokens."""
     gpu_layers, gpu = placement.gpu_layers, placement.gpu
-    return EngineOptions(context=context, batch=BATCH, all_logits=True, gpu_layers=gpu_layers, gpu=gpu)
+    return EngineOptions(
+        context=context, batch=BATCH, all_logits=True, gpu_layers=gpu_layers, gpu=gpu, flash_attention="on"
+    )
 
 
 def _computed_by(info: EngineInfo) -> str | None:

@@ -305,7 +305,7 @@ def _engine_and_type(
     progress: Progress,
 ) -> Iterator[tuple[Engine, str]]:
     with unquantised_file(checkpoint, description, progress) as (path, kind):
-        options = EngineOptions(context=context, batch=BATCH, kv_type="f32", all_logits=True)
+        options = EngineOptions(context=context, batch=BATCH, kv_type="f32", all_logits=True, flash_attention="on")
         engine = load_engine(path, options, observer)
         try:
             yield engine, kind

@@ -29,6 +29,7 @@ from edgelm.report import (
     StartRecord,
     SustainedRecord,
 )
+from runtime.attention import ON
 from runtime.conditions import (
     Window,
     available_low,
@@ -39,7 +40,7 @@ from runtime.conditions import (
     swapped_in,
     usable_cpus,
 )
-from runtime.engine import EngineInfo, EngineOptions, KvType
+from runtime.engine import EngineInfo, EngineOptions, FlashAttention, KvType
 from runtime.engines import load_library
 from runtime.features import has_blas, used_and_idle
 from runtime.gguf_header import read_gguf_header, workload_from_gguf
@@ -65,8 +66,8 @@ class BenchOptions:
     Zero prompt or generated tokens leave that figure out; threads of 0 ask the host. ``repetitions`` of 0 repeat until
     the medians are known to 2 % (5 to 100 times), ``max_time_s`` bounds that. ``sustained_s`` adds a long run of
     decoding, ``cold`` a start without page cache. ``interval_s`` is the sensors' (0: only around repetitions).
-    ``lookup``, ``draft``, ``providers``, ``gpu_layers`` and ``gpu`` are those of ``EngineOptions``: with the first two,
-    single sequences continue a fixed text.
+    ``lookup``, ``draft``, ``providers``, ``gpu_layers``, ``gpu`` and ``flash_attention`` are those of
+    ``EngineOptions``: with the first two, single sequences continue a fixed text.
     """
 
     prompts: tuple[int, ...] = (512,)
@@ -81,6 +82,7 @@ class BenchOptions:
     providers: tuple[str, ...] = ()
     gpu_layers: int = 0
     gpu: str = ""
+    flash_attention: FlashAttention = "auto"
     repetitions: int = 5
     max_time_s: float | None = None
     sustained_s: float = 0.0
@@ -208,6 +210,7 @@ def _engine_options(options: BenchOptions, threads: int) -> EngineOptions:
         providers=options.providers,
         gpu_layers=options.gpu_layers,
         gpu=options.gpu,
+        flash_attention=options.flash_attention,
     )
 
 
@@ -356,7 +359,7 @@ def _engine_record(info: EngineInfo) -> EngineRecord:
     """llama.cpp names the CPU features of its build; ONNX Runtime chooses kernels at run time and names none."""
     used: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
-    offload = info.offload
+    offload, attention = info.offload, info.attention
     names_features = info.engine == "llama.cpp"
     if names_features:
         used, idle = used_and_idle(host_record().isa, info.system)
@@ -375,6 +378,8 @@ def _engine_record(info: EngineInfo) -> EngineRecord:
         gpu_layers=None if offload is None else offload.gpu_layers,
         layers=None if offload is None else offload.most,
         offload_reason="" if offload is None else offload.reason,
+        flash_attention=None if attention is None else attention.value == ON,
+        attention_reason="" if attention is None else attention.reason,
     )
 
 
@@ -469,6 +474,7 @@ def _predicted(model: LoadedModel, options: BenchOptions) -> Prediction | None:
         threads_prefill=info.threads_prefill,
         prompt_tokens=max(next((tokens for tokens in options.prompts if tokens), 0), 1),
         kv_type=options.kv_type,
+        flash_attention=info.attention is None or info.attention.value == ON,
         source_tokenizer=model.manifest is not None,
     )
     workload = _workload(model)

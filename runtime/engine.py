@@ -13,10 +13,12 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from edgelm.bundle import Choice
 from edgelm.errors import ContextOverflowError, EngineError
 from targets.vram import Device, OffloadPlan
 
 KvType = Literal["f32", "f16", "q8_0"]
+FlashAttention = Literal["auto", "on", "off"]
 Logits = npt.NDArray[np.float32]
 State = npt.NDArray[np.uint8]
 
@@ -32,7 +34,9 @@ class EngineOptions:
     for a row of logits each. ``lookup`` and ``draft`` (the path of a model, "" for none) ask ``runtime.model`` for
     speculative decoding; engines themselves know nothing of it. ``providers`` are ONNX Runtime's, best first: none is
     the CPU. ``gpu_layers`` are what llama.cpp puts on a GPU, ``targets.vram.AUTO_LAYERS`` means as many as fit; ``gpu``
-    names which, "" for the one with the most free memory.
+    names which, "" for the one with the most free memory. ``flash_attention`` is llama.cpp's: ``auto`` leaves it to
+    ``runtime.attention``, which goes by what was measured to be faster on this CPU (``faster_attention``, None: nobody
+    did). Proofs fix it, so that their figures do not hang on the machine.
     """
 
     context: int = 2048
@@ -49,6 +53,8 @@ class EngineOptions:
     providers: tuple[str, ...] = ()
     gpu_layers: int = 0
     gpu: str = ""
+    flash_attention: FlashAttention = "auto"
+    faster_attention: Literal["on", "off"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +67,8 @@ class EngineInfo:
     why. ``huge_page_bytes`` of its memory were moved to huge pages. ``truncates`` tells whether a sequence can forget
     its last tokens alone. ``devices`` are all that its build sees, ``gpu_backends`` whether it could use GPUs,
     ``offload`` is what of the model is on a GPU and why (None: the engine knows no GPUs). ``kv_type`` is what the cache
-    holds where the model decides it, "" where the options do.
+    holds where the model decides it, "" where the options do. ``attention`` tells whether flash attention is on, and
+    why; None: the engine has one kind.
     """
 
     engine: str
@@ -88,9 +95,11 @@ class EngineInfo:
     gpu_backends: bool = False
     offload: OffloadPlan | None = None
     kv_type: str = ""
+    attention: Choice | None = None
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, though nobody changes it: freezing costs a call per field, behind every token.
+@dataclass(slots=True)
 class Chunk:
     """Tokens to append to one sequence, and which of their logits are wanted."""
 

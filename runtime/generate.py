@@ -65,7 +65,8 @@ class TokenLogprobs:
     top: tuple[LikelyToken, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, though nobody changes it: freezing costs a call per field, behind every token.
+@dataclass(slots=True)
 class TokenEvent:
     """One generated token. ``text`` is what became certain with it: may be empty (incomplete UTF-8, possible stop).
 
@@ -228,7 +229,8 @@ class TokenText:
         return text + self._scanner.flush(), stopped
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, though nobody changes it: freezing costs a call per field, as with ``TokenEvent``.
+@dataclass(slots=True)
 class Step:
     """What came of one row of logits. The last step of a generation has a ``finish_reason``."""
 
@@ -259,6 +261,7 @@ class Continuation:
         self._sampler = Sampler(request.sampling, self._constraint)
         self._text = TokenText(tokenizer, request.stop, request.spelled)
         self._generated = 0
+        self.forgets = request.keep is not None  # whether a full context goes on
         self.shifted = 0  # tokens that were forgotten to make room
         self._rows: Logits | None = None
         self._only_row: Logits | None = None
@@ -475,9 +478,11 @@ def _go_on(
     cancelled: Callable[[], bool],
 ) -> tuple[Chunk, Logits] | None:
     """Compute what follows ``token``, with room made for it; None when cancelled or interrupted on the way."""
-    again = continuation.make_room(session, drafts)
+    again = continuation.make_room(session, drafts) if continuation.forgets else []
     if again:
         return _prefill(session, [*again, token], cancelled)
+    if drafts is None:
+        return _forward(session, Chunk(session.sequence, [token]))
     return _forward(session, next_chunk(session, continuation, token, drafts))
 
 

@@ -498,4 +498,5 @@ def workload_from_gguf(header: GGUFHeader) -> Workload:
         hidden=_positive(header, f"{architecture}.embedding_length"),
         vocabulary=embedding.shape[0],
         kv_elements_per_token=0 if encodes else sum(per_layer),
+        heads=max(count_per_layer(header, f"{architecture}.attention.head_count", len(per_layer), [0]), default=0),
     )

@@ -61,6 +61,7 @@ CONTEXT_TOKENS = DEEP_PROMPTS * PROMPT_TOKENS + GENERATED_TOKENS
 # Random queries and keys of full size give products with a spread of 90, of which the softmax leaves one: the numbers
 # around it are too small to be normal. This leaves a spread of 2, as models have it.
 _ATTENTION_NORM = 0.15
+_DEEP: tuple[Role, ...] = ("deep", "plain")
 _VOCABULARY = 320
 _SEED = 0
 
@@ -122,7 +123,7 @@ def kernel_run(fields: dict[str, Any]) -> KernelRun:
     workload = fields["workload"] | {"weights": tuple(TypedWeights(**item) for item in fields["workload"]["weights"])}
     if workload["lookup"] is not None:
         workload["lookup"] = TypedWeights(**workload["lookup"])
-    deep = fields["role"] == "deep"
+    deep = fields["role"] in _DEEP
     return KernelRun(
         type=fields["type"],
         threads=fields["threads"],
@@ -144,7 +145,7 @@ def run_all(directory: Path, threads: int, *, small: bool) -> list[dict[str, Any
         model = wide_model(kind, small=small)
         cases: list[tuple[Role, int]] = [("type", count) for count in counts if kind in every or count in (1, threads)]
         if kind == SCALED_TYPE:
-            cases.append(("deep", threads))
+            cases += [(role, threads) for role in _DEEP]
         found += _runs(directory, model, cases)
         found += _runs(directory, thin_model(kind, small=small), [("thin", 1)])
         if kind == STREAMED_TYPE:
@@ -162,14 +163,14 @@ def _runs(directory: Path, model: RandomModel, cases: Sequence[tuple[Role, int]]
     found = []
     workload = asdict(workload_from_gguf(read_gguf_header(path)))
     for role, threads in cases:
-        prefill_s, decode_s = timed(path, threads, deep=role == "deep")
+        prefill_s, decode_s = timed(path, threads, deep=role in _DEEP, flash_attention=role != "plain")
         case = {"type": model.type, "threads": threads, "role": role, "workload": workload}
         found.append({**case, "prefill_s": prefill_s, "decode_s": decode_s})
     path.unlink()
     return found
 
 
-def timed(path: Path, threads: int, *, deep: bool = False) -> tuple[float, float]:
+def timed(path: Path, threads: int, *, deep: bool = False, flash_attention: bool = True) -> tuple[float, float]:
     """Seconds per prompt token and per generated token: the middle pass of a few, after one that is not counted.
 
     The middle and not the best, and whole passes and not single tokens, because that is how ``bench`` measures: what
@@ -180,7 +181,11 @@ def timed(path: Path, threads: int, *, deep: bool = False) -> tuple[float, float
     from runtime.engines.llamacpp import load_engine
 
     options = EngineOptions(
-        context=CONTEXT_TOKENS, threads_decode=threads, threads_prefill=threads, batch=PROMPT_TOKENS
+        context=CONTEXT_TOKENS,
+        threads_decode=threads,
+        threads_prefill=threads,
+        batch=PROMPT_TOKENS,
+        flash_attention="on" if flash_attention else "off",
     )
     engine = load_engine(path, options)
     prompt = np.random.default_rng(_SEED).integers(0, _VOCABULARY, PROMPT_TOKENS).tolist()

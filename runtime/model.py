@@ -15,6 +15,7 @@ from typing import Any
 from edgelm.bundle import MANIFEST_NAME, Bundle, Choice, Manifest, open_bundle
 from edgelm.errors import BundleError, DoesNotFitError, EdgelmError, UsageError
 from edgelm.units import format_bytes
+from runtime.attention import OFF
 from runtime.chat import ChatTemplate, Message
 from runtime.engine import Engine, EngineInfo, EngineOptions
 from runtime.engines.llamacpp import kv_bytes_per_token, load_engine, load_library
@@ -27,6 +28,7 @@ from runtime.offload import offload_of
 from runtime.speculative import DRAFT_TOKENS, DRAFTED_STREAMS, ModelDrafter, Speculation
 from runtime.tokenizer import GgufTokenizer, JsonTokenizer, TextTokenizer
 from targets.host import available_memory
+from targets.predict import score_bytes
 
 DEFAULT_CONTEXT = 4096  # of a bare GGUF file, when it was trained for as much
 TOKENIZER_NAME = "tokenizer.json"
@@ -200,6 +202,7 @@ def _open_draft(path: Path, model: LoadedModel, options: EngineOptions) -> Loade
         context=min(model.info.context, longest),
         sequences=min(options.sequences, DRAFTED_STREAMS),
         kv_type="f16",
+        flash_attention="auto" if artifact.suffix == ".onnx" else options.flash_attention,
         mmap=options.mmap or artifact.suffix == ".onnx",
         lookup=False,
         draft="",
@@ -226,6 +229,8 @@ def _open_alone(path: Path, options: EngineOptions, *, beside_bytes: int = 0) ->
     if artifact.suffix == ".onnx":
         if options.gpu_layers > 0 or options.gpu:
             raise UsageError(f"{path} is an ONNX model: --gpu-layers and --gpu are for GGUF", hint="leave them out")
+        if options.flash_attention != "auto":
+            raise UsageError(f"{path} is an ONNX model: --flash-attention is for GGUF", hint="leave it out")
         return _open_onnx(artifact, bundle, options)
     header = read_gguf_header(artifact)
     if options.context == 0:
@@ -314,6 +319,8 @@ def check_memory(
     workload = workload_from_gguf(header)
     per_token = kv_bytes_per_token(workload.kv_elements_per_token, options.kv_type) * options.sequences
     fixed = workload.file_bytes + _PROCESS_BYTES + beside_bytes - on_gpu_bytes
+    if options.flash_attention == OFF:
+        fixed += score_bytes(workload, options.context, options.batch)
     needed = fixed + per_token * options.context
     free = memory_for_model()
     if needed <= int(free.value):

@@ -103,7 +103,12 @@ class Sampler:
         ``EngineError`` when the logits hold NaN, or nothing but minus infinity.
         """
         row = self._adjusted(logits_row, recent_tokens) if self._adjusts else logits_row
-        token = self._choose(row)
+        token = int(row.argmax())
+        highest: float = row.item(token)
+        if not math.isfinite(highest):  # argmax returns the first NaN when there is one
+            raise EngineError("the model computed no finite logits", hint="check the file with: edgelm verify")
+        if self._random is not None:
+            token = self._draw(row, highest)
         if self._constraint is not None:
             self._constraint.accept(token)
         if self._counts:
@@ -125,20 +130,10 @@ class Sampler:
                 logits_row[token] -= options.presence_penalty + count * options.frequency_penalty
         return logits_row if self._constraint is None else self._constraint.masked(logits_row)
 
-    def _choose(self, logits_row: npt.NDArray[np.float32]) -> int:
-        options = self.options
-        best = int(logits_row.argmax())
-        highest: float = logits_row.item(best)
-        if not math.isfinite(highest):  # argmax returns the first NaN when there is one
-            raise EngineError("the model computed no finite logits", hint="check the file with: edgelm verify")
-        if options.temperature == 0.0:
-            return best
-        tokens, logits = _candidates(logits_row, highest, options)
-        return self._draw(tokens, logits, highest)
-
-    def _draw(self, tokens: npt.NDArray[np.intp] | None, logits: npt.NDArray[np.float32], highest: float) -> int:
-        """Draw from softmax(logits / temperature). ``tokens`` None means that the logits are those of every token."""
+    def _draw(self, row: npt.NDArray[np.float32], highest: float) -> int:
+        """Draw from softmax(logits / temperature) of what the filters leave of a row whose largest logit is given."""
         assert self._random is not None
+        tokens, logits = _candidates(row, highest, self.options)
         weights = np.exp((logits - np.float32(highest)) / np.float32(self.options.temperature))
         index = _draw_index(weights, self._random.random())
         return index if tokens is None else int(tokens[index])

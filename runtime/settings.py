@@ -18,13 +18,14 @@ from typing import Literal
 from edgelm.bundle import Bundle, Choice
 from edgelm.errors import BundleError, DoesNotFitError, UsageError
 from edgelm.units import format_bytes
-from runtime.engine import EngineOptions, KvType
+from runtime.attention import OFF, ON, choose_attention, measured_attention
+from runtime.engine import EngineOptions, FlashAttention, KvType
 from runtime.gguf_header import GGUFHeader, read_gguf_header, workload_from_gguf
 from runtime.model import artifact_of, memory_for_model, planned_context
 from runtime.speculative import DRAFTED_STREAMS
 from targets.calibration import Family, calibration
 from targets.host import default_threads
-from targets.predict import RunSettings, family_of, ram_parts
+from targets.predict import RunSettings, family_of, ram_parts, score_bytes
 from targets.profile import TargetProfile, load_profile
 from targets.workload import Workload, workload_from_plan
 
@@ -45,8 +46,8 @@ class Asked:
     """What the user fixed. Zero or None means: decide.
 
     ``process`` tells where the engine may run: in one of its own beside the server (``any``: decide), or only in this
-    one (``own``), as all commands but ``serve`` do. ``lookup``, ``draft`` and ``providers`` are those of
-    ``EngineOptions``; a drafting model's memory counts.
+    one (``own``), as all commands but ``serve`` do. ``lookup``, ``draft``, ``providers`` and ``flash_attention`` are
+    those of ``EngineOptions``; a drafting model's memory counts.
     """
 
     context: int = 0
@@ -58,6 +59,7 @@ class Asked:
     lookup: bool = False
     draft: str = ""
     providers: tuple[str, ...] = ()
+    flash_attention: FlashAttention = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +102,23 @@ class _Model:
         """Resident bytes that are predicted for a way."""
         options = way.options
         cells = -(-options.context // _STEP) * _STEP * options.sequences
-        settings = RunSettings(context=cells, kv_type=options.kv_type, mmap=options.mmap, batch=options.batch)
+        settings = RunSettings(
+            context=cells,
+            kv_type=options.kv_type,
+            mmap=options.mmap,
+            batch=options.batch,
+            sequences=options.sequences,
+            flash_attention=self.attention(options).value == ON,
+        )
         parts = ram_parts(self.workload, self.profile, settings, self.family)
         held: dict[str, int] = parts.model_dump()
         drafting = 0 if self.draft is None else self.draft.needs(_drafting(way))
         return sum(held.values()) + drafting + (0 if way.in_process else SERVER_BYTES)
+
+    def attention(self, options: EngineOptions) -> Choice:
+        """The kind of attention that options mean for this model."""
+        scores = score_bytes(self.workload, options.context, options.batch)
+        return choose_attention(options, on_gpu=False, scores_bytes=scores)
 
 
 def _drafting(way: _Way) -> _Way:
@@ -123,7 +137,7 @@ def choose_settings(path: Path, target: str, asked: Asked) -> Settings:
     profile = _cpu_profile(target)
     decode, prefill = _threads(profile, asked)
     model = _open(path, profile, asked)
-    if asked.kv_type is not None:
+    if asked.kv_type is not None or asked.flash_attention == OFF:
         model = replace(model, q8_cache=False)
     free = memory_for_model()
     if profile.available is None and profile.usable_ram_bytes < int(free.value):
@@ -137,12 +151,16 @@ def choose_settings(path: Path, target: str, asked: Asked) -> Settings:
         lookup=asked.lookup,
         draft=asked.draft,
         providers=asked.providers or (profile.onnx_providers if model.workload.format == "onnx" else ()),
+        flash_attention=asked.flash_attention,
+        faster_attention=measured_attention(profile),
     )
     first = _Way(options, in_process=asked.process == "own")
     way = _fitting(model, first, free, shorten=asked.context == 0)
     reasons = _reasons(model, way, free, decode, prefill)
     if asked.kv_type is not None:
         reasons["kv_type"] = Choice(value=asked.kv_type, reason="asked for")
+    if way.options.flash_attention != asked.flash_attention:
+        reasons["flash_attention"] = Choice(value=ON, reason=f"memory is short ({free.reason})")
     if options.providers:
         why = "asked for" if asked.providers else f"the list of {profile.id}"
         reasons["providers"] = Choice(value=", ".join(options.providers), reason=why)
@@ -235,6 +253,9 @@ def _ways(model: _Model, first: _Way) -> Iterator[_Way]:
     yield first
     options = replace(first.options, batch=min(first.options.batch, _SMALL_BATCH))
     yield _Way(options, first.in_process)
+    if options.flash_attention == "auto" and model.attention(options).value == OFF:
+        options = replace(options, flash_attention=ON)
+        yield _Way(options, first.in_process)
     yield _Way(options, in_process=True)
     if (
         model.workload.format == "onnx"
@@ -297,6 +318,7 @@ def _reasons(model: _Model, way: _Way, free: Choice, decode: Choice, prefill: Ch
         reasons["kv_type"] = Choice(value=own, reason="what ONNX Runtime's attention keeps")
         reasons["threads_prefill"] = Choice(value=decode.value, reason="ONNX Runtime has one pool of threads")
         return reasons
+    reasons["flash_attention"] = model.attention(options)
     mapped = "loads at once, and nothing is copied but what the kernels rearrange"
     copied = f"the kernels rearrange weights, mapped ones would be there twice and {short}"
     reasons["mmap"] = Choice(

@@ -22,13 +22,14 @@ Result = TypeVar("Result")
 
 
 @functools.cache
-def _has_tiles() -> bool:
+def has_tiles() -> bool:
+    """Whether this processor has tiles that a library might set."""
     return "amx_int8" in instruction_set()
 
 
 def shared() -> bool:
     """Whether this process has another library that sets the tiles of a thread."""
-    return ("onnxruntime" in sys.modules or "torch" in sys.modules) and _has_tiles()
+    return ("onnxruntime" in sys.modules or "torch" in sys.modules) and has_tiles()
 
 
 @functools.cache

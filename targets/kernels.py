@@ -25,7 +25,8 @@ _LEAST_ARITHMETIC = 0.5
 # Rows are given no more of a model's cycles than this: what is left to its weights stays above 0.
 _MOST_ROWS = 0.8
 
-Role = Literal["type", "size", "large", "thin", "deep", "narrow"]
+_Cycles = tuple[float | None, float | None]
+Role = Literal["type", "size", "large", "thin", "deep", "plain", "narrow"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,8 @@ class KernelRun:
 
     ``role``: ``type`` measures a type's kernels; ``size`` is the same model with fewer or more layers, for the read
     rate; ``large`` has more, for the type; ``thin`` has as many weights in shorter rows, for what a row costs;
-    ``deep`` is the first one behind many tokens; ``narrow`` models are all layers and hardly any weights.
-    ``prefill_depth`` tokens were cached before the prompt, ``decode_depth`` in the
+    ``deep`` is the first one behind many tokens, ``plain`` the same without flash attention; ``narrow`` models are all
+    layers and hardly any weights. ``prefill_depth`` tokens were cached before the prompt, ``decode_depth`` in the
     middle of decoding.
     """
 
@@ -60,14 +61,17 @@ def with_kernels(profile: TargetProfile, runs: Sequence[KernelRun]) -> TargetPro
     family = family.model_copy(update={"parallel_loss": loss})
     best = [run for run in typed if run.threads == most]
     source = f"measured: random models of {best[0].workload.parameters / 1e6:.0f} M weights, 1 to {most} threads"
-    attention_prefill, attention_decode = _attention(runs, profile, family)
+    attention = _attention(runs, profile, family, "deep")
+    plain = _attention(runs, profile, family, "plain", attention)
     known = KernelCycles(
         prefill={},
         decode={},
         layer_us=_layer_us([run for run in runs if run.role == "narrow"], profile, family, most),
         parallel_loss=loss,
-        attention_prefill=attention_prefill,
-        attention_decode=attention_decode,
+        attention_prefill=attention[0],
+        attention_decode=attention[1],
+        plain_prefill=plain[0],
+        plain_decode=plain[1],
         source=source,
     )
     single = [run for run in runs if run.role == "narrow" and run.threads == 1]
@@ -102,19 +106,36 @@ def throughput_gflops(profile: TargetProfile, kind: str) -> float | None:
     return 2e-9 * profile.cores.fast_ghz.value * GB * cores / profile.kernel_cycles.prefill[kind]
 
 
-def _attention(runs: Sequence[KernelRun], profile: TargetProfile, family: Family) -> tuple[float | None, float | None]:
-    """Cycles per multiplication of attention in prefill and decode: what the same model takes longer behind many
-    tokens. None where no run or no difference tells."""
-    deep = next((run for run in runs if run.role == "deep"), None)
+def _attention(
+    runs: Sequence[KernelRun], profile: TargetProfile, family: Family, role: Role, flat_cycles: _Cycles = (None, None)
+) -> _Cycles:
+    """Cycles per multiplication of one kind of attention in prefill and decode: what the same model takes longer behind
+    many tokens than behind few. ``flat_cycles`` are those of the run behind few where it was another kind. None where
+    no run or no difference tells."""
+    deep = next((run for run in runs if run.role == role), None)
     if deep is None:
         return None, None
     flat = next(run for run in runs if (run.role, run.type, run.threads) == ("type", deep.type, deep.threads))
-    per_token = 2.0 * deep.workload.layers * deep.workload.hidden
-    prefill = (deep.prefill_s - flat.prefill_s) * parallel_cores(profile, family, deep.threads)
-    prefill *= _hertz(profile) / (per_token * (deep.prefill_depth - flat.prefill_depth))
-    decode = (deep.decode_s - flat.decode_s) * min(deep.threads, _cores(profile))
-    decode *= _hertz(profile) / (per_token * (deep.decode_depth - flat.decode_depth))
-    return prefill if prefill > 0 else None, decode if decode > 0 else None
+    scale = _hertz(profile) / (2.0 * deep.workload.layers * deep.workload.hidden)
+    half = flat.prompt_tokens / 2  # a prompt looks back at half of itself besides
+    prefill = _per_token(
+        (deep.prefill_s - flat.prefill_s) * scale * parallel_cores(profile, family, deep.threads),
+        (deep.prefill_depth + half, flat.prefill_depth + half),
+        flat_cycles[0],
+    )
+    decode = _per_token(
+        (deep.decode_s - flat.decode_s) * scale * min(deep.threads, _cores(profile)),
+        (deep.decode_depth, flat.decode_depth),
+        flat_cycles[1],
+    )
+    return prefill, decode
+
+
+def _per_token(cycles: float, depths: tuple[float, float], flat_cycles: float | None) -> float | None:
+    """``cycles`` more behind the first of two depths than behind the second, per token; None where none tell."""
+    deep, flat = depths
+    found = cycles / (deep - flat) if flat_cycles is None else (cycles + flat_cycles * flat) / deep
+    return found if cycles > 0 else None
 
 
 def _with_rows(cycles: KernelCycles, runs: Sequence[KernelRun], profile: TargetProfile, family: Family) -> KernelCycles:

@@ -36,6 +36,10 @@ COMPUTE_BASE_BYTES = 5 * 2**20
 # Activations of one position that are alive at once, in units of the hidden size, for full batches (SmolLM2);
 # short prompts touch about half of it.
 LIVE_ACTIVATIONS = 20
+# Without flash attention the scores of a whole batch are alive, and so many activations beside them (SmolLM2: 6.6 of
+# 16.6 to 166.6 MiB that llama.cpp announces at 512 to 8,192 cells; the scores' copies it does not announce).
+SCORED_ACTIVATIONS = 6
+USUAL_HEAD = 64
 SLOW_CORE_SHARE = 0.45
 # Work of loading, in cycles of one core: reading one entry of the vocabulary, filling a byte of fresh memory (a copy of
 # weights, the zeroed cache), mapping a byte of the file. Fitted on CPU time, 2.8 GHz x86-64, 24 loads of SmolLM2 and a
@@ -52,7 +56,8 @@ class RunSettings:
 
     Threads of None are the profile's own choice. ``old_engine`` asks for llama.cpp as it was before 2025, which is
     how many published figures were taken. ``batch`` is the most tokens computed in one step. ``source_tokenizer`` is
-    whether the source's tokenizer runs beside the engine: with bundles, not with bare GGUF files.
+    whether the source's tokenizer runs beside the engine: with bundles, not with bare GGUF files. ``context`` counts
+    the tokens of all ``sequences``. Without ``flash_attention`` the scores of a batch take memory.
     """
 
     context: int
@@ -65,6 +70,8 @@ class RunSettings:
     batch: int = 512
     old_engine: bool = False
     source_tokenizer: bool = True
+    sequences: int = 1
+    flash_attention: bool = True
 
 
 def predict(
@@ -265,7 +272,7 @@ def decode_seconds(
     streamed_bytes = workload.streamed_bytes + kv_bytes
     rate = bandwidth_at(profile, family, bandwidth, threads, streamed_bytes)
     known = profile.kernel_cycles
-    measured = known.attention_decode if known is not None else None
+    measured = attention_cycles(profile, flash=settings.flash_attention)[1]
     if known is not None:
         cycles += row_cycles(workload.weights, workload, known.decode_row)
         fixed_s = workload.layers * layer_us(known, threads) * 1e-6
@@ -347,12 +354,23 @@ def prefill_seconds(
         )
     threads = settings.threads_prefill or int(profile.threads_prefill.value)
     known = profile.kernel_cycles
-    measured = known.attention_prefill if known is not None else None
+    measured = attention_cycles(profile, flash=settings.flash_attention)[0]
     cycles = sum(item.parameters * family.prefill_of(item.type) for item in body)
     cycles += row_cycles(body, workload, {} if known is None else known.prefill_row)
     cycles += attention * (family.prefill_of("F16") if measured is None else measured)
     clock = _hertz(profile) * scale.compute * (family.old_prefill if settings.old_engine else 1)
     return cycles / (clock * parallel_cores(profile, family, threads))
+
+
+def attention_cycles(profile: TargetProfile, *, flash: bool) -> tuple[float | None, float | None]:
+    """Cycles per multiplication of a kind of attention in prefill and decode, None where they were not measured. What
+    is not known of attention without flash attention is taken to be as with it."""
+    cycles = profile.kernel_cycles
+    if cycles is None:
+        return None, None
+    if flash or cycles.plain_prefill is None or cycles.plain_decode is None:
+        return cycles.attention_prefill, cycles.attention_decode
+    return cycles.plain_prefill, cycles.plain_decode
 
 
 def parallel_cores(profile: TargetProfile, family: Family, threads: int) -> float:
@@ -409,7 +427,11 @@ def ram_parts(workload: Workload, profile: TargetProfile, settings: RunSettings,
     cells = math.ceil(settings.context / KV_PADDING) * KV_PADDING
     kv_bytes = workload.kv_elements_per_token * kv_element_bytes(workload, settings) * cells
     batch = min(settings.batch, settings.context)
-    compute_bytes = COMPUTE_BASE_BYTES + batch * workload.hidden * LIVE_ACTIVATIONS * 4 + workload.vocabulary * 4
+    live_bytes = batch * workload.hidden * LIVE_ACTIVATIONS * 4
+    if not settings.flash_attention and workload.format == "gguf":
+        scored = score_bytes(workload, settings.context // settings.sequences, batch)
+        live_bytes = max(live_bytes, scored + 4 * batch * workload.hidden * SCORED_ACTIVATIONS)
+    compute_bytes = COMPUTE_BASE_BYTES + live_bytes + workload.vocabulary * 4
     repack_bytes = 0.0 if family.gpu else _repack_bytes(workload, settings, family)
     entry_bytes = VOCABULARY_ENTRY_BYTES + (TOKENIZER_ENTRY_BYTES if settings.source_tokenizer else 0)
     return RamParts(
@@ -419,6 +441,22 @@ def ram_parts(workload: Workload, profile: TargetProfile, settings: RunSettings,
         compute_bytes=round(compute_bytes),
         process_bytes=GPU_CONTEXT_BYTES if family.gpu else PROCESS_BYTES + workload.vocabulary * entry_bytes,
     )
+
+
+def score_bytes(workload: Workload, context: int, batch: int) -> int:
+    """What attention keeps without flash attention: for each head, token of a batch and cell of a sequence a score and
+    its copy of 16 bits, which is multiplied, and a mask."""
+    pairs = min(batch, context) * math.ceil(context / KV_PADDING) * KV_PADDING
+    return copied_score_bytes(workload, context, batch) + pairs * 4 * (_heads(workload) + 1)
+
+
+def copied_score_bytes(workload: Workload, context: int, batch: int) -> int:
+    """The copies among ``score_bytes``, which llama.cpp's announced buffers do not hold."""
+    return min(batch, context) * math.ceil(context / KV_PADDING) * KV_PADDING * 2 * _heads(workload)
+
+
+def _heads(workload: Workload) -> int:
+    return workload.heads or max(workload.hidden // USUAL_HEAD, 1)
 
 
 def _repack_bytes(workload: Workload, settings: RunSettings, family: Family) -> float:

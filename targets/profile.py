@@ -114,8 +114,9 @@ class KernelCycles(Record):
 
     Cycles of one core at the profile's clock per weight and token, by type; ``layer_us`` and ``parallel_loss`` as in
     ``calibration.toml``. ``attention_prefill`` and ``attention_decode`` are cycles per multiplication of attention,
-    None where they were not measured: it then counts as arithmetic in F16. ``decode`` was measured on as many weights
-    as ``decode_weights`` says first, ``decode_large``, of some types, on as many as it says second: kernels that do not
+    None where they were not measured: it then counts as arithmetic in F16. They are of flash attention,
+    ``plain_prefill`` and ``plain_decode`` of attention without. ``decode`` was measured on as many weights as
+    ``decode_weights`` says first, ``decode_large``, of some types, on as many as it says second: kernels that do not
     rearrange weights lose more than a read rate tells once a cache no longer holds them. ``prefill_row`` and
     ``decode_row`` are what a row of a matrix costs besides, for every token: narrow models have more rows for their
     weights. Empty where nobody measured them. ``decode`` holds at ``decode_threads`` threads, ``decode_single`` and
@@ -135,6 +136,8 @@ class KernelCycles(Record):
     decode_row: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
     attention_prefill: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     attention_decode: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    plain_prefill: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    plain_decode: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     source: str = Field(min_length=8)
 
     @model_validator(mode="after")
@@ -391,11 +394,8 @@ def _kernel_lines(cycles: KernelCycles) -> list[str]:
     def table(values: dict[str, float]) -> str:
         return f"{{ {', '.join(f'{kind} = {value:.4g}' for kind, value in values.items())} }}"
 
-    optional = {
-        "layer_single_us": cycles.layer_single_us,
-        "attention_prefill": cycles.attention_prefill,
-        "attention_decode": cycles.attention_decode,
-    }
+    names = ("layer_single_us", "attention_prefill", "attention_decode", "plain_prefill", "plain_decode")
+    optional: dict[str, float | None] = {name: getattr(cycles, name) for name in names}
     lines = [f"prefill = {table(cycles.prefill)}", f"decode = {table(cycles.decode)}"]
     if cycles.decode_weights is not None:
         lines.append(f"decode_large = {table(cycles.decode_large)}")

@@ -1,9 +1,9 @@
 """What to expect when a GPU computes some of the layers and the CPU of its host the rest.
 
 Layers come one after the other, so their times add up: those on the GPU at its bandwidth, the others at the host's,
-each as ``predict`` has it, and what it costs to go back and forth. The plan of what fits is ``vram``'s, on layers of equal
-size. Not known and left out: prompts, for which the host's layers pass through the GPU over a bus whose speed no profile
-tells. The costs of going back and forth come from one machine, an H200 with 16 cores of a Xeon.
+each as ``predict`` has it, and what it costs to go back and forth. The plan of what fits is ``vram``'s, on layers of
+equal size. Not known and left out: prompts, for which the host's layers pass through the GPU over a bus whose speed no
+profile tells. The costs of going back and forth come from one machine, an H200 with 16 cores of a Xeon.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from targets.profile import TargetProfile
 from targets.vram import Device, LayeredModel, OffloadPlan, Room, plan_offload
 from targets.workload import TypedWeights, Workload
 
-# Fitted to 16 rows of benchmarks/results/gpu_offload.jsonl (75M to 7B, 135M in two types, three splits and all layers):
-# what a token costs a GPU beside its layers, and by how much a layer's fixed cost on the host grows when its threads have
-# slept while the GPU computed, and its weights lie in memory for the GPU, not rearranged for the CPU.
+# Fitted to 16 rows of benchmarks/results/gpu_offload.jsonl (75M to 7B, 135M in two types, three splits and all there):
+# what a token costs a GPU beside its layers, and by how much a layer's fixed cost on the host grows when its threads
+# have slept while the GPU computed, and its weights lie in memory for the GPU, not rearranged for the CPU.
 _TOKEN_US = 300.0
 _HOST_LAYER_GROWTH = 0.5
 

@@ -36,7 +36,7 @@ class Workload:
     ``weights`` are read in full for every token (a tied embedding is among them, as the head); ``lookup`` is an
     embedding table of which one row per token is read, None when tied. ``kv_elements_per_token`` counts keys and values
     of all layers. ``file_bytes`` is the size of the artefact on disk. ``own_kv_type`` is what the cache holds where the
-    model decides it, None where options do.
+    model decides it, None where options do. ``heads`` are the queries of a layer, 0 where nobody tells.
     """
 
     format: Literal["gguf", "onnx"]
@@ -50,6 +50,7 @@ class Workload:
     vocabulary: int
     kv_elements_per_token: int
     own_kv_type: OwnKvType | None = None
+    heads: int = 0
 
     @property
     def streamed_bytes(self) -> int:

@@ -8,7 +8,8 @@ by the script that writes docs/encoders.md.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from exporter.checkpoint import open_checkpoint, open_source
 from exporter.embedding_quality import pool
 from runtime.embedding import unit_length
 from runtime.encoder import EncoderOptions, Vectors
+from runtime.engines.llamacpp import load_library
 from runtime.engines.llamacpp_encoder import load_encoder
-from tests.parity import VOCABULARY, plain_attention, write_f32
+from tests.parity import VOCABULARY, write_f32
 from tests.tiny_encoders import write_modules
 from tests.tiny_models import write_tokenizer
 
@@ -181,6 +183,23 @@ def vector_distance(ours: Vectors, theirs: Vectors) -> VectorDistance:
     """The worst of all rows."""
     cosines = np.einsum("ij,ij->i", ours.astype(np.float64), theirs.astype(np.float64))
     return VectorDistance(float(max(1 - cosines.min(), 0.0)), float(np.abs(ours - theirs).max()))
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Encoders opened inside compute attention step by step in float32; they have no option for it."""
+    library = load_library()
+    opened = library.llama_init_from_model
+
+    def without_flash(model: Any, parameters: Any) -> Any:
+        parameters.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        return opened(model, parameters)
+
+    library.llama_init_from_model = without_flash
+    try:
+        yield
+    finally:
+        library.llama_init_from_model = opened
 
 
 def measure_encoder(row: EncoderRow, directory: Path) -> EncoderParity:

@@ -12,9 +12,8 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
 from exporter.gguf import write_gguf
 from exporter.tokenizer import read_tokenizer
 from exporter.transformers_model import decoder_class
-from runtime.engine import Chunk, EngineOptions
-from runtime.engines.llamacpp import load_engine, load_library
+from runtime.engine import Chunk, EngineOptions, FlashAttention
+from runtime.engines.llamacpp import load_engine
 from tests.tiny_models import write_tokenizer
 
 VOCABULARY = 320
@@ -350,11 +349,12 @@ def write_f32(checkpoint: Checkpoint, path: Path) -> ModelDescription:
     return description
 
 
-def engine_logits(path: Path, tokens: list[int], context: int) -> Floats:
-    """Logits (tokens, vocabulary) after each token."""
+def engine_logits(path: Path, tokens: list[int], context: int, kind: FlashAttention = "on") -> Floats:
+    """Logits (tokens, vocabulary) after each token, with flash attention or without."""
     options = EngineOptions(
         context=context, batch=512, kv_type="f32", all_logits=True, threads_decode=2, threads_prefill=2
     )
+    options = replace(options, flash_attention=kind)
     engine = load_engine(path, options)
     try:
         return engine.forward([Chunk(0, tokens, "all")]).copy()
@@ -369,23 +369,6 @@ def transformers_logits(model: Any, tokens: list[int]) -> Floats:
     with torch.inference_mode():
         logits: Floats = model(torch.tensor([tokens]), use_cache=False).logits[0].float().numpy()
     return logits
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Contexts opened inside compute attention step by step in float32."""
-    library = load_library()
-    opened = library.llama_init_from_model
-
-    def without_flash(model: Any, parameters: Any) -> Any:
-        parameters.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        return opened(model, parameters)
-
-    library.llama_init_from_model = without_flash
-    try:
-        yield
-    finally:
-        library.llama_init_from_model = opened
 
 
 def distance(ours: Floats, theirs: Floats) -> Distance:
@@ -413,8 +396,7 @@ def measure(row: Row, directory: Path) -> Parity:
         theirs = transformers_logits(model, tokens)
         spread = float(theirs.std())
         engine.append(distance(engine_logits(path, tokens, context), theirs))
-        with plain_attention():
-            plain.append(distance(engine_logits(path, tokens, context), theirs))
+        plain.append(distance(engine_logits(path, tokens, context, "off"), theirs))
     return Parity(description.architecture, worst(engine), worst(plain), spread)
 
 

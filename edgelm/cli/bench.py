@@ -9,14 +9,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgelm.cli.bench_page import print_report
-from edgelm.cli.console import gpu_layers_option, gpu_option, print_json, provider_option, stderr_progress
+from edgelm.cli.console import (
+    flash_attention_option,
+    gpu_layers_option,
+    gpu_option,
+    print_json,
+    provider_option,
+    stderr_progress,
+)
 from edgelm.errors import UsageError
 
 if TYPE_CHECKING:
     from edgelm.progress import Progress
     from edgelm.report import Report
     from runtime.bench import BenchOptions
-    from runtime.engine import KvType
+    from runtime.engine import FlashAttention, KvType
 
 INTERRUPTED = 130
 
@@ -105,6 +112,7 @@ class Repetitions(click.ParamType[int]):
 )
 @gpu_layers_option
 @gpu_option
+@flash_attention_option
 @click.option(
     "--write-profile", type=click.Path(path_type=Path, dir_okay=False), help="Keep what auto found in this profile."
 )
@@ -133,6 +141,7 @@ def command(
     draft: Path | None,
     gpu_layers: int,
     gpu: str,
+    flash_attention: FlashAttention,
     write_profile: Path | None,
     depth: tuple[int, ...],
     sequences: tuple[int, ...],
@@ -178,6 +187,7 @@ def command(
         providers=provider,
         gpu_layers=gpu_layers,
         gpu=gpu,
+        flash_attention=flash_attention,
         max_time_s=max_time or (60.0 if repetitions == 0 else None),
         sustained_s=sustained or 0.0,
         cold=cold,

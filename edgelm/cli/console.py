@@ -72,6 +72,13 @@ gpu_layers_option = click.option(
 gpu_option = click.option(
     "--gpu", default="", metavar="NAME", help="Which GPU, as doctor names it [default: the one with most free memory]."
 )
+flash_attention_option = click.option(
+    "--flash-attention",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="How attention is computed; auto: what is faster on this processor (GGUF only).",
+)
 device_option = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.console import gpu_layers_option, gpu_option, print_json, provider_option
+from edgelm.cli.console import flash_attention_option, gpu_layers_option, gpu_option, print_json, provider_option
 from edgelm.errors import ContextOverflowError, UsageError
 from edgelm.units import format_bytes
 
 if TYPE_CHECKING:
     from runtime.encoder import EncoderOptions
-    from runtime.engine import KvType
+    from runtime.engine import EngineOptions, FlashAttention, KvType
     from runtime.generate import Answer, Session
     from runtime.model import LoadedModel
     from runtime.sampling import SamplingOptions
@@ -74,6 +74,7 @@ class _Settings:
 )
 @gpu_layers_option
 @gpu_option
+@flash_attention_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of streamed text.")
 def command(
     bundle: Path,
@@ -99,6 +100,7 @@ def command(
     draft: Path | None,
     gpu_layers: int,
     gpu: str,
+    flash_attention: FlashAttention,
     as_json: bool,
 ) -> None:
     """Answer PROMPT with the model in BUNDLE (a bundle or a .gguf file), or chat when no PROMPT is given.
@@ -115,7 +117,6 @@ def command(
     from runtime.engine import EngineOptions
     from runtime.model import holds_encoder, open_model
     from runtime.sampling import SamplingOptions, check_sampling
-    from runtime.settings import Asked, choose_settings
     from runtime.tasks import TaskOptions, holds_task
 
     if holds_task(bundle) is not None:
@@ -153,14 +154,10 @@ def command(
         providers=provider,
         gpu_layers=gpu_layers,
         gpu=gpu,
+        flash_attention=flash_attention,
     )
     if target is not None:
-        threads_asked = (options.threads_decode, options.threads_prefill)
-        asked = Asked(context or 0, 1, *threads_asked, kv_type, lookup=lookup, draft=options.draft, providers=provider)
-        settled = choose_settings(bundle, target, asked)
-        for name, line in settled.lines().items():
-            click.echo(f"{name} {line}", err=True)
-        options = replace(settled.options, gpu_layers=gpu_layers, gpu=gpu)
+        options = _settled(bundle, target, options, kv_type)
     model = open_model(bundle, options)
     if model.info.offload is not None and model.info.offload.device is not None:
         click.echo(f"gpu {model.info.offload.sentence()}", err=True)
@@ -172,6 +169,27 @@ def command(
             _one_answer(model, settings, prompt, raw=raw, as_json=as_json)
     finally:
         model.close()
+
+
+def _settled(bundle: Path, target: str, options: EngineOptions, kv_type: KvType | None) -> EngineOptions:
+    """What ``--target`` decides beside what was asked for, told on stderr."""
+    from runtime.settings import Asked, choose_settings
+
+    asked = Asked(
+        options.context,
+        1,
+        options.threads_decode,
+        options.threads_prefill,
+        kv_type,
+        lookup=options.lookup,
+        draft=options.draft,
+        providers=options.providers,
+        flash_attention=options.flash_attention,
+    )
+    settled = choose_settings(bundle, target, asked)
+    for name, line in settled.lines().items():
+        click.echo(f"{name} {line}", err=True)
+    return replace(settled.options, gpu_layers=options.gpu_layers, gpu=options.gpu)
 
 
 def _print_vector(bundle: Path, text: str | None, options: EncoderOptions, *, as_json: bool) -> None:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.console import gpu_layers_option, gpu_option, provider_option
+from edgelm.cli.console import flash_attention_option, gpu_layers_option, gpu_option, provider_option
 from edgelm.errors import UsageError
 from edgelm.units import parse_size
 
 if TYPE_CHECKING:
-    from runtime.engine import EngineOptions, KvType
+    from runtime.engine import EngineOptions, FlashAttention, KvType
 
 
 @click.command(short_help="Serve a bundle over an OpenAI-compatible API.")
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 )
 @gpu_layers_option
 @gpu_option
+@flash_attention_option
 @click.option(
     "--in-process",
     is_flag=True,
@@ -104,6 +105,7 @@ def command(
     draft: Path | None,
     gpu_layers: int,
     gpu: str,
+    flash_attention: FlashAttention,
     in_process: bool,
     prompt_cache: Path | None,
     prompt_cache_size: str | None,
@@ -163,11 +165,16 @@ def command(
             providers=provider,
             gpu_layers=gpu_layers,
             gpu=gpu,
+            flash_attention=flash_attention,
         )
 
         def settle(bundle: Path) -> tuple[EngineOptions, bool]:
             if provider and (holds_encoder(bundle) or holds_task(bundle) is not None):
                 raise UsageError(f"--provider is for models that generate; {bundle} is none", hint="leave it out")
+            if flash_attention != "auto" and (holds_encoder(bundle) or holds_task(bundle) is not None):
+                raise UsageError(
+                    f"--flash-attention is for models that generate; {bundle} is none", hint="leave it out"
+                )
             if target is None:
                 return engine, in_process
             return _settled(bundle, target, engine, in_process, fixed_type=kv_type is not None)
@@ -201,6 +208,7 @@ def _settled(
         lookup=options.lookup,
         draft=options.draft,
         providers=options.providers,
+        flash_attention=options.flash_attention,
         process="own" if in_process else "any",
     )
     settings = choose_settings(bundle, target, asked)

@@ -9,6 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from edgelm.bundle import Choice
+    from runtime.engine import FlashAttention
 
 PRIVATE_DIRECTORIES = (Path("/tmp"), Path("/var/tmp"))  # noqa: S108 - of a service, by PrivateTmp
 
@@ -98,12 +99,14 @@ def _memory_max(bundles: tuple[Path, ...], chosen: dict[str, object]) -> Choice:
     from runtime.settings import predicted_bytes
 
     context, parallel, kv_type = chosen["context"] or 0, chosen["parallel"], chosen["kv_type"]
+    flash_attention: FlashAttention = chosen["flash_attention"]  # type: ignore[assignment]
     assert isinstance(context, int)
     assert isinstance(parallel, int)
     options = EngineOptions(
         context=context,
         sequences=parallel,
         kv_type="q8_0" if kv_type == "q8_0" else "f16",
+        flash_attention=flash_attention,
         lookup=bool(chosen["lookup"]),
         draft=str(chosen["draft"] or ""),
     )

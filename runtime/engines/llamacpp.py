@@ -10,87 +10,41 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import os
-import re
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
+from edgelm.bundle import Choice
 from edgelm.errors import BundleError, EngineError, UsageError
+from runtime.attention import ON, check_attention, choose_attention, with_copies
 from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits, State, check_chunks
 from runtime.engines.llamacpp_batch import AbortSwitch, Batch
-from runtime.engines.llamacpp_devices import buffer_name, can_offload, device_now, find_devices, place_layers
+from runtime.engines.llamacpp_devices import can_offload, device_now, find_devices, place_layers
 from runtime.engines.llamacpp_inputs import InputSquares
+from runtime.engines.llamacpp_log import EngineLog
 from runtime.engines.llamacpp_vocabulary import LlamaVocabulary
 from runtime.gguf_header import has_single_blocks, read_gguf_header, workload_from_gguf
 from runtime.huge_pages import collapse_resident, from_first_use
 from runtime.libllama import import_declarations, kernel_set, load_kernels
 from runtime.offload import offload_of, room_of
-from runtime.tiles import apart
+from runtime.tiles import apart, has_tiles
 from runtime.waiting import decided, let_helpers_go, prepare_openmp
 from targets.host import default_threads
+from targets.predict import score_bytes
 from targets.vram import Device, OffloadPlan
 
 _KV_BYTES_PER_ELEMENT = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}  # ggml blocks: q8_0 is 32 int8 and one f16 scale
 _CONTEXT_STEP = 256  # llama_context pads every sequence's share of the cache to this
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
-_LOG_WARN, _LOG_ERROR, _LOG_CONTINUE = 3, 4, 5  # enum ggml_log_level
 _NO_SLOT, ABORTED = 1, 2  # return values of llama_decode and llama_encode
 
-# Buffers that llama.cpp announces while loading: "load_tensors:   CPU_REPACK model buffer size =    56.95 MiB".
-_BUFFER = re.compile(r"(\w+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")
 
-
-class _Log:
-    """Keeps llama.cpp's latest warnings and errors instead of letting it write to stderr, and the sizes of buffers."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[str, int] = {}
-        self.device: Device | None = None  # the GPU whose buffers are not in RAM
-        self._lines: deque[tuple[int, str]] = deque(maxlen=24)
-        self._level = 0
-        self.callback: Any = None
-
-    def receive(self, level: int, text: bytes, _data: object) -> None:
-        if level != _LOG_CONTINUE:
-            self._level = level
-        if self._level not in (_LOG_WARN, _LOG_ERROR):
-            self._note_buffer(text)
-            return
-        line = text.decode("utf-8", "replace").rstrip("\n")
-        if level == _LOG_CONTINUE and self._lines:
-            self._lines[-1] = (self._level, self._lines[-1][1] + line)
-        elif line.strip():
-            self._lines.append((self._level, line.strip()))
-
-    def _note_buffer(self, text: bytes) -> None:
-        match = _BUFFER.search(text.decode("utf-8", "replace")) if b"buffer size" in text else None
-        if match is None:
-            return
-        place, purpose, mib = match[1], match[2], float(match[3])
-        on_device = buffer_name(place, purpose, self.device)
-        if on_device is not None:
-            name = on_device
-        elif purpose == "model":
-            name = "weights_mapped" if place.endswith("_Mapped") else "weights_copied"
-        else:
-            name = {"KV": "kv", "compute": "compute", "output": "compute"}[purpose]
-        self.buffers[name] = self.buffers.get(name, 0) + int(mib * 2**20)
-
-    def take(self) -> str:
-        """The collected errors in one line, oldest first, or the warnings when there are none; then starts anew."""
-        worst = max((level for level, _ in self._lines), default=0)
-        text = "; ".join(line for level, line in self._lines if level == worst)
-        self._lines.clear()
-        return text
-
-
-_log = _Log()
+_log = EngineLog()
 take_messages = _log.take
 
 
@@ -166,11 +120,13 @@ def load_engine(path: Path, options: EngineOptions, observer: InputSquares | Non
     threads = (options.threads_decode or int(decode.value), options.threads_prefill or int(prefill.value))
     library = load_library()
     offload = offload_of(library, header, options, path.name)
+    scores = score_bytes(workload, options.context, options.batch)
+    attention = choose_attention(options, on_gpu=offload.gpu_layers > 0, scores_bytes=scores)
     started = time.perf_counter()
     note_buffers(offload.device)
     model = load_weights(library, path, options, repack=not has_single_blocks(header), offload=offload)
     try:
-        context = _create_context(library, model, path, options, threads, observer)
+        context = _create_context(library, model, path, options, threads, attention, observer)
     except EngineError:
         library.llama_model_free(model)
         raise
@@ -178,6 +134,7 @@ def load_engine(path: Path, options: EngineOptions, observer: InputSquares | Non
     loaded = Loaded(library, model, context)
     info = _describe(loaded, path, options, threads, workload.kv_elements_per_token, time.perf_counter() - started)
     info = replace(info, devices=find_devices(library), gpu_backends=can_offload(library), offload=offload)
+    info = replace(info, attention=attention, buffers=with_copies(info.buffers, attention, workload, options))
     return LlamaCppEngine(loaded, replace(info, huge_page_bytes=huge_page_bytes), options)
 
 
@@ -197,6 +154,7 @@ def _check_options(options: EngineOptions) -> None:
         raise UsageError(f"llama.cpp keeps at most {_MAX_SEQUENCES} sequences, {options.sequences} were asked for")
     if options.kv_type not in _KV_BYTES_PER_ELEMENT:
         raise UsageError(f"no KV cache type '{options.kv_type}'", hint=f"there are: {', '.join(_KV_BYTES_PER_ELEMENT)}")
+    check_attention(options)
 
 
 def load_weights(
@@ -228,6 +186,7 @@ def _create_context(
     path: Path,
     options: EngineOptions,
     threads: tuple[int, int],
+    attention: Choice,
     observer: InputSquares | None = None,
 ) -> Any:
     parameters = library.llama_context_default_params()
@@ -244,7 +203,8 @@ def _create_context(
     parameters.n_outputs_max = room_of(options).outputs
     parameters.n_outputs_max_per_seq = 0
     parameters.n_threads, parameters.n_threads_batch = threads
-    parameters.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    kinds = library.LLAMA_FLASH_ATTN_TYPE_DISABLED, library.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    parameters.flash_attn_type = kinds[attention.value == ON]
     kv_type = {"f32": library.GGML_TYPE_F32, "f16": library.GGML_TYPE_F16, "q8_0": library.GGML_TYPE_Q8_0}
     parameters.type_k = parameters.type_v = kv_type[options.kv_type]
     parameters.no_perf = True
@@ -356,6 +316,7 @@ class LlamaCppEngine:
         # Sequences whose cells llama.cpp copies or turns only when it computes the next time.
         self._unsettled: set[int] = set()
         self._abort = AbortSwitch(library, loaded.context)
+        self._may_share = has_tiles()
         self.vocabulary = LlamaVocabulary(library, loaded.model)
 
     @property
@@ -364,8 +325,10 @@ class LlamaCppEngine:
 
     def forward(self, chunks: Sequence[Chunk]) -> Logits:
         """See ``Engine.forward``. More tokens than ``batch`` are computed in several calls of llama.cpp."""
-        if len(chunks) == 1 and len(chunks[0].tokens) == 1 and self._takes(chunks[0]):
-            return self._step(chunks[0])
+        if len(chunks) == 1 and len(chunks[0].tokens) == 1:
+            row = self._step(chunks[0])
+            if row is not None:
+                return row
         self._check(chunks)
         self._abort.clear()
         before = {chunk.sequence: self._lengths[chunk.sequence] for chunk in chunks}
@@ -391,23 +354,28 @@ class LlamaCppEngine:
             parts.append(self._view(rows))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _takes(self, chunk: Chunk) -> bool:
-        """Whether nothing is wrong with one token for one sequence. What is wrong, ``_check`` says at length."""
-        lengths, sequence, info = self._lengths, chunk.sequence, self._info
-        known = self._loaded is not None and 0 <= sequence < len(lengths)
-        return known and lengths[sequence] < info.context and 0 <= chunk.tokens[0] < info.vocabulary
-
-    def _step(self, chunk: Chunk) -> Logits:
-        """``forward`` for one token of one sequence, which is what decoding waits for: every line here counts.
+    def _step(self, chunk: Chunk) -> Logits | None:
+        """``forward`` for one token of one sequence, which is what decoding waits for: every line and call here counts.
+        None when something is wrong with the chunk: ``_check`` says at length what.
 
         A token's weights leave nothing of Python in the caches, so that its code takes ten times as long as in a loop.
         """
-        sequence, wanted = chunk.sequence, chunk.logits != "none"
-        before = self._lengths[sequence]
-        self._batch.put(0, chunk.tokens[0], before, sequence, wanted=wanted)
-        self._lengths[sequence] = before + 1
+        sequence, token, lengths = chunk.sequence, chunk.tokens[0], self._lengths
+        if self._loaded is None or not 0 <= sequence < len(lengths) or not 0 <= token < self._info.vocabulary:
+            return None
+        before, wanted = lengths[sequence], chunk.logits != "none"
+        if before >= self._info.context:
+            return None
+        self._batch.put(0, token, before, sequence, wanted=wanted)
+        lengths[sequence] = before + 1
         self._abort.clear()
-        self._compute(1, {sequence: before})
+        batch = self._batch.c
+        batch.n_tokens = 1
+        status = apart(self._decode, self._context, batch) if self._may_share else self._decode(self._context, batch)
+        if status != 0:
+            self._failed(status, 1, {sequence: before})
+        if self._unsettled:
+            self._unsettled.clear()
         return self._view(int(wanted))
 
     def _check(self, chunks: Sequence[Chunk]) -> None:
@@ -438,13 +406,17 @@ class LlamaCppEngine:
         return 0
 
     def _compute(self, count: int, before: dict[int, int]) -> None:
-        """Run what the batch holds. On failure the sequences are cleared; interrupted, they are what they were."""
+        """Run what the batch holds. Raises as ``_failed``."""
         batch = self._batch.c
         batch.n_tokens = count
         status = apart(self._decode, self._context, batch)
-        if status == 0:
-            self._unsettled.clear()
-            return
+        if status != 0:
+            self._failed(status, count, before)
+        self._unsettled.clear()
+
+    def _failed(self, status: int, count: int, before: dict[int, int]) -> NoReturn:
+        """Clear the sequences that were to be computed; interrupted, they are what they were. Raises ``EngineError``
+        and ``EngineInterruptedError``."""
         if status == ABORTED:
             for sequence, length in before.items():
                 self._forget(length, sequence)

@@ -44,6 +44,8 @@ def _engine_facts(info: EngineInfo | EncoderInfo) -> dict[str, str]:
         facts["Context"] = f"{info.context} tokens, {info.sequences} at once"
         facts["KV cache"] = format_bytes(info.kv_bytes)
         facts["Engine"] = f"{info.engine}, {info.threads_decode} threads"
+        if info.attention is not None:
+            facts["Flash attention"] = f"{info.attention.value}: {info.attention.reason}"
     if info.offload is not None and info.offload.device is not None:
         plan, device = info.offload, info.offload.device
         facts["GPU"] = f"{plan.gpu_layers} of {plan.most} layers on {device.name} ({device.description})"

@@ -164,7 +164,9 @@ def retry_after_s(mean_job_s: float, queued: int, sequences: int) -> int:
 def log_ready(info: EngineInfo | EncoderInfo) -> None:
     """Tell that requests are answered from now on."""
     layers = {} if info.offload is None else {"layers": info.offload.sentence()}
-    log_event("ready", {"model": info.model_name, "load_s": round(info.load_s, 3), **layers})
+    attention = info.attention if isinstance(info, EngineInfo) else None
+    kind = {} if attention is None else {"flash_attention": f"{attention.value}: {attention.reason}"}
+    log_event("ready", {"model": info.model_name, "load_s": round(info.load_s, 3), **layers, **kind})
 
 
 def keep_prompts(
@@ -189,6 +191,8 @@ def keep_prompts(
         "versions": json.dumps(info.versions, sort_keys=True),
         "architecture": info.architecture,
         "kv_type": options.kv_type,
+        # Values lie transposed without it: a state of one kind is none of the other. Files of before had it on.
+        **({"flash_attention": "off"} if info.attention is not None and info.attention.value == "off" else {}),
         "context": str(info.context),
         "sequences": str(info.sequences),
         "machine": f"{platform.machine()} {sys.byteorder}",

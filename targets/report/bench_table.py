@@ -74,6 +74,7 @@ def _row(report: Report, item: Measurement) -> dict[str, Any]:
         "model_n_params": report.model.parameters,
         "n_threads": item.threads,
         "n_gpu_layers": report.engine.gpu_layers or 0,
+        "flash_attn": int(_flash_attention(report)),
         "n_prompt": item.tokens if prefill else 0,
         "n_gen": 0 if prefill else item.tokens,
         "n_depth": item.depth,
@@ -90,6 +91,12 @@ def _row(report: Report, item: Measurement) -> dict[str, Any]:
         "labels": [label.kind for label in item.labels],
         "valid": report.valid,
     }
+
+
+def _flash_attention(report: Report) -> bool:
+    """Reports of before say nothing: it was always on with llama.cpp."""
+    told = report.engine.flash_attention
+    return report.engine.name == "llama.cpp" if told is None else told
 
 
 def json_lines(report: Report) -> str:

@@ -53,6 +53,7 @@ def test_runs_become_a_profile_that_predicts_them(tmp_path: Path, monkeypatch: p
     assert [(run.type, run.role, run.workload.layers) for run in runs] == [
         ("Q8_0", "type", 2),
         ("Q8_0", "deep", 2),
+        ("Q8_0", "plain", 2),
         ("Q8_0", "thin", 4),
         ("F16", "type", 2),
         ("F16", "thin", 4),
@@ -64,7 +65,7 @@ def test_runs_become_a_profile_that_predicts_them(tmp_path: Path, monkeypatch: p
     assert not list(tmp_path.iterdir()), "models are removed once they have run"
     profile = with_kernels(detect_host(), runs)
     settings = RunSettings(context=256, prompt_tokens=kernels.PROMPT_TOKENS, threads_decode=1, threads_prefill=1)
-    for run in (runs[0], runs[3]):
+    for run in (runs[0], runs[4]):
         speed = predict_speed(run.workload, profile, settings)
         assert speed.prefill_tps == pytest.approx(1 / run.prefill_s, rel=0.02)
 

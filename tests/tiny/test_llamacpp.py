@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgelm.bundle import Choice
 from edgelm.errors import BundleError, ContextOverflowError, EngineError, UsageError
 from runtime.engine import Chunk, EngineInterruptedError, EngineOptions, Logits
 from runtime.engines.llamacpp import LlamaCppEngine, load_engine, load_vocabulary
@@ -209,6 +210,26 @@ def test_cache_types_and_mapping_change_little(engine: LlamaCppEngine, gguf: Pat
     bytes_per_element = {"f32": 4.0, "q8_0": 34 / 32}[kv_type]
     assert other.info.kv_bytes == 512 * bytes_per_element * 256
     other.close()
+
+
+def test_both_kinds_of_attention_compute_the_same(engine: LlamaCppEngine, gguf: Path) -> None:
+    expected = engine.forward([Chunk(0, TOKENS, "all")]).copy()
+    for asked, told in (("on", "on"), ("off", "off")):
+        other = load_engine(gguf, EngineOptions(context=100, all_logits=True, flash_attention=asked, **ONE))  # type: ignore[arg-type]
+        assert other.info.attention == Choice(value=told, reason="asked for")
+        rows = other.forward([Chunk(0, TOKENS[:40], "all")]).copy()
+        steps = [other.forward([Chunk(0, [token])])[0].copy() for token in TOKENS[40:]]
+        # Probabilities pass through f16 with it: logits that spread by 1.3 move by up to 0.06.
+        assert np.abs(np.concatenate([rows, steps]) - expected).max() < 0.1
+        other.close()
+
+
+def test_a_cache_of_8_bits_needs_flash_attention(gguf: Path) -> None:
+    with pytest.raises(UsageError, match="q8_0 needs flash attention"):
+        load_engine(gguf, EngineOptions(context=64, kv_type="q8_0", flash_attention="off", **ONE))
+    engine = load_engine(gguf, EngineOptions(context=64, kv_type="q8_0", **ONE))
+    assert engine.info.attention == Choice(value="on", reason="a KV cache of 8 bits needs it")
+    engine.close()
 
 
 def _compute_for_ever(engine: LlamaCppEngine) -> None:

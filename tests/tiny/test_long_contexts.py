@@ -18,7 +18,7 @@ from live_server import LiveServer, running_server
 
 from edgelm.errors import EngineError
 from exporter.checkpoint import open_checkpoint, open_source
-from runtime.engine import Chunk, Engine, EngineOptions, Shifter, StateKeeper
+from runtime.engine import Chunk, Engine, EngineOptions, FlashAttention, Shifter, StateKeeper
 from runtime.engines.llamacpp import LlamaCppEngine, load_engine
 from runtime.engines.onnx import load_engine as load_onnx_engine
 from runtime.generate import GenerationRequest, Session, TokenEvent, generate
@@ -56,7 +56,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["llama.cpp", "llama.cpp q8_0", "onnxruntime"])
+@pytest.fixture(scope="module", params=["llama.cpp", "llama.cpp q8_0", "llama.cpp plain", "onnxruntime"])
 def opened(request: pytest.FixtureRequest, gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Open:
     """Loads a fresh engine with a context and so many sequences."""
     if request.param == "onnxruntime":
@@ -64,7 +64,9 @@ def opened(request: pytest.FixtureRequest, gguf: Path, tmp_path_factory: pytest.
         path = build(make_tiny_llama(place / "source"), place / "out", lambda _: "int4-32-asym")
         return lambda context, sequences: load_onnx_engine(path, options(context, sequences))
     kv_type: Any = "q8_0" if "q8_0" in request.param else "f16"
-    return lambda context, sequences: load_engine(gguf, replace(options(context, sequences), kv_type=kv_type))
+    kind: FlashAttention = "off" if "plain" in request.param else "on"
+    wanted: dict[str, Any] = {"kv_type": kv_type, "flash_attention": kind}
+    return lambda context, sequences: load_engine(gguf, replace(options(context, sequences), **wanted))
 
 
 @contextmanager
@@ -123,6 +125,18 @@ def test_bytes_that_are_no_state_leave_an_empty_sequence(opened: Open) -> None:
         engine.restore(state, SHARED, 1)
 
 
+def test_a_state_of_the_other_kind_of_attention_is_refused(gguf: Path) -> None:
+    with_it, without = (load_engine(gguf, replace(options(256, 1), flash_attention=kind)) for kind in ("on", "off"))
+    with engines(with_it, without):
+        for one, other in ((with_it, without), (without, with_it)):
+            one.truncate(0)
+            one.forward([Chunk(0, PROMPT[:SHARED], "none")])
+            state = one.state(0)
+            with pytest.raises(EngineError, match="no state"):
+                other.restore(state, SHARED, 0)
+            assert other.length(0) == 0
+
+
 def test_a_state_is_not_taken_before_a_copy_or_move_was_made(gguf: Path) -> None:
     engine = load_engine(gguf, options(256, 2))
     with engines(engine):
@@ -173,6 +187,7 @@ def test_what_a_state_depends_on_is_in_the_name_of_its_file(gguf: Path, tmp_path
         (gguf, replace(usual, kv_type="q8_0")),
         (gguf, replace(usual, context=512)),
         (gguf, replace(usual, sequences=3)),
+        (gguf, replace(usual, flash_attention="off")),
     ):
         model = open_model(path, wanted)
         prompts = keep_prompts(model, wanted, cache, Metrics())
@@ -180,7 +195,7 @@ def test_what_a_state_depends_on_is_in_the_name_of_its_file(gguf: Path, tmp_path
         seen.add(prompts._name(PROMPT))
         prompts.close()
         model.close()
-    assert len(seen) == 5
+    assert len(seen) == 6
 
 
 def check_exact(fresh: Engine, wanted: GenerationRequest, chosen: Sequence[int | None]) -> None:

@@ -28,7 +28,6 @@ from tests.parity import (
     distance,
     known_to_transformers,
     make_checkpoint,
-    plain_attention,
     write_f32,
 )
 
@@ -92,8 +91,8 @@ def _logits(checkpoint: Checkpoint, path: Path, disturbed: dict[str, ggml.Floats
     words = {**read_tokenizer(checkpoint).gguf_metadata, "tokenizer.ggml.pre": "smollm"}
     quantizers = {name: _Disturbed(error) for name, error in disturbed.items()}
     write_gguf(path, checkpoint, description.tensors, plans, {**description.metadata, **words}, quantizers=quantizers)
-    with plain_attention():
-        engine = load_engine(path, EngineOptions(context=256, batch=512, kv_type="f32", all_logits=True))
+    options = EngineOptions(context=256, batch=512, kv_type="f32", all_logits=True, flash_attention="off")
+    engine = load_engine(path, options)
     try:
         found = []
         for window in _windows():

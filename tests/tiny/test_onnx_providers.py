@@ -73,6 +73,13 @@ def test_what_is_not_installed(bundle: Path, capsys: pytest.CaptureFixture[str])
     assert run_cli(["bench", str(bundle), "-p", "8", "-n", "1", "-r", "1", "--provider", "CPUExecutionProvider"]) == 0
 
 
+def test_the_kind_of_attention_is_llama_cpps_choice(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("run", "bench"):
+        words = ["hello"] if command == "run" else []
+        assert run_cli([command, str(bundle), *words, "--flash-attention", "on"]) == 2
+        assert "--flash-attention is for GGUF" in capsys.readouterr().err
+
+
 def test_names() -> None:
     runtime = SimpleNamespace(
         __version__="1",

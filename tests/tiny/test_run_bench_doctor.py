@@ -193,6 +193,28 @@ def test_a_quantised_cache_is_half_as_large(gguf: Path, capfd: pytest.CaptureFix
     assert kv_bytes["q8_0"] == kv_bytes["f16"] * 34 // 64
 
 
+def test_reports_tell_the_kind_of_attention(gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", str(gguf), "-p", "8", "-n", "4", "-r", "1", "--threads", "1", "--flash-attention"]
+    for kind in ("on", "off"):
+        assert run_cli([*arguments, kind, "--json"]) == 0
+        engine = json.loads(capfd.readouterr().out)["engine"]
+        assert (engine["flash_attention"], engine["attention_reason"]) == (kind == "on", "asked for")
+    assert run_cli([*arguments, "off", "--jsonl"]) == 0
+    rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [row["flash_attn"] for row in rows] == [0, 0]
+    assert run_cli([*arguments, "off", "--kv-type", "q8_0"]) == 2
+    assert "needs flash attention" in capfd.readouterr().err
+
+
+def test_answers_hang_on_the_kind_by_rounding_only(gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    answers = []
+    for kind in ("on", "off", "auto"):
+        arguments = ["run", str(gguf), "hello", "--raw", "-n", "2", "--json", "--flash-attention", kind]
+        assert run_cli(arguments) == 0
+        answers.append(json.loads(capfd.readouterr().out)["text"])
+    assert answers[2] in answers[:2]
+
+
 def test_bench_as_markdown_and_as_a_table(gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ("bench", str(gguf), "-p", "8", "-n", "4", "-r", "1", "--threads", "1")
     code, out, _ = edgelm(*arguments, "--markdown", capfd=capfd)

@@ -15,7 +15,7 @@ from live_server import running_server
 from edgelm.cli.app import run_cli
 from edgelm.errors import EngineError
 from edgelm.report import Report
-from runtime.engine import Chunk, Engine, EngineOptions
+from runtime.engine import Chunk, Engine, EngineOptions, FlashAttention
 from runtime.engines.onnx import load_engine as load_onnx_engine
 from runtime.generate import GenerationRequest, Session, TokenEvent, generate
 from runtime.model import open_model
@@ -65,8 +65,10 @@ def spoken(engine: Engine, tokenizer: TextTokenizer, request: GenerationRequest,
     return events
 
 
-def test_llama_cpp_says_what_it_says_token_by_token(gguf: Path) -> None:
-    model, same = open_model(gguf, replace(options(), lookup=True, draft=str(gguf))), open_model(gguf, options())
+@pytest.mark.parametrize("kind", ["on", "off"])
+def test_llama_cpp_says_what_it_says_token_by_token(gguf: Path, kind: FlashAttention) -> None:
+    usual = replace(options(), flash_attention=kind)
+    model, same = open_model(gguf, replace(usual, lookup=True, draft=str(gguf))), open_model(gguf, usual)
     try:
         assert model.speculation is not None
         request = GenerationRequest(model.tokenizer.encode("abc abd abc abd abc"), 100)

@@ -98,9 +98,9 @@ def test_a_prompt_after_products_of_torch_is_what_it_was_before(tmp_path: Path) 
 
 
 def test_calls_go_apart_only_where_tiles_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "_has_tiles", lambda: False)
+    monkeypatch.setattr(tiles, "has_tiles", lambda: False)
     assert apart(threading.get_ident) == threading.get_ident()
-    monkeypatch.setattr(tiles, "_has_tiles", lambda: True)
+    monkeypatch.setattr(tiles, "has_tiles", lambda: True)
     monkeypatch.setitem(sys.modules, "onnxruntime", sys)
     elsewhere = apart(threading.get_ident)
     assert elsewhere != threading.get_ident()

@@ -155,10 +155,28 @@ def test_attention_is_what_a_deep_run_takes_longer(profile: TargetProfile) -> No
     behind = RunSettings(context=1024, depth=384, prompt_tokens=PROMPT, threads_prefill=2)
     assert predict_speed(flat.workload, told, behind).prefill_tps == pytest.approx(900 / 1.5, rel=0.01)
     assert parse_profile(profile_toml(told).encode(), "me.toml").kernel_cycles is not None
+    # Nothing is known of attention without flash attention: it counts as the other.
+    assert told.kernel_cycles.plain_decode is None
+    plain = replace(settings, flash_attention=False)
+    assert predict_speed(flat.workload, told, plain) == predict_speed(flat.workload, told, settings)
     # A difference that is noise tells nothing.
     none = with_kernels(profile, [*RUNS, replace(deep, prefill_s=1 / 901, decode_s=1 / 111)]).kernel_cycles
     assert none is not None
     assert none.attention_decode is none.attention_prefill is None
+
+
+def test_attention_without_flash_attention_has_figures_of_its_own(profile: TargetProfile) -> None:
+    flat = run("Q8_0", 2, 1 / 900, 1 / 110, 8.5)
+    deep = replace(flat, role="deep", prefill_s=1.5 / 900, decode_s=1.8 / 110, prefill_depth=384, decode_depth=528)
+    plain = replace(deep, role="plain", prefill_s=2.0 / 900, decode_s=1.2 / 110)
+    told = with_kernels(profile, [*RUNS, deep, plain])
+    told = parse_profile(profile_toml(told).encode(), "me.toml")
+    settings = RunSettings(context=1024, depth=528, threads_decode=2)
+    for flash, decode, prefill in ((True, 1.8, 1.5), (False, 1.2, 2.0)):
+        kind = replace(settings, flash_attention=flash)
+        assert predict_speed(flat.workload, told, kind).decode_tps == pytest.approx(110 / decode, rel=0.07)
+        behind = replace(kind, depth=384, prompt_tokens=PROMPT, threads_prefill=2)
+        assert predict_speed(flat.workload, told, behind).prefill_tps == pytest.approx(900 / prefill, rel=0.01)
 
 
 def test_a_type_may_cost_more_in_a_large_model(profile: TargetProfile) -> None:

@@ -11,7 +11,7 @@ from edgelm.bundle import Choice
 from edgelm.errors import DoesNotFitError, UsageError
 from edgelm.units import parse_size
 from runtime.probe import write_tiny_gguf
-from runtime.settings import LEAST_CONTEXT, Asked, choose_settings
+from runtime.settings import LEAST_CONTEXT, SPARE_SHARE, Asked, choose_settings
 
 MIB = 2**20
 SEQUENCES = 64  # a cache of 256 MiB at 4096 tokens: 2 layers x 2 heads x 64 numbers x keys and values x 2 bytes
@@ -49,6 +49,34 @@ def test_with_room_nothing_is_given_up(model: Path, memory: Memory) -> None:
     assert settings.lines()["context"] == "4096: the usual context of a bare file"
     assert "a test says so" in settings.lines()["memory"]
     assert list(settings.reasons)[:2] == ["memory", "context"]
+
+
+def test_scores_take_memory_without_flash_attention(model: Path, memory: Memory) -> None:
+    memory.is_free(4096 * MIB)
+    kinds = [choose_settings(model, "auto", Asked(context=8192, flash_attention=kind)) for kind in ("on", "off")]
+    needs = [parse_size(str(found.reasons["memory"].value).replace(" ", "")) for found in kinds]
+    # 6 bytes for each of 4 heads and a mask, 512 tokens, 8,192 cells; 14 of 20 activations are not alive beside them
+    assert needs[1] - needs[0] == pytest.approx(512 * (28 * 8192 - 4 * 14 * 256), rel=0.02)
+    assert [found.options.flash_attention for found in kinds] == ["on", "off"]
+    assert kinds[1].lines()["flash_attention"] == "off: asked for"
+    with pytest.raises(UsageError, match="needs flash attention"):
+        choose_settings(model, "auto", Asked(kv_type="q8_0", flash_attention="off"))
+
+
+def test_what_is_faster_gives_way_when_memory_is_short(
+    model: Path, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.attention.has_tiles", lambda: True)
+    memory.is_free(4096 * MIB)
+    settings = choose_settings(model, "auto", Asked(context=8192))
+    assert settings.lines()["flash_attention"].startswith("off: processors with AMX")
+    assert settings.options.flash_attention == "auto", "an engine with layers on a GPU decides otherwise"
+    needed = parse_size(str(settings.reasons["memory"].value).replace(" ", ""))
+    # With a batch of 128 a quarter of 120 MB is left: a bit too much here.
+    memory.is_free(round((needed - 0.75 * 120e6 - 6e6) / (1 - SPARE_SHARE)))
+    short = choose_settings(model, "auto", Asked(context=8192))
+    assert (short.options.flash_attention, short.options.batch, short.options.context) == ("on", 128, 8192)
+    assert short.lines()["flash_attention"].startswith("on: memory is short")
 
 
 def test_a_drafting_model_takes_memory_too(model: Path, memory: Memory) -> None:
