@@ -98,8 +98,7 @@ class EngineInfo:
     attention: Choice | None = None
 
 
-# Not frozen, though nobody changes it: freezing costs a call per field, behind every token.
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Tokens to append to one sequence, and which of their logits are wanted."""
 

@@ -65,8 +65,7 @@ class TokenLogprobs:
     top: tuple[LikelyToken, ...] = ()
 
 
-# Not frozen, though nobody changes it: freezing costs a call per field, behind every token.
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
     """One generated token. ``text`` is what became certain with it: may be empty (incomplete UTF-8, possible stop).
 
@@ -229,8 +228,7 @@ class TokenText:
         return text + self._scanner.flush(), stopped
 
 
-# Not frozen, though nobody changes it: freezing costs a call per field, as with ``TokenEvent``.
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """What came of one row of logits. The last step of a generation has a ``finish_reason``."""
 
