@@ -200,8 +200,8 @@ def prepare(
     prepared = _prepared(options, checkpoint, profile, progress)
     if why is not None:
         return replace(prepared, plan=_with_note(prepared.plan, why))
-    told = None if prepared.task else contest(options, checkpoint, profile, resume=resume)
-    return replace(prepared, plan=_with_format_told(prepared.plan, told))
+    found = contest(options, checkpoint, profile, resume=resume)
+    return replace(prepared, plan=_with_format_told(prepared.plan, found))
 
 
 def _prepared(options: ExportOptions, checkpoint: Checkpoint, profile: TargetProfile, progress: Progress) -> Prepared:
@@ -285,15 +285,16 @@ def export(
 
 
 def _contest(options: ExportOptions, progress: Progress) -> Contest | None:
-    """What ``--format auto`` has to measure, None when the format stands without. Raises what ``prepare`` raises."""
+    """What ``--format auto`` has to measure, None when the format stands without, or what is wrong is told without."""
     if options.format != "auto" or not options.chooses_types:
         return None
     check_options(options)
     checkpoint = open_checkpoint(open_source(options.source, progress))
     settled, _ = settle_format(options, checkpoint)
-    if optimum_tasks.task_of(checkpoint, settled) is not None:
+    try:
+        found = contest(settled, checkpoint, load_profile(options.target))
+    except CheckpointError:  # told in full by the checks of the export itself
         return None
-    found = contest(settled, checkpoint, load_profile(options.target))
     return found if isinstance(found, Contest) else None
 
 
