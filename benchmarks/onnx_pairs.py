@@ -88,7 +88,11 @@ def main() -> None:
     sides["genai"] = genai(arguments.folder, prompt, arguments.generated)  # last: our huge pages are not for it
     for measured in sides.values():
         measured()
-    case = {"sides": arguments.sides, "prompt": arguments.prompt, "generated": arguments.generated}
+    shown = [
+        f"{name}={'/'.join(Path(wanted).parts[-2:])}"
+        for name, wanted in (side.split("=", 1) for side in arguments.sides)
+    ]
+    case = {"sides": shown, "prompt": arguments.prompt, "generated": arguments.generated}
     append("onnx_pairs", {"machine": machine(), **case})
     rounds: list[dict[str, Rates]] = []
     for number in range(arguments.rounds):
