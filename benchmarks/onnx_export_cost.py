@@ -112,13 +112,15 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="a Hugging Face directory")
     parser.add_argument("--genai", type=Path, help="a Python interpreter that has onnxruntime-genai's model builder")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--label", default="", help="of the machine, in the name of the file of rows")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="onnx-export-cost-") as directory:
         work = Path(directory)
         found = contestants(arguments.source, arguments.genai, work / "cache")
         rows = measured(found.commands, arguments.runs, work)
     rows += [{"missing": text} for text in found.missing]
-    path = save(f"onnx_export_cost-{arguments.source.resolve().name}", rows)
+    name = "-".join(filter(None, ("onnx_export_cost", arguments.source.resolve().name, arguments.label)))
+    path = save(name, rows)
     summarise(rows)
     for text in found.missing:
         print(f"missing: {text}")

@@ -60,13 +60,14 @@ def main() -> None:
     parser.add_argument("-n", "--generated", type=int, default=128)
     parser.add_argument("--work", type=Path, help="keep bundles and folders here, and use those that are here")
     parser.add_argument("--only", default="", metavar="REGEX", help="contestants in whose name, as 'genai int8', it is")
+    parser.add_argument("--label", default="", help="of the machine, in the name of the file of rows: rows do not mix")
     arguments = parser.parse_args()
     missing: list[str] = []
     with tempfile.TemporaryDirectory(prefix="onnx-bench-") as directory:
         work = arguments.work or Path(directory)
         work.mkdir(parents=True, exist_ok=True)
         found = [side for side in sides(arguments, work, missing) if re.search(arguments.only, side.label)]
-        name = f"onnx_side_by_side-{arguments.source.resolve().name}"
+        name = "-".join(filter(None, ("onnx_side_by_side", arguments.source.resolve().name, arguments.label)))
         append(name, {"machine": machine()})
         for text in missing:
             append(name, {"missing": text})
@@ -171,6 +172,7 @@ def genai_folder(bundle: Path, folder: Path, threads: int, context: int) -> None
         helper.make_node("Size", ["input_ids"], ["g.count"]),
         helper.make_node("Range", ["g.zero", "g.count", "g.one"], ["logit_rows"]),
     ]
+    join_head(graph)
     for node in graph.node:
         node.output[:] = ["g.rows" if name == "logits" else name for name in node.output]
     after = [
@@ -186,6 +188,31 @@ def genai_folder(bundle: Path, folder: Path, threads: int, context: int) -> None
     wrapped = helper.make_model(built, opset_imports=model.opset_import, ir_version=model.ir_version)
     (folder / "model.onnx").write_bytes(wrapped.SerializeToString())
     (folder / "genai_config.json").write_text(json.dumps(genai_config(graph, vocabulary, threads, context)))
+
+
+def join_head(graph: Any) -> None:
+    """One product for all logits, where the graph has pieces: for logits of all positions they would cost memory."""
+    whole = next((node for node in graph.node if node.op_type == "Concat" and list(node.output) == ["logits"]), None)
+    if whole is None:
+        return
+    pieces = [node for node in graph.node if node.output[0] in whole.input]
+    stored = {item.name: item for item in graph.initializer}
+    first = pieces[0]
+    for index, name in enumerate(first.input):
+        if name not in stored:
+            continue
+        parts = [stored[piece.input[index]] for piece in pieces]
+        parts[0].dims[0] = sum(part.dims[0] for part in parts)
+        place = {entry.key: entry for entry in parts[0].external_data}
+        place["length"].value = str(
+            sum(int(entry.value) for part in parts for entry in part.external_data if entry.key == "length")
+        )
+    for attribute in first.attribute:
+        if attribute.name == "N":
+            attribute.i = sum(next(item.i for item in piece.attribute if item.name == "N") for piece in pieces)
+    first.output[0] = "logits"
+    for node in (whole, *pieces[1:]):
+        graph.node.remove(node)
 
 
 def genai_config(graph: Any, vocabulary: int, threads: int, context: int) -> dict[str, Any]:

@@ -306,11 +306,36 @@ class TaskQuality(Record):
     token_identity: TokenIdentity
 
 
+class FormatCandidate(Record):
+    """One of the formats that ``--format auto`` made on this machine.
+
+    ``failed`` tells why there is no artefact of it, or why it was not measured. ``prefill_tps`` and ``decode_tps`` have
+    one median per process, in the order of the processes; none where the mean KL decided.
+    """
+
+    format: Format
+    quant: str
+    artifact_bytes: int | None = None
+    kl_mean: float | None = None
+    prefill_tps: tuple[float, ...] = ()
+    decode_tps: tuple[float, ...] = ()
+    failed: str | None = None
+
+
+class FormatContest(Record):
+    """How ``--format auto`` was decided by measuring; ``kl_limit`` is the mean KL up to which speed decides."""
+
+    reason: str
+    kl_limit: float
+    candidates: tuple[FormatCandidate, ...]
+
+
 class Manifest(Record):
     """``manifest.json``. Raises no errors of its own; ``read_manifest`` maps validation failures.
 
     ``encoder`` is set for models that make vectors of texts, ``task`` for those with another task than to go on with a
     text. Theirs are ``embedding_quality`` and ``task_quality``, ``quality`` is that of models that predict tokens.
+    ``contest`` is there when the format was chosen by measuring.
     """
 
     schema_version: Literal[1] = 1
@@ -327,6 +352,7 @@ class Manifest(Record):
     embedding_quality: EmbeddingQuality | None = None
     task: TaskRecord | None = None
     task_quality: TaskQuality | None = None
+    contest: FormatContest | None = None
 
     @property
     def proof(self) -> Quality | EmbeddingQuality | TaskQuality | None:

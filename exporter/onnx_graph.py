@@ -24,12 +24,14 @@ from onnx import TensorProto, helper
 
 from exporter.onnx_layout import Decoder, Layer, Part
 from exporter.onnx_nodes import MICROSOFT, Nodes, TypeOf
-from exporter.onnx_storage import Storage
+from exporter.onnx_storage import Place, QuantizedMatrix, Storage
 from exporter.onnx_types import FP16
 
 OPSET, MICROSOFT_OPSET, IR_VERSION = 23, 1, 11
 # What attention can rotate itself; other heads are rotated before it.
 _HEAD_STEP, _PAIR_STEP = 16, 8
+# Pieces of the output matrix: about this large, at most so many, of whole tiles of rows.
+_PIECE_BYTES, _PIECES, _PIECE_ROWS = 2**24, 16, 64
 
 
 def build_graph(
@@ -204,7 +206,8 @@ class _Builder(Nodes):
         rows, blocks, block_bytes = matrix.data.shape
         # The head uses the same bytes in its own shape: two initializers, one place in the file.
         data = self.external(matrix.data.reshaped("token_embd.rows", (rows, blocks * block_bytes)))
-        inputs = [data, "input_ids", matrix.scales.name, *([matrix.zeros.name] if matrix.zeros else [])]
+        scales = [self.external(place) for place in (matrix.scales, matrix.zeros) if place is not None]
+        inputs = [data, "input_ids", *scales]
         attributes = {"bits": kind.bits, "block_size": kind.block, "gather_axis": 0, "quantize_axis": 1}
         hidden = self.node("GatherBlockQuantized", inputs, "embedding", attributes)
         if blocks * kind.block == self.decoder.hidden:
@@ -366,14 +369,23 @@ class _Builder(Nodes):
         cap = self.structure.logit_softcap
         capped_from = "logits.uncapped" if cap else "logits"
         output = "logits.half" if self.half else capped_from
-        found = self.decoder.head_bias
-        bias = None if found is None else self.floats("output.bias", [found])
         self.read_by[table.name] = hidden
+        whole: QuantizedMatrix | Place
         if kind.is_quantized:
-            self.quantized_linear(self.quantized(name, [table], kind), hidden, bias, output)
+            whole = self.quantized(name, [table], kind)
+            size_bytes = whole.data.size_bytes
         else:
-            inputs = [hidden, self.floats(f"{name}.weight", [table]), *([bias] if bias else [])]
-            self.node("Gemm", inputs, output, {"transB": 1})
+            whole = self.float_place(f"{name}.weight", [table])
+            size_bytes = whole.size_bytes
+        cuts = self._cuts(table.shape[0], size_bytes)
+        if len(cuts) == 1:
+            self._head_rows(hidden, whole, output)
+        else:
+            pieces = [
+                self._head_rows(hidden, whole.rows(f"head.{start}", start, stop), f"logits.{start}", start)
+                for start, stop in cuts
+            ]
+            self.node("Concat", pieces, output, {"axis": -1})
         if self.half:
             self.node("Cast", [output], capped_from, {"to": int(TensorProto.FLOAT)})
         if cap:
@@ -381,3 +393,26 @@ class _Builder(Nodes):
             shares = self.node("Mul", [capped_from, inverse], "logits.shares")
             bounded = self.node("Tanh", [shares], "logits.bounded")
             self.node("Mul", [bounded, self.scalar("logits.cap", float(cap), exact=True)], "logits")
+
+    def _cuts(self, rows: int, size_bytes: int) -> list[tuple[int, int]]:
+        """First and last row of each piece of the output matrix.
+
+        A kernel packs its matrix into memory of its own, and what is packed last stands beside its mapped pages when
+        all others are packed already: the peak of loading. So it is packed piece by piece. Not for GPUs, which have
+        no use for it and pay for every node.
+        """
+        count = 1 if self.half else min(-(-size_bytes // _PIECE_BYTES), _PIECES)
+        step = -(-rows // count // _PIECE_ROWS) * _PIECE_ROWS
+        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def _head_rows(self, hidden: str, matrix: QuantizedMatrix | Place, output: str, start: int | None = None) -> str:
+        """Logits of a matrix that has all rows of the output matrix, or some from ``start`` on."""
+        found, bias = self.decoder.head_bias, None
+        if found is not None:
+            place = self.float_place("output.bias", [found])
+            rows = matrix.shape[0] if isinstance(matrix, Place) else matrix.data.shape[0]
+            bias = self.external(place if start is None else place.rows(f"head.{start}.bias", start, start + rows))
+        if not isinstance(matrix, Place):
+            return self.quantized_linear(matrix, hidden, bias, output)
+        inputs = [hidden, self.external(matrix), *([bias] if bias else [])]
+        return self.node("Gemm", inputs, output, {"transB": 1})

@@ -49,6 +49,7 @@ class Nodes:
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
         self._matrices: dict[str, QuantizedMatrix] = {}
+        self._floats: dict[str, Place] = {}
         self._known: set[str] = set()
         self.read_by: dict[str, str] = {}
         """What each matrix reads, by its tensor's name."""
@@ -107,8 +108,8 @@ class Nodes:
         inputs = [
             hidden,
             self.external(matrix.data),
-            matrix.scales.name,
-            matrix.zeros.name if matrix.zeros else "",
+            self.external(matrix.scales),
+            self.external(matrix.zeros) if matrix.zeros else "",
             "",
             bias or "",
         ]
@@ -127,21 +128,23 @@ class Nodes:
     def quantized(self, name: str, weights: Sequence[TensorDescription], kind: WeightType) -> QuantizedMatrix:
         """Matrices below each other as one quantised one; asked for again, the same."""
         if name not in self._matrices:
-            matrix = self.storage.add_quantized(f"{name}.weight", weights, kind)
-            self.external(matrix.scales)
-            if matrix.zeros is not None:
-                self.external(matrix.zeros)
-            self._matrices[name] = matrix
+            self._matrices[name] = self.storage.add_quantized(f"{name}.weight", weights, kind)
         return self._matrices[name]
 
     def floats(self, name: str, parts: Sequence[TensorDescription], *, transposed: bool = False) -> str:
         """Tensors below each other as floats."""
-        if name not in self._known:
-            self.external(self.storage.add_float(name, parts, transposed=transposed).place)
-        return name
+        return self.external(self.float_place(name, parts, transposed=transposed))
+
+    def float_place(self, name: str, parts: Sequence[TensorDescription], *, transposed: bool = False) -> Place:
+        """Where tensors below each other lie as floats; asked for again, the same."""
+        if name not in self._floats:
+            self._floats[name] = self.storage.add_float(name, parts, transposed=transposed).place
+        return self._floats[name]
 
     def external(self, place: Place) -> str:
-        """An initializer that lies in the data file."""
+        """An initializer that lies in the data file; asked for again, the same."""
+        if place.name in self._known:
+            return place.name
         tensor = TensorProto(name=place.name, data_type=_DTYPES[place.dtype], dims=place.shape)
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", DATA_NAME), ("offset", place.offset), ("length", place.size_bytes)):

@@ -7,7 +7,7 @@ their sources; not what a graph does with them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
@@ -40,6 +40,11 @@ class Place:
             raise ValueError(f"{self.name} of {self.shape} is no {shape}")
         return Place(name, self.dtype, shape, self.offset)
 
+    def rows(self, name: str, start: int, stop: int) -> Place:
+        """Some of its rows under another name."""
+        row_bytes = self.size_bytes // self.shape[0]
+        return Place(name, self.dtype, (stop - start, *self.shape[1:]), self.offset + start * row_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedMatrix:
@@ -50,6 +55,15 @@ class QuantizedMatrix:
     data: Place
     scales: Place
     zeros: Place | None
+
+    def rows(self, name: str, start: int, stop: int) -> QuantizedMatrix:
+        """Some of its rows under another name."""
+        return replace(
+            self,
+            data=self.data.rows(f"{name}.data", start, stop),
+            scales=self.scales.rows(f"{name}.scales", start, stop),
+            zeros=None if self.zeros is None else self.zeros.rows(f"{name}.zeros", start, stop),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,10 @@ from edgelm.bundle import (
     Bundle,
     Choice,
     EmbeddingQuality,
-    EncoderRecord,
     ExportPlan,
     FileRecord,
-    Manifest,
     Quality,
-    SourceRecord,
     TaskKind,
-    TaskQuality,
-    TaskRecord,
     TensorPlan,
     TokenIdentity,
 )
@@ -45,9 +39,11 @@ from exporter.calibration import Calibration, open_calibration
 from exporter.chat_proof import prove_chat
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
 from exporter.device import DeviceChoice, Placement
-from exporter.format_choice import other_format, settle_format
+from exporter.format_choice import Contest, contest, other_format, settle_format
+from exporter.format_contest import hold
 from exporter.gguf import RowQuantizer, check_room, write_errors, write_head, write_tensors
 from exporter.importance import importance, importance_of_file
+from exporter.manifest import ARTIFACTS, Proven, write_manifest
 from exporter.measuring_way import measuring_way
 from exporter.options import ExportOptions, check_options
 from exporter.plan import Candidate, candidates, choose, file_type, form_of, paced, resolve, rounds, unchanged
@@ -59,13 +55,9 @@ from exporter.tokenizer import SourceTokenizer
 from targets.host import cpu_name, instruction_set
 from targets.profile import TargetProfile, load_profile
 
-ARTIFACTS = {"gguf": "model.gguf", "onnx": "model.onnx"}
 _MOVES = 3  # along the front, when the proof misses the limit
 QUANTIZATION_VERSION = 2  # of ggml's block formats
-_TOOLS = ("edgelm", "llama-cpp-python", "gguf", "numpy", "tokenizers")
 _QUALITY = "quality.json"
-_FORMAT_TOOLS: dict[str, tuple[str, ...]] = {"gguf": (), "onnx": ("onnx", "onnxruntime")}
-_OPTIMUM_TOOLS = ("optimum", "optimum-onnx", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -127,6 +119,7 @@ def choices(
             chosen = choose(found, profile)
         if why is not None:
             chosen = replace(chosen, plan=_with_note(chosen.plan, why), reason=f"{why}; {chosen.reason}")
+        chosen = replace(chosen, plan=_with_format_told(chosen.plan, contest(options, checkpoint, profile)))
     except DoesNotFitError as error:
         return profile, [*found, *other_format(options, checkpoint, profile)], None, error
     return profile, [*found, *other_format(options, checkpoint, profile)], chosen, None
@@ -177,18 +170,13 @@ class Prepared:
     task: TaskKind | None = None
 
 
-@dataclass(frozen=True)
-class Proven:
-    """What the manifest says of an artefact beside its files. ``measured`` is None when the proof was left out."""
-
-    plan: ExportPlan
-    encoder: EncoderRecord | None
-    measured: Quality | EmbeddingQuality | TaskQuality | None
-    task: TaskRecord | None = None
-
-
 def prepare(
-    options: ExportOptions, progress: Progress = SILENT, *, headers_only: bool = False, aside: Aside | None = None
+    options: ExportOptions,
+    progress: Progress = SILENT,
+    *,
+    headers_only: bool = False,
+    aside: Aside | None = None,
+    resume: bool = False,
 ) -> Prepared:
     """Read the source's headers and resolve the plan: what ``--dry-run`` shows. Writes nothing but the cache.
 
@@ -198,6 +186,7 @@ def prepare(
     ``auto`` keeps a quantised source that fits as it is. Else it measures what each tensor loses in each type when
     torch and transformers are installed, and chooses among the usual mixes when not. Rounding of those mixes, and of
     one that is named together with a calibration text, is weighed by importance that the engine measures.
+    ``resume`` says that one artefact will be gone on with.
 
     Raises ``UsageError``, ``CheckpointError``, ``ProfileError`` or ``DoesNotFitError``.
     """
@@ -209,7 +198,10 @@ def prepare(
         aside.hash(checkpoint.files)
     options, why = settle_format(options, checkpoint)
     prepared = _prepared(options, checkpoint, profile, progress)
-    return prepared if why is None else replace(prepared, plan=_with_note(prepared.plan, why))
+    if why is not None:
+        return replace(prepared, plan=_with_note(prepared.plan, why))
+    found = contest(options, checkpoint, profile, resume=resume)
+    return replace(prepared, plan=_with_format_told(prepared.plan, found))
 
 
 def _prepared(options: ExportOptions, checkpoint: Checkpoint, profile: TargetProfile, progress: Progress) -> Prepared:
@@ -245,6 +237,13 @@ def _with_note(plan: ExportPlan, note: str) -> ExportPlan:
     return plan.model_copy(update={"notes": (*plan.notes, note)})
 
 
+def _with_format_told(plan: ExportPlan, found: Contest | str | None) -> ExportPlan:
+    """A plan of ``--format auto`` that says what decides the format."""
+    if found is None:
+        return plan
+    return _with_note(plan, found.told if isinstance(found, Contest) else f"format auto: GGUF: {found}")
+
+
 def _weighed(options: ExportOptions, checkpoint: Checkpoint, plan: ExportPlan, progress: Progress) -> Prepared:
     """A plan whose rounding is weighed by importance. Raises as ``measure_types``, and ``DoesNotFitError``."""
     if not rounds(plan):
@@ -276,8 +275,35 @@ def export(
     ``resume``, finished tensors stay in a hidden directory beside it when interrupted, and the next such call goes on.
     """
     bundles.check_destination(destination, force=force)
+    both = None if resume else _contest(options, progress)
+    if both is not None:
+        with bundles.new_bundle(destination, force=force) as staging:
+            hold(both, staging, lambda each, place: _export(each, place, progress=progress), progress)
+    else:
+        _export(options, destination, force=force, resume=resume, progress=progress)
+    return bundles.open_bundle(destination, check_hashes=False)
+
+
+def _contest(options: ExportOptions, progress: Progress) -> Contest | None:
+    """What ``--format auto`` has to measure, None when the format stands without, or what is wrong is told without."""
+    if options.format != "auto" or not options.chooses_types:
+        return None
+    check_options(options)
+    checkpoint = open_checkpoint(open_source(options.source, progress))
+    settled, _ = settle_format(options, checkpoint)
+    try:
+        found = contest(settled, checkpoint, load_profile(options.target))
+    except CheckpointError:  # told in full by the checks of the export itself
+        return None
+    return found if isinstance(found, Contest) else None
+
+
+def _export(
+    options: ExportOptions, destination: Path, *, force: bool = False, resume: bool = False, progress: Progress
+) -> Bundle:
+    """``export`` of a format that is settled, or by facts alone."""
     with Aside() as aside:
-        prepared = prepare(options, progress, aside=aside)
+        prepared = prepare(options, progress, aside=aside, resume=resume)
         aside.hash(prepared.checkpoint.files, prepared.measured.hashes if prepared.measured else None)
         if resume and prepared.plan.format != "gguf":
             told = f"--resume is for GGUF; {prepared.plan.format} is written as a whole"
@@ -319,7 +345,7 @@ def _export_model(
             plan, measured = _along_the_front(options, prepared, artifact, measured, progress)
         _check_quality(options, measured)
         proven = Proven(plan, description.encoder.record if description.encoder else None, measured)
-        _write_manifest(staging, checkpoint, aside, proven, progress)
+        write_manifest(staging, checkpoint, aside, proven, progress)
 
 
 def _export_task(
@@ -347,7 +373,7 @@ def _export_task(
                 artifact, checkpoint, record, identity, options.evaluation, progress, device=options.device
             )
         proven = Proven(plan, None, measured, record)
-        _write_manifest(staging, checkpoint, aside, proven, progress)
+        write_manifest(staging, checkpoint, aside, proven, progress)
 
 
 def _clear(staging: Path, artifact: str) -> None:
@@ -541,38 +567,3 @@ def _along_the_front(
         quality_found = _measured_now(options, checkpoint, artifact, quality_found.token_identity, progress)
     worst = automatic.worst_tensors(plan, types.analysis)
     return plan, quality_found.model_copy(update={"worst_tensors": worst})
-
-
-def _name(checkpoint: Checkpoint, plan: ExportPlan) -> str:
-    model = checkpoint.source.location.rsplit("/", 1)[-1].removeprefix("demo:").removesuffix(".gguf")
-    return f"{model}-{plan.quant}"
-
-
-def _write_manifest(staging: Path, checkpoint: Checkpoint, aside: Aside, proven: Proven, progress: Progress) -> None:
-    plan, measured = proven.plan, proven.measured
-    source = SourceRecord(
-        kind=checkpoint.source.kind,
-        location=checkpoint.source.location,
-        revision=checkpoint.source.revision,
-        architecture=checkpoint.architecture,
-        parameters=plan.parameters,
-        files=aside.source_hashes(progress),
-    )
-    drawn_by = _OPTIMUM_TOOLS if plan.format == "onnx" and (proven.encoder or proven.task) else ()
-    manifest = Manifest(
-        name=_name(checkpoint, plan),
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        format=plan.format,
-        artifact=ARTIFACTS[plan.format],
-        source=source,
-        plan=plan,
-        quality=measured if isinstance(measured, Quality) else None,
-        files=aside.file_records(sorted(path for path in staging.iterdir() if path.is_file()), progress),
-        tool_versions={tool: version(tool) for tool in (*_TOOLS, *_FORMAT_TOOLS[plan.format], *drawn_by)},
-        encoder=proven.encoder,
-        embedding_quality=measured if isinstance(measured, EmbeddingQuality) else None,
-        task=proven.task,
-        task_quality=measured if isinstance(measured, TaskQuality) else None,
-    )
-    with write_errors(staging / bundles.MANIFEST_NAME):
-        bundles.write_manifest(staging, manifest)

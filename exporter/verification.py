@@ -21,7 +21,7 @@ from exporter.tokenizer import read_tokenizer
 from runtime.engines.llamacpp import load_library
 from runtime.gguf_header import GGUFHeader, read_gguf_header
 from runtime.offload import offload_of
-from runtime.onnx_header import read_onnx_model
+from runtime.onnx_header import read_onnx_model, stored_bytes
 
 TOKENIZER = "tokenizer.json"
 # A repeated measurement may come from the other reference and from other kernels.
@@ -140,9 +140,8 @@ def _check_onnx(bundle: Bundle) -> int:
         # Drawn by a tracer: constants of its own are stored with the weights, so sizes are the hashes' business.
         count = model.metadata.get("edgelm.vocabulary", "")
         return int(count) if count.isdecimal() else 0
-    places = {item.external: item for item in model.initializers if item.external is not None}
-    at = {(place.file, place.offset): item for place, item in places.items()}  # tied tables are one place
-    stored = sum(item.size_bytes for item in at.values() if not item.name.startswith(_COMPUTED))
+    weights = [item for item in model.initializers if item.external and not item.name.startswith(_COMPUTED)]
+    stored = stored_bytes(weights)  # tied tables are one place
     planned = sum(item.size_bytes for item in bundle.manifest.plan.tensors)
     if stored != planned:
         raise BundleError(

@@ -14,7 +14,7 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -81,6 +81,24 @@ class OnnxTensor:
     def size_bytes(self) -> int:
         """Bytes of the values, 0 for strings."""
         return -(-prod(self.shape) * _ELEMENT_BITS.get(self.type, 0) // 8)
+
+
+def stored_bytes(tensors: Iterable[OnnxTensor]) -> int:
+    """Bytes that tensors take where they are stored; what several have in common is counted once."""
+    total, spans = 0, []
+    for tensor in tensors:
+        if tensor.external is None:
+            total += tensor.size_bytes
+        else:
+            start = tensor.external.offset
+            spans.append((tensor.external.file, start, start + tensor.size_bytes))
+    file, end = "", 0
+    for place, start, stop in sorted(spans):
+        if place != file:
+            file, end = place, 0
+        total += max(stop - max(start, end), 0)
+        end = max(end, stop)
+    return total
 
 
 @dataclass(frozen=True, slots=True)

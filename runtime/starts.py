@@ -2,6 +2,7 @@
 
 A cold start is measured in a process of its own, as a user's would be, after the files were dropped from the cache;
 what could not be dropped is said. Knows nothing of reports beyond its own record.
+``answer_of_child`` runs any module of ours so.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from edgelm.errors import EdgelmError, EngineError
 from edgelm.report import StartRecord
 from runtime.engine import EngineOptions
 from runtime.page_cache import cached_share, drop_cached
+from runtime.waiting import users_environment
 
 TIMEOUT_S = 1800.0
 COLD_SHARE = 0.05  # with more than this left in the cache a start is called warm
@@ -45,20 +49,33 @@ def cold_start(path: Path, artifact: Path, options: EngineOptions, prompt_tokens
         note = (
             note or f"{share:.0%} of the files stayed in the page cache: another process maps them, or they lie in RAM"
         )
-    command = [sys.executable, "-m", "runtime.starts", str(path), json.dumps(asdict(options)), str(prompt_tokens)]
-    try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise EngineError(f"{path} did not start in {TIMEOUT_S:g} s") from error
-    try:
-        document = json.loads(child.stdout)
-    except ValueError as error:
-        tail = child.stderr.strip().splitlines()[-1:]
-        raise EngineError(f"a cold start of {path} failed: {' '.join(tail)}", hint="see: edgelm doctor") from error
-    if "error" in document:
-        raise EngineError(document["error"], hint=document["hint"])
+    arguments = (str(path), json.dumps(asdict(options)), str(prompt_tokens))
+    document = answer_of_child("runtime.starts", arguments, f"a cold start of {path}")
     cold = share is not None and share <= COLD_SHARE
     return StartRecord(kind="cold" if cold else "warm", cached_share=share, note=note, **document)
+
+
+def answer_of_child(module: str, arguments: Sequence[str], what: str, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
+    """The JSON object that a module of ours prints when it is run in a process of its own.
+
+    ``what`` is what errors call it. Ctrl-C ends the child. Raises ``EngineError`` when it fails, with the ``error`` and
+    ``hint`` that it printed if it did, or takes longer than ``timeout_s``.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    try:
+        child = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout_s, check=False, env=users_environment()
+        )
+    except subprocess.TimeoutExpired as error:
+        raise EngineError(f"{what} did not end in {timeout_s:g} s") from error
+    try:
+        document: dict[str, Any] = json.loads(child.stdout)
+    except ValueError as error:
+        tail = child.stderr.strip().splitlines()[-1:]
+        raise EngineError(f"{what} failed: {' '.join(tail)}", hint="see: edgelm doctor") from error
+    if "error" in document:
+        raise EngineError(document["error"], hint=document["hint"])
+    return document
 
 
 def start(path: Path, options: EngineOptions, prompt_tokens: int) -> dict[str, float | None]:

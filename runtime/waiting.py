@@ -115,6 +115,11 @@ def prepare_openmp(root: Path = ROOT) -> Waiting:
     return waiting
 
 
+def users_environment() -> dict[str, str]:
+    """The environment without what ``prepare_openmp`` wrote: a child process is to choose by itself."""
+    return {name: value for name, value in os.environ.items() if name != _SPINS or value != _ours}
+
+
 def let_helpers_go(root: Path = ROOT) -> bool:
     """Give back the threads that libgomp keeps for the calling thread; whether there is a libgomp that can.
 

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 @click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle to write: a new directory.")
 @click.option("--target", default="host", show_default=True, metavar="ID|FILE", help="Device; see: edgelm targets list")
-@click.option("--format", "format_name", type=click.Choice(["auto", "gguf", "onnx"]), default="auto", show_default=True)
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(["auto", "gguf", "onnx"]),
+    default="auto",
+    show_default=True,
+    help="auto: GGUF where only it can be or for another target, ONNX where only it can be; else both are made, proven "
+    "and measured here, and the better one is kept.",
+)
 @click.option(
     "--quant", default="auto", show_default=True, metavar="NAME", help="Q4_K_M, Q8_0, COPY, ...; ONNX: int8, int4, ..."
 )
@@ -148,6 +156,7 @@ def command(
     manifest, size_bytes = bundle.manifest, bundle.manifest.artifact_bytes
     if as_json:
         result = {"bundle": str(bundle.path), **summary(manifest.plan, size_bytes, manifest.proof)}
+        result["contest"] = None if manifest.contest is None else manifest.contest.model_dump()
         print_json({**result, "elapsed_s": time.monotonic() - started, "peak_rss_bytes": peak_rss_bytes()})
     else:
         show(manifest.plan, size_bytes, manifest.proof, str(bundle.path), time.monotonic() - started)
@@ -208,7 +217,7 @@ def show(
     predicted = plan.predicted
     types = ", ".join(f"{count} {name}" for name, count in plan.type_counts.items())
     rows = [
-        ("quantisation", f"{plan.quant}, {plan.bits_per_weight:.2f} bits per weight"),
+        ("quantisation", f"{plan.format.upper()} {plan.quant}, {plan.bits_per_weight:.2f} bits per weight"),
         ("tensors", types),
         ("artefact", format_bytes(artifact_bytes)),
         ("context", f"{plan.context.value} ({plan.context.reason})"),

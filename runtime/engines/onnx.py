@@ -48,7 +48,7 @@ from runtime.engines.onnx_session import (
 from runtime.huge_pages import collapse_resident
 from runtime.mapped_pages import let_go
 from runtime.memory import snapshot
-from runtime.onnx_header import FLOAT, FLOAT16, OnnxModel, read_onnx_model
+from runtime.onnx_header import FLOAT, FLOAT16, OnnxModel, read_onnx_model, stored_bytes
 
 GRAPH = "decoder-1"
 PREFILL_STEP = 128
@@ -251,8 +251,6 @@ def _read_shape(path: Path, model: OnnxModel) -> _Shape:
     has_cache = len(heads) == layers and len(sizes) == 1 and len(kinds) == 1 and kinds <= _KV_TYPES.keys()
     if not has_cache or not isinstance(vocabulary, int) or not 0 < vocabulary < 2**31:
         raise BundleError(f"{path} does not state the shapes of its cache and logits", hint="export it again")
-    # An embedding that is the head as well is one piece of data under two names.
-    places = {item.external or item.name: item.size_bytes for item in model.initializers}
     return _Shape(
         kv_heads=tuple(heads),
         kv_type=_KV_TYPES[kinds.pop()],
@@ -261,7 +259,7 @@ def _read_shape(path: Path, model: OnnxModel) -> _Shape:
         context_limit=_count(path, model, "edgelm.context_limit"),
         context_trained=_count(path, model, "edgelm.context_trained"),
         parameters=_count(path, model, "edgelm.parameters"),
-        weights_bytes=sum(places.values()),
+        weights_bytes=stored_bytes(model.initializers),
     )
 
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from edgelm.errors import BundleError, ContextOverflowError, EngineError
 from runtime.engine import EngineInterruptedError
 from runtime.engines.onnx_session import choose_threads, first_line, load_library, open_session, runtime_errors
-from runtime.onnx_header import INT64, OnnxModel, read_onnx_model
+from runtime.onnx_header import INT64, OnnxModel, read_onnx_model, stored_bytes
 
 Array = npt.NDArray[Any]
 TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
@@ -104,7 +104,6 @@ def read_facts(path: Path, model: OnnxModel) -> TextFacts:
         counts[name] = int(value)
     if not 0 < counts["context"] <= counts["context_trained"] < 2**31 or not 0 < counts["vocabulary"] < 2**31:
         raise BundleError(f"{path}: its metadata state no context or no vocabulary", hint="export it again")
-    places = {item.external or item.name: item.size_bytes for item in model.initializers}
     return TextFacts(
         name=model.metadata.get("edgelm.name", path.stem),
         architecture=model.metadata.get("edgelm.architecture", "unknown"),
@@ -113,7 +112,7 @@ def read_facts(path: Path, model: OnnxModel) -> TextFacts:
         context_trained=counts["context_trained"],
         padding=counts["padding"],
         parameters=counts["parameters"],
-        weights_bytes=sum(places.values()),
+        weights_bytes=stored_bytes(model.initializers),
     )
 
 

@@ -85,7 +85,7 @@ def move_along_the_front(model: Path, tmp_path: Path) -> None:
     document["knots"] = [[lost, kl / 4] for lost, kl in document["knots"]]
     path.write_text(json.dumps(document))
     limit = (min(kls) * max(kls)) ** 0.5
-    bundle = export(ExportOptions(str(model), quant="auto", max_kl=limit), tmp_path / "moved")
+    bundle = export(ExportOptions(str(model), format="gguf", max_kl=limit), tmp_path / "moved")
     plan, quality = bundle.manifest.plan, bundle.manifest.quality
     assert quality is not None
     assert quality.kl_mean <= limit

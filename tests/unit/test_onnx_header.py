@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgelm.errors import BundleError
-from runtime.onnx_header import read_onnx_model
+from runtime.onnx_header import ExternalData, OnnxTensor, read_onnx_model, stored_bytes
 
 onnx = pytest.importorskip("onnx")
 helper = onnx.helper
@@ -72,6 +72,17 @@ def test_what_a_valid_file_says(tmp_path: Path) -> None:
     assert (inline.name, inline.shape, inline.external) == ("inline", (2,), None)
     assert model.operators == {("", "MatMul")}
     assert model.data_files == ("model.onnx.data",)
+
+
+def test_bytes_that_tensors_share_are_counted_once() -> None:
+    def stored(start: int, count: int, file: str = "a.data") -> OnnxTensor:
+        return OnnxTensor(f"{file} {start}", (count,), TensorProto.FLOAT, ExternalData(file, start, 4 * count))
+
+    inline = OnnxTensor("inline", (3,), TensorProto.INT64, None)
+    assert stored_bytes([]) == 0
+    assert stored_bytes([stored(0, 10), stored(40, 10), stored(0, 20)]) == 80  # a matrix and its halves
+    assert stored_bytes([stored(0, 10), stored(0, 10), stored(20, 10)]) == 60
+    assert stored_bytes([stored(0, 10), stored(0, 10, "b.data"), stored(400, 1), inline]) == 108
 
 
 @pytest.mark.parametrize(

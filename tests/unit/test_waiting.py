@@ -87,6 +87,10 @@ def test_libgomp_is_told_before_it_is_loaded_and_only_once(host: Path, monkeypat
     monkeypatch.setattr(waiting, "default_threads", lambda: (_Two(), _Two()))
     assert prepare_openmp(host).kind == "brief"
     assert waiting.os.environ["GOMP_SPINCOUNT"] == str(waiting.BRIEF_SPINS)
+    assert "GOMP_SPINCOUNT" not in waiting.users_environment()
+    monkeypatch.setenv("GOMP_SPINCOUNT", "77")
+    assert waiting.users_environment()["GOMP_SPINCOUNT"] == "77"
+    monkeypatch.setenv("GOMP_SPINCOUNT", str(waiting.BRIEF_SPINS))
     write(host, {"proc/stat": "procs_running 1\n"})
     assert prepare_openmp(host).kind == "brief"
     assert choose_waiting(2, host).kind == "spin"  # our own value is no wish of the user's
