@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from edgelm.errors import ContextOverflowError, EngineError, UsageError
 from runtime.constraint import Constraint, constraint_vocabulary
@@ -65,8 +65,7 @@ class TokenLogprobs:
     top: tuple[LikelyToken, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):  # made for every token: a frozen dataclass takes a call for each field
     """One generated token. ``text`` is what became certain with it: may be empty (incomplete UTF-8, possible stop).
 
     Times are seconds since ``generate`` was called; ``prefill_s`` is set on the first event only, ``cached_tokens``
@@ -78,7 +77,7 @@ class TokenEvent:
 
     token: int | None
     text: str
-    index: int
+    number: int
     elapsed_s: float
     prefill_s: float | None = None
     cached_tokens: int = 0
@@ -154,9 +153,9 @@ def answer(
             on_text(event.text)
     if first is None or last is None or last.finish_reason is None:
         raise EngineError("a generation ended without saying why")
-    completion_tokens = last.index + (last.token is not None)
+    completion_tokens = last.number + (last.token is not None)
     # The event of a cancellation comes instead of an engine call, every other event after one.
-    steps = last.index - (last.finish_reason == "cancelled")
+    steps = last.number - (last.finish_reason == "cancelled")
     return Answer(
         text="".join(pieces),
         prompt_tokens=prompt_tokens,
@@ -228,8 +227,7 @@ class TokenText:
         return text + self._scanner.flush(), stopped
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """What came of one row of logits. The last step of a generation has a ``finish_reason``."""
 
     token: int | None
@@ -441,7 +439,7 @@ def _events(
         return TokenEvent(
             token=step.token,
             text=step.text,
-            index=index,
+            number=index,
             elapsed_s=time.perf_counter() - started,
             prefill_s=prefill_s if first else None,
             cached_tokens=cached if first else 0,

@@ -130,7 +130,7 @@ class Generation:
         first = min((first for first, _ in begun), key=lambda event: event.elapsed_s)
         total_s = max(last.elapsed_s for _, last in begun)
         computed = self._prompt_tokens - first.cached_tokens
-        steps = sum(last.index for _, last in begun)
+        steps = sum(last.number for _, last in begun)
         decode_s = total_s - first.elapsed_s
         return Timings(
             queue_s=job.queue_s,

@@ -347,7 +347,7 @@ class Scheduler:
             TokenEvent(
                 token=step.token,
                 text=step.text,
-                index=run.index,
+                number=run.index,
                 elapsed_s=now - job.submitted_s,
                 prefill_s=now - job.admitted_s if run.index == 0 and job.admitted_s is not None else None,
                 cached_tokens=run.cached_tokens,

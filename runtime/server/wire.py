@@ -253,7 +253,7 @@ def _pack_plain(progress: Progress, pace: Pace) -> bytes:
         text = event.text.encode()
         counts = event.cached_tokens, event.drafted_tokens, event.accepted_tokens, event.shifted_tokens, len(text)
         parts += (
-            _TOKEN.pack(delivery.job, delivery.queue_s, event.token, event.index, event.elapsed_s, *counts),
+            _TOKEN.pack(delivery.job, delivery.queue_s, event.token, event.number, event.elapsed_s, *counts),
             text,
         )
     return b"".join(parts)

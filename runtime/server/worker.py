@@ -420,4 +420,4 @@ class Worker:
     def _end_queued(self, job: Job) -> None:
         self._metrics.generations.labels("cancelled").inc()
         elapsed_s = time.monotonic() - job.submitted_s
-        job.deliver(TokenEvent(token=None, text="", index=0, elapsed_s=elapsed_s, finish_reason="cancelled"))
+        job.deliver(TokenEvent(token=None, text="", number=0, elapsed_s=elapsed_s, finish_reason="cancelled"))

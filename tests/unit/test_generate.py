@@ -44,7 +44,7 @@ def prompt(text: str = "hi") -> list[int]:
 def test_a_stop_token_ends_without_text() -> None:
     events = run(FakeEngine("Paris."), GenerationRequest(prompt(), 50, stop_tokens=frozenset({EOS})))
     assert text_of(events) == "Paris."
-    assert [event.index for event in events] == list(range(7))
+    assert [event.number for event in events] == list(range(7))
     assert events[-1].token is None
     assert events[-1].finish_reason == "stop"
     assert all(event.finish_reason is None for event in events[:-1])

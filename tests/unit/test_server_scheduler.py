@@ -50,7 +50,7 @@ def run(made: Scheduler, wanted: list[GenerationRequest]) -> list[list[JobEvent]
 
 def said(events: list[JobEvent]) -> list[tuple[int | None, str, int, str | None, TokenLogprobs | None]]:
     assert all(isinstance(event, TokenEvent) for event in events)
-    return [(e.token, e.text, e.index, e.finish_reason, e.logprobs) for e in events if isinstance(e, TokenEvent)]
+    return [(e.token, e.text, e.number, e.finish_reason, e.logprobs) for e in events if isinstance(e, TokenEvent)]
 
 
 REQUESTS = [

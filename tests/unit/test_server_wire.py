@@ -50,7 +50,7 @@ def test_a_step_arrives_as_it_was(told: list[wire.Delivery], observed: bool) -> 
 
 def test_only_tokens_in_the_middle_of_answers_travel_in_fixed_fields() -> None:
     ends: list[FinishReason] = ["stop", "length", "cancelled"]
-    others = [replace(TOKEN, finish_reason=end) for end in ends] + [replace(TOKEN, prefill_s=0.1)]
+    others = [TOKEN._replace(finish_reason=end) for end in ends] + [TOKEN._replace(prefill_s=0.1)]
     assert wire.pack_from_engine(STEP)[:1] == b"\0"
     for event in others:
         step = replace(STEP, deliveries=[wire.Delivery(1, 0.0, TOKEN), wire.Delivery(2, 0.0, event)])
@@ -65,7 +65,7 @@ def test_a_step_that_is_cut_short_or_too_long_is_no_message() -> None:
 
 
 def test_text_that_is_no_utf8_is_no_message() -> None:
-    frame = wire.pack_from_engine(replace(STEP, deliveries=[wire.Delivery(1, 0.0, replace(TOKEN, text="ab"))]))
+    frame = wire.pack_from_engine(replace(STEP, deliveries=[wire.Delivery(1, 0.0, TOKEN._replace(text="ab"))]))
     with pytest.raises(FrameError):
         wire.unpack_from_engine(frame[:-2] + b"\xff\xfe")
 
@@ -129,7 +129,7 @@ def told_by(tokens: int, monkeypatch: pytest.MonkeyPatch, *, every_s: float) -> 
 def test_tokens_that_come_fast_are_sent_together(every_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
     said = told_by(50, monkeypatch, every_s=every_s)
     steps = [message for message in said if isinstance(message, wire.Progress) and message.deliveries]
-    indexes = [delivery.token.index for step in steps for delivery in step.deliveries if delivery.token is not None]
+    indexes = [delivery.token.number for step in steps for delivery in step.deliveries if delivery.token is not None]
     assert indexes == list(range(50))
     # The first token never waits, and the last takes along what does.
     assert [len(step.deliveries) for step in steps] == ([1] * 50 if every_s == 0 else [1, 49])

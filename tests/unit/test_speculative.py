@@ -80,7 +80,7 @@ class Foreseeing:
 def said(events: Sequence[JobEvent] | Iterator[TokenEvent]) -> Said:
     tokens = list(events)
     assert all(isinstance(event, TokenEvent) for event in tokens)
-    return [(e.token, e.text, e.index, e.finish_reason, e.logprobs) for e in tokens if isinstance(e, TokenEvent)]
+    return [(e.token, e.text, e.number, e.finish_reason, e.logprobs) for e in tokens if isinstance(e, TokenEvent)]
 
 
 SCHEMA = json_schema_grammar({"type": "object", "properties": {"a": {"type": "string", "maxLength": 12}}})
