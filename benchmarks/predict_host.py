@@ -128,7 +128,10 @@ def speed_row(arguments: argparse.Namespace, model: Path, threads: int, profile:
 def rewritten(path: Path) -> None:
     """Write a file anew as exports do. A kernel that drops pages which nobody used for minutes reads them back in small
     blocks, and decode is up to 15 % slower until the file is written or read as a whole again."""
-    copied(path, path.with_suffix(".again"), PIECE_BYTES).replace(path)
+    again = copied(path, path.with_suffix(".again"), PIECE_BYTES)
+    if again.stat().st_size != path.stat().st_size:
+        raise SystemExit(f"{again} is shorter than {path}: is the disk full?")
+    again.replace(path)
 
 
 def show_speed(rows: list[dict[str, Any]]) -> None:

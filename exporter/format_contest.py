@@ -16,7 +16,15 @@ from statistics import median
 
 from edgelm import bundle as bundles
 from edgelm.bundle import Bundle, Format, FormatCandidate, FormatContest, Quality
-from edgelm.errors import CheckpointError, DoesNotFitError, EdgelmError, EngineError, MissingDependencyError, ProofError
+from edgelm.errors import (
+    BundleError,
+    CheckpointError,
+    DoesNotFitError,
+    EdgelmError,
+    EngineError,
+    MissingDependencyError,
+    ProofError,
+)
 from edgelm.progress import Progress
 from exporter.format_choice import Contest
 from exporter.gguf import write_errors
@@ -32,7 +40,7 @@ _REPETITION_S = 1.5  # about what a prompt and what generating may take in one r
 _MOST, _LEAST = (512, 64), (32, 8)
 _UNTOLD = (128, 16)  # where no speed is predicted
 # What can keep one format from becoming a bundle and not the other.
-_CANNOT = (CheckpointError, DoesNotFitError, EngineError, MissingDependencyError, ProofError)
+_CANNOT = (BundleError, CheckpointError, DoesNotFitError, EngineError, MissingDependencyError, ProofError)
 
 Make = Callable[[ExportOptions, Path], Bundle]
 

@@ -21,7 +21,7 @@ from typing import Any
 from edgelm.errors import CheckpointError, MissingDependencyError
 from edgelm.progress import Progress, Stage
 from exporter import cache
-from exporter.safetensors_header import INDEX, SINGLE, header_length, read_index
+from exporter.safetensors_header import FINISHED, INDEX, SINGLE, header_length, read_index
 
 # What a checkpoint needs beside its weights, and nothing that executes: no pickle, no Python.
 SMALL_FILES = (
@@ -136,7 +136,7 @@ def _listing(repository: str, revision: str | None) -> tuple[str, dict[str, _Lis
 
 def _weight_files(text: str, directory: Path, listed: Mapping[str, _Listed]) -> list[str]:
     if SINGLE in listed:
-        return [SINGLE]
+        return [SINGLE, *([FINISHED] if FINISHED in listed else [])]
     if INDEX not in listed:
         raise _no_weights(text, listed)
     shards = sorted(set(read_index(directory / INDEX).values()))

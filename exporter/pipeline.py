@@ -286,7 +286,7 @@ def export(
 
 def _contest(options: ExportOptions, progress: Progress) -> Contest | None:
     """What ``--format auto`` has to measure, None when the format stands without, or what is wrong is told without."""
-    if options.format != "auto" or not options.chooses_types:
+    if not options.measured_format or options.format != "auto" or not options.chooses_types:
         return None
     check_options(options)
     checkpoint = open_checkpoint(open_source(options.source, progress))

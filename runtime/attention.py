@@ -26,14 +26,14 @@ READ, WRITTEN = 512, 128
 _LEAST_GAIN = 0.05  # what is closer is noise of detection
 _KNOWN = {
     ON: "reads prompts faster, and is not known to generate slower on this processor",
-    OFF: "processors with AMX generate faster without it, beyond short texts",
+    OFF: "with AMX generating was measured to be faster without it, beyond short texts",
 }
 _MOST_OF_FREE = 0.1  # of free memory may scores take before flash attention, which needs none, is taken
 
 
-def choose_attention(options: EngineOptions, *, on_gpu: bool, scores_bytes: int = 0) -> Choice:
+def choose_attention(options: EngineOptions, *, on_gpu: bool, scores_bytes: int = 0, held_bytes: int = 0) -> Choice:
     """``on`` or ``off`` with the reason. ``on_gpu`` tells whether layers of the model are on a GPU, ``scores_bytes``
-    what attention would keep without flash attention.
+    what attention would keep without flash attention, ``held_bytes`` what else is still to be taken of free memory.
 
     Raises ``UsageError`` for a cache that cannot be had without.
     """
@@ -46,23 +46,28 @@ def choose_attention(options: EngineOptions, *, on_gpu: bool, scores_bytes: int 
         return Choice(value=ON, reason="a KV cache of 8 bits needs it")
     faster = options.faster_attention or (OFF if has_tiles() else ON)
     known = "measured on this machine" if options.faster_attention else _KNOWN[faster]
-    if faster == OFF and scores_bytes > _MOST_OF_FREE * int(available_memory().value):
+    if faster == OFF and scores_bytes > _most_for_scores(held_bytes):
         return Choice(value=ON, reason=f"without it scores would take {format_bytes(scores_bytes)}")
     return Choice(value=faster, reason=known)
+
+
+def _most_for_scores(held_bytes: int) -> float:
+    free = int(available_memory().value)
+    return min(_MOST_OF_FREE * free, free - held_bytes)
 
 
 def measured_attention(profile: TargetProfile) -> Literal["on", "off"] | None:
     """What is faster on a machine whose kernels were measured with both kinds, None for others.
 
-    Attention of a prompt of n tokens is n^2 / 2 steps, of m tokens behind it m (n + m / 2); the rest of the work is the
-    same.
+    In cycles: attention of a prompt of n tokens is n^2 / 2 steps, of m tokens behind it m (n + m / 2), and the rest of
+    the work is the same. That threads are shared out a little worse in prompts is left out.
     """
     flash, plain = (attention_cycles(profile, flash=flash) for flash in (True, False))
     if None in (*flash, *plain) or flash == plain:
         return None
     read, written = READ**2 / 2, WRITTEN * (READ + WRITTEN / 2)
-    seconds = [read * (prefill or 0) + written * (decode or 0) for prefill, decode in (flash, plain)]
-    return OFF if seconds[1] < (1 - _LEAST_GAIN) * seconds[0] else ON
+    with_it, without = (read * (prefill or 0) + written * (decode or 0) for prefill, decode in (flash, plain))
+    return OFF if without < (1 - _LEAST_GAIN) * with_it else ON
 
 
 def with_copies(

@@ -34,7 +34,7 @@ from targets.workload import TypedWeights, Workload
 TYPES = ("Q8_0", "F16", "Q4_0", "Q4_K", "Q6_K", "Q5_0", "Q4_1", "IQ4_NL", "Q5_1", "Q5_K", "IQ4_XS")
 SCALED_TYPE = "Q8_0"  # the type that is run behind a long text, and on every thread count
 STREAMED_TYPE = "F16"  # the type that is run in every size and on every thread count: of all it waits most for memory
-TIMEOUT_S = 600.0
+TIMEOUT_S = 3600.0  # two cores of a laptop take two minutes, a small board some fifteen times as long
 PROMPT_TOKENS, GENERATED_TOKENS, PASSES, DECODE_PASSES = 128, 32, 3, 5
 SIZES_LAYERS = (1, 2, 3, 4)  # beside six and twelve: what a large cache keeps of a model depends on its size
 LARGE_LAYERS = 12  # of a model of which a cache holds little

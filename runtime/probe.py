@@ -199,7 +199,8 @@ def run_probe(model: Path, *, on_gpu: bool = False) -> ProbeResult:
     from runtime.model import artifact_of
 
     artifact, _ = artifact_of(model)
-    options = EngineOptions(context=PREFILL_TOKENS + DECODE_TOKENS)
+    # Of one kind everywhere, the one that predictions are of.
+    options = EngineOptions(context=PREFILL_TOKENS + DECODE_TOKENS, flash_attention="on")
     wanted = replace(options, gpu_layers=AUTO_LAYERS) if on_gpu else options
     result, logits = _measured(load_engine(artifact, wanted), artifact)
     if on_gpu:

@@ -253,13 +253,12 @@ def _ways(model: _Model, first: _Way) -> Iterator[_Way]:
     yield first
     options = replace(first.options, batch=min(first.options.batch, _SMALL_BATCH))
     yield _Way(options, first.in_process)
-    if options.flash_attention == "auto" and model.attention(options).value == OFF:
+    gguf = model.workload.format == "gguf"
+    if gguf and options.flash_attention == "auto" and model.attention(options).value == OFF:
         options = replace(options, flash_attention=ON)
         yield _Way(options, first.in_process)
     yield _Way(options, in_process=True)
-    if (
-        model.workload.format == "onnx"
-    ):  # its cache is what it computes with, and its weights are the engine's own business
+    if not gguf:  # its cache is what it computes with, and its weights are the engine's own business
         return
     yield _Way(replace(options, mmap=False), in_process=True)
     if model.q8_cache:

@@ -86,11 +86,14 @@ class _Run:
     prompt_tokens: int
     generated_tokens: int | None
     depth: int
+    flash_attention: bool = True
 
     def settings(self, context: int) -> RunSettings:
         """As prediction wants them: while tokens are generated, the cache holds half of them on average."""
         depth = self.depth + (self.generated_tokens or 0) // 2
-        return RunSettings(context=context, depth=depth, prompt_tokens=self.prompt_tokens)
+        return RunSettings(
+            context=context, depth=depth, prompt_tokens=self.prompt_tokens, flash_attention=self.flash_attention
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +212,8 @@ def _common_run(reports: Sequence[tuple[Path, Report]]) -> _Run:
                     hint="measure them alike (edgelm bench -p N -n N --depth N), or compare them separately",
                 )
     settings = first.settings
-    return _Run(settings.prompt_tokens or DEFAULT_PROMPT, settings.generated_tokens, settings.depth)
+    flash = all(report.engine.flash_attention is not False for _, report in reports)
+    return _Run(settings.prompt_tokens or DEFAULT_PROMPT, settings.generated_tokens, settings.depth, flash)
 
 
 def _models(

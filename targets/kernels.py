@@ -24,6 +24,7 @@ _LEAST_ARITHMETIC = 0.5
 
 # Rows are given no more of a model's cycles than this: what is left to its weights stays above 0.
 _MOST_ROWS = 0.8
+_ROW = 1024  # weights
 
 _Cycles = tuple[float | None, float | None]
 Role = Literal["type", "size", "large", "thin", "deep", "plain", "narrow"]
@@ -97,13 +98,15 @@ def with_kernels(profile: TargetProfile, runs: Sequence[KernelRun]) -> TargetPro
 
 
 def throughput_gflops(profile: TargetProfile, kind: str) -> float | None:
-    """Matrix throughput in prefill, all threads, 2 operations per weight; None when the type was not measured."""
+    """Matrix throughput in prefill, all threads, rows of ``_ROW``, 2 operations per weight; None when the type was not
+    measured."""
     if profile.kernel_cycles is None or kind not in profile.kernel_cycles.prefill or profile.cores is None:
         return None
     family = calibration().family(profile.kernels)
     family = family.model_copy(update={"parallel_loss": profile.kernel_cycles.parallel_loss})
     cores = parallel_cores(profile, family, int(profile.threads_prefill.value))
-    return 2e-9 * profile.cores.fast_ghz.value * GB * cores / profile.kernel_cycles.prefill[kind]
+    cycles = profile.kernel_cycles.prefill[kind] + profile.kernel_cycles.prefill_row.get(kind, 0.0) / _ROW
+    return 2e-9 * profile.cores.fast_ghz.value * GB * cores / cycles
 
 
 def _attention(

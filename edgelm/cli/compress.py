@@ -79,7 +79,11 @@ if TYPE_CHECKING:
     type=click.Choice(["influence", "kl", "cosine"]),
     help="What decides which layers go [default: influence, of encoders cosine].",
 )
-@click.option("--finish", metavar="QUANT|BUNDLE", help="Train on through this mix, or through a bundle's own types.")
+@click.option(
+    "--finish",
+    metavar="QUANT|BUNDLE",
+    help="Train on through this mix, or from a bundle's own numbers, which stay on the steps of its types.",
+)
 @click.option("--finish-tokens", type=click.IntRange(min=1), default=200_000, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @device_option

@@ -24,10 +24,8 @@ if TYPE_CHECKING:
     "--format",
     "format_name",
     type=click.Choice(["auto", "gguf", "onnx"]),
-    default="auto",
-    show_default=True,
-    help="auto: GGUF where only it can be or for another target, ONNX where only it can be; else both are made, proven "
-    "and measured here, and the better one is kept.",
+    help="auto: where both can be and the target is this machine, both are made, proven and measured, and the better "
+    "one is kept. Without: GGUF, and ONNX where only it can be.",
 )
 @click.option(
     "--quant", default="auto", show_default=True, metavar="NAME", help="Q4_K_M, Q8_0, COPY, ...; ONNX: int8, int4, ..."
@@ -82,7 +80,7 @@ def command(
     source: str,
     output: Path | None,
     target: str,
-    format_name: str,
+    format_name: str | None,
     quant: str,
     context: int | None,
     types: tuple[str, ...],
@@ -126,10 +124,11 @@ def command(
     options = ExportOptions(
         source=source,
         target=target,
-        format=as_format(format_name),
+        format=as_format(format_name or "auto"),
+        measured_format=format_name == "auto",
         quant=quant,
         context=context,
-        type_overrides=tuple(parse_type_override(text, as_format(format_name)) for text in types),
+        type_overrides=tuple(parse_type_override(text, as_format(format_name or "auto")) for text in types),
         max_ram_bytes=max_ram,
         max_artifact_bytes=max_bytes,
         min_decode_tps=min_decode_tps,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.command(short_help="Show what an export could become on a target; write nothing.")
 @click.argument("source")
 @click.option("--target", default="host", show_default=True, metavar="ID|FILE", help="Device; see: edgelm targets list")
-@click.option("--format", "format_name", type=click.Choice(["auto", "gguf", "onnx"]), default="auto", show_default=True)
+@click.option("--format", "format_name", type=click.Choice(["auto", "gguf", "onnx"]), help="As of edgelm export.")
 @click.option("--quant", default="auto", show_default=True, metavar="NAME", help="Look at this one only.")
 @click.option("--context", type=click.IntRange(min=1), metavar="N", help="Tokens that prompt and answer may have.")
 @click.option("--type", "types", multiple=True, metavar="PATTERN=TYPE", help="As for edgelm export.")
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 def command(
     source: str,
     target: str,
-    format_name: str,
+    format_name: str | None,
     quant: str,
     context: int | None,
     types: tuple[str, ...],
@@ -74,10 +74,11 @@ def command(
     options = ExportOptions(
         source=source,
         target=target,
-        format=as_format(format_name),
+        format=as_format(format_name or "auto"),
+        measured_format=format_name == "auto",
         quant=quant,
         context=context,
-        type_overrides=tuple(parse_type_override(text, as_format(format_name)) for text in types),
+        type_overrides=tuple(parse_type_override(text, as_format(format_name or "auto")) for text in types),
         max_ram_bytes=max_ram,
         max_artifact_bytes=max_bytes,
         min_decode_tps=min_decode_tps,

@@ -116,13 +116,14 @@ class Pruned:
 
 @dataclass(frozen=True)
 class _Finished:
-    """What a student was trained through: the name of the plan, the type of each GGUF tensor, on how much, and how
-    parameters are stored whose scales an export could not find again."""
+    """What a student was trained through: the name of the plan, the type of each GGUF tensor, on how much, how
+    parameters are stored whose scales an export could not find again, and what a user should know."""
 
     quant: str
     types: dict[str, str]
     tokens: int
     stored: dict[str, Grid]
+    remarks: tuple[str, ...]
 
 
 def proposal(options: CompressOptions, progress: Progress = SILENT) -> tuple[Shape, Shape, Proposal | None, list[str]]:
@@ -193,7 +194,12 @@ def compress(
                 trained_for=finished.quant if finished else None,
                 types=finished.types if finished else None,
                 comparisons=tuple(run.comparisons),
-                remarks=(*row_remarks(base.config, wanted), *pruned.remarks, *([cut.remark] if cut else [])),
+                remarks=(
+                    *row_remarks(base.config, wanted),
+                    *pruned.remarks,
+                    *(finished.remarks if finished else ()),
+                    *([cut.remark] if cut else ()),
+                ),
                 elapsed_s=time.monotonic() - started,
                 tool_versions={tool: version(tool) for tool in _TOOLS},
             )
@@ -456,7 +462,8 @@ def _finish(lessons: Lessons, pruned: Pruned) -> _Finished:
     prepared = prepare(_finish_export(options, str(directory)), run.progress)
     plan = prepared.plan
     types = {item.source_name: item.type for item in plan.tensors if item.type not in ("F32", "F16", "BF16")}
-    quantizer = FakeQuantizer(student, types, _grids(options, prepared, student))
+    grids = _grids(options, prepared, student)
+    quantizer = FakeQuantizer(student, types, grids)
     with quantizer.applied():
         lessons.compare(f"quantised to {plan.quant}", student)
     steps = max(1, options.finish_tokens // lessons.kind.step_tokens(lessons.corpus))
@@ -465,7 +472,10 @@ def _finish(lessons: Lessons, pruned: Pruned) -> _Finished:
     learned = lessons.train(pruned, training, "finish", quantizer)
     with quantizer.applied():
         lessons.compare(f"finished for {plan.quant}", student)
-    return _Finished(plan.quant, {item.name: item.type for item in plan.tensors}, learned, quantizer.settle())
+    begun = f"{len(grids)} of {len(types)} quantised matrices were finished from the numbers of the bundle"
+    remarks = () if _bundle_of(options) is None else (begun,)
+    stored = {item.name: item.type for item in plan.tensors}
+    return _Finished(plan.quant, stored, learned, quantizer.settle(), remarks)
 
 
 def _grids(options: CompressOptions, prepared: Prepared, student: Any) -> dict[str, Grid]:

@@ -20,11 +20,12 @@ from pydantic import TypeAdapter
 from edgelm.bundle import FileRecord, Record
 from edgelm.errors import CheckpointError, UsageError
 from exporter.architectures.shared.encoders import sentence_files
-from exporter.checkpoint import FINISHED, Checkpoint, finished_name
+from exporter.checkpoint import Checkpoint, finished_name
 from exporter.compress.anatomy import ANATOMIES
 from exporter.compress.grid import Grid
 from exporter.compress.vocabulary import VocabularyCut, rewrite
 from exporter.given_types import STUDENT_RECORD
+from exporter.safetensors_header import FINISHED
 from exporter.tokenizer import SourceTokenizer
 
 RECORD_NAME, CURVE_NAME = STUDENT_RECORD, "training.jsonl"

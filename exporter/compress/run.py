@@ -41,9 +41,9 @@ class CompressOptions:
     ``target`` with limits chooses ``layers`` and ``neurons`` by prediction. ``heads`` counts attention heads.
     ``texts`` replace the built-in one and choose the ``vocabulary`` tokens that stay; ``own_share`` of the training
     tokens are the teacher's own, who writes ``own_tokens`` of them, all where that is None; fewer are read more than
-    once. ``finish`` is what the last ``finish_tokens`` are trained for: a mix (Q4_0,
-    Q4_K_M ...) or a bundle, whose types are taken. ``sparsity`` is the share of zeros, or 2:4; ``stages`` is in
-    how many steps shape and zeros are reached, each of which distils its part of ``tokens``.
+    once. ``finish`` is what the last ``finish_tokens`` are trained for: a mix (Q4_0, Q4_K_M ...) or a bundle, whose
+    types are taken, and whose numbers where they are this model's. ``sparsity`` is the share of zeros, or 2:4;
+    ``stages`` is in how many steps shape and zeros are reached, each of which distils its part of ``tokens``.
     """
 
     source: str

@@ -121,7 +121,9 @@ def load_engine(path: Path, options: EngineOptions, observer: InputSquares | Non
     library = load_library()
     offload = offload_of(library, header, options, path.name)
     scores = score_bytes(workload, options.context, options.batch)
-    attention = choose_attention(options, on_gpu=offload.gpu_layers > 0, scores_bytes=scores)
+    cached = kv_bytes_per_token(workload.kv_elements_per_token, options.kv_type) * options.sequences * options.context
+    held = workload.file_bytes + round(cached)
+    attention = choose_attention(options, on_gpu=offload.gpu_layers > 0, scores_bytes=scores, held_bytes=held)
     started = time.perf_counter()
     note_buffers(offload.device)
     model = load_weights(library, path, options, repack=not has_single_blocks(header), offload=offload)

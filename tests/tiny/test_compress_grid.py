@@ -13,13 +13,14 @@ from tiny_models import make_tiny_llama
 from edgelm.errors import CheckpointError
 from exporter import ggml, rounding
 from exporter.block_layouts import LAYOUTS
-from exporter.checkpoint import FINISHED, Checkpoint, open_checkpoint, open_source
+from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
 from exporter.compress.grid import Grid, OnGrid, fits
 from exporter.compress.pipeline import compress
 from exporter.compress.run import CompressOptions
 from exporter.given_types import read_types
 from exporter.options import ExportOptions
 from exporter.pipeline import export
+from exporter.safetensors_header import FINISHED
 
 
 def _compensated(kind: str) -> tuple[np.ndarray, Grid]:
@@ -109,6 +110,7 @@ def test_finishing_goes_on_from_a_bundle_and_is_stored_as_trained(student: Path,
     stages = {item.stage: item.kl_mean for item in finished.record.comparisons if item.text != "own"}  # type: ignore[union-attr]
     begun, ended = (next(kl for stage, kl in stages.items() if word in stage) for word in ("quantised", "finished"))
     assert 0 < ended < begun
+    assert finished.record.remarks[-1] == "15 of 15 quantised matrices were finished from the numbers of the bundle"
 
     again = export(
         ExportOptions(source=str(finished.path), verify=False, types=read_types(finished.path)), tmp_path / "again"

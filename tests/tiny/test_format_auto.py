@@ -43,7 +43,10 @@ def test_both_formats_are_made_and_one_is_left(
     place = tmp_path / "place"
     place.mkdir()
     monkeypatch.setattr(format_contest, "PAIRS", 1)
-    assert run_cli(["export", str(model), "--max-kl", "0.05", "-o", str(place / "bundle"), "--json"]) == 0
+    assert (
+        run_cli(["export", str(model), "--format", "auto", "--max-kl", "0.05", "-o", str(place / "bundle"), "--json"])
+        == 0
+    )
     shown = capsys.readouterr()
     manifest = open_bundle(place / "bundle").manifest
     found = manifest.contest
@@ -71,7 +74,7 @@ def faster_is_kept(model: Path, place: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(format_contest, "PAIRS", 4)
     rates = {"gguf": 100.0, "onnx": 200.0}
     monkeypatch.setattr(format_contest, "trial", lambda path, _: Trial(1000.0, rates[path.name]))
-    options = ExportOptions(str(model), max_kl=0.05)
+    options = ExportOptions(str(model), max_kl=0.05, measured_format=True)
     bundle = export(options, place / "bundle", force=True)
     assert [path.name for path in place.iterdir()] == ["bundle"]
     assert open_bundle(bundle.path).manifest.format == "onnx"
@@ -88,7 +91,7 @@ def an_interruption_leaves_what_was_there(model: Path, place: Path, monkeypatch:
     monkeypatch.setattr(format_contest, "trial", stop)
     before = (place / "bundle" / "manifest.json").read_bytes()
     with pytest.raises(KeyboardInterrupt):
-        export(ExportOptions(str(model), max_kl=0.05), place / "bundle", force=True)
+        export(ExportOptions(str(model), max_kl=0.05, measured_format=True), place / "bundle", force=True)
     assert [path.name for path in place.iterdir()] == ["bundle"]
     assert (place / "bundle" / "manifest.json").read_bytes() == before
 
@@ -102,10 +105,11 @@ def an_interruption_leaves_what_was_there(model: Path, place: Path, monkeypatch:
         ({"quant": "Q4_K_M"}, None),
         ({"type_overrides": (("ffn_down", "Q8_0"),)}, None),
         ({"format": "gguf"}, None),
+        ({"measured_format": False}, None),
     ],
 )
 def test_where_nothing_is_measured_it_is_gguf_and_says_why(model: Path, changes: dict[str, Any], told: str) -> None:
-    found = decided(replace(ExportOptions(str(model)), **changes))
+    found = decided(replace(ExportOptions(str(model), measured_format=True), **changes))
     assert found is None if told is None else isinstance(found, str) and told in found
 
 
@@ -113,12 +117,12 @@ def test_what_else_keeps_the_formats_from_being_measured(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EDGELM_CACHE", str(tmp_path / "cache"))
-    options = ExportOptions(str(model))
+    options = ExportOptions(str(model), measured_format=True)
     assert decided(options, resume=True) == "--resume goes on with one artefact"
     make_tiny_bert(tmp_path / "encoder")
-    assert decided(ExportOptions(str(tmp_path / "encoder"))) is None
+    assert decided(ExportOptions(str(tmp_path / "encoder"), measured_format=True)) is None
     export(ExportOptions(str(model), quant="Q8_0", verify=False), tmp_path / "q8")
-    kept = export(ExportOptions(str(tmp_path / "q8" / "model.gguf")), tmp_path / "kept").manifest
+    kept = export(ExportOptions(str(tmp_path / "q8" / "model.gguf"), measured_format=True), tmp_path / "kept").manifest
     assert (kept.plan.quant, kept.contest) == ("COPY", None)
     assert "format auto: GGUF: the source's own types can stay, which no ONNX model has" in kept.plan.notes
     monkeypatch.setattr(format_choice, "find_spec", lambda _: None)
@@ -127,7 +131,7 @@ def test_what_else_keeps_the_formats_from_being_measured(
 
 def test_plans_say_what_will_decide(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGELM_CACHE", str(tmp_path / "cache"))
-    options = ExportOptions(str(model), max_kl=0.05)
+    options = ExportOptions(str(model), max_kl=0.05, measured_format=True)
     told = "format auto: GGUF is planned; the export itself makes ONNX int8 as well"
     _, _, chosen, _ = choices(replace(options, max_kl=None), SILENT, measure=False)
     assert chosen is not None
@@ -144,7 +148,7 @@ def test_plans_say_what_will_decide(model: Path, tmp_path: Path, monkeypatch: py
 def test_limits_and_texts_reach_the_other_format(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("words " * 5000)
-    options = ExportOptions(str(model), calibration=text, as_fast_as="F32", max_kl=0.3)
+    options = ExportOptions(str(model), calibration=text, as_fast_as="F32", max_kl=0.3, measured_format=True)
     found = decided(options)
     assert isinstance(found, Contest)
     assert found.gguf == replace(options, format="gguf")

@@ -27,7 +27,7 @@ def workload() -> Workload:
     return workload_from_figures(parameters=8.03e9, file_bytes=4_920_000_000, quant="Q4_K_M", model=None)
 
 
-def test_all_on_one_side_is_what_that_side_alone_reaches(workload: Workload) -> None:
+def test_all_on_one_side_is_what_that_side_alone_reaches_but_for_what_a_token_costs_a_gpu(workload: Workload) -> None:
     on_gpu = predict_split(workload, GPU, HOST, SETTINGS, workload.layers + 1)
     alone_s = 1 / predict_speed(workload, GPU, SETTINGS).decode_tps
     assert 1 / on_gpu.decode_tps - alone_s == pytest.approx(300e-6, rel=0.01)  # what a token costs beside its layers
