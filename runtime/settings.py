@@ -116,7 +116,9 @@ class _Model:
         return sum(held.values()) + drafting + (0 if way.in_process else SERVER_BYTES)
 
     def attention(self, options: EngineOptions) -> Choice:
-        """The kind of attention that options mean for this model."""
+        """The kind of attention that options mean for this model; ONNX Runtime has one."""
+        if self.workload.format == "onnx":
+            return Choice(value=ON, reason="ONNX Runtime's own")
         scores = score_bytes(self.workload, options.context, options.batch)
         return choose_attention(options, on_gpu=False, scores_bytes=scores)
 
@@ -253,13 +255,12 @@ def _ways(model: _Model, first: _Way) -> Iterator[_Way]:
     yield first
     options = replace(first.options, batch=min(first.options.batch, _SMALL_BATCH))
     yield _Way(options, first.in_process)
-    gguf = model.workload.format == "gguf"
-    if gguf and options.flash_attention == "auto" and model.attention(options).value == OFF:
+    if options.flash_attention == "auto" and model.attention(options).value == OFF:
         options = replace(options, flash_attention=ON)
         yield _Way(options, first.in_process)
     yield _Way(options, in_process=True)
-    if not gguf:  # its cache is what it computes with, and its weights are the engine's own business
-        return
+    if model.workload.format == "onnx":
+        return  # its cache is what it computes with, and its weights are the engine's own business
     yield _Way(replace(options, mmap=False), in_process=True)
     if model.q8_cache:
         options = replace(options, kv_type="q8_0")

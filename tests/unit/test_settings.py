@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import pytest
 from edgelm.bundle import Choice
 from edgelm.errors import DoesNotFitError, UsageError
 from edgelm.units import parse_size
+from runtime.gguf_header import GGUFHeader, workload_from_gguf
 from runtime.probe import write_tiny_gguf
 from runtime.settings import LEAST_CONTEXT, SPARE_SHARE, Asked, choose_settings
+from targets.workload import Workload
 
 MIB = 2**20
 SEQUENCES = 64  # a cache of 256 MiB at 4096 tokens: 2 layers x 2 heads x 64 numbers x keys and values x 2 bytes
@@ -69,7 +72,7 @@ def test_what_is_faster_gives_way_when_memory_is_short(
     monkeypatch.setattr("runtime.attention.has_tiles", lambda: True)
     memory.is_free(4096 * MIB)
     settings = choose_settings(model, "auto", Asked(context=8192))
-    assert settings.lines()["flash_attention"].startswith("off: processors with AMX")
+    assert settings.lines()["flash_attention"].startswith("off: with AMX")
     assert settings.options.flash_attention == "auto", "an engine with layers on a GPU decides otherwise"
     needed = parse_size(str(settings.reasons["memory"].value).replace(" ", ""))
     # With a batch of 128 a quarter of 120 MB is left: a bit too much here.
@@ -77,6 +80,24 @@ def test_what_is_faster_gives_way_when_memory_is_short(
     short = choose_settings(model, "auto", Asked(context=8192))
     assert (short.options.flash_attention, short.options.batch, short.options.context) == ("on", 128, 8192)
     assert short.lines()["flash_attention"].startswith("on: memory is short")
+
+
+def test_an_onnx_model_is_never_given_an_option_of_gguf(
+    model: Path, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_onnx(header: GGUFHeader) -> Workload:
+        return replace(workload_from_gguf(header), format="onnx")
+
+    monkeypatch.setattr("runtime.settings.workload_from_gguf", as_onnx)
+    monkeypatch.setattr("runtime.attention.has_tiles", lambda: True)
+    kinds = set()
+    for free_mib in range(100, 500, 20):
+        memory.is_free(free_mib * MIB)
+        try:
+            kinds.add(choose_settings(model, "auto", Asked(context=8192)).options.flash_attention)
+        except DoesNotFitError:
+            continue
+    assert kinds == {"auto"}
 
 
 def test_a_drafting_model_takes_memory_too(model: Path, memory: Memory) -> None:
