@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+import runtime.settings
 from edgelm.bundle import Choice
 from edgelm.errors import DoesNotFitError, UsageError
 from edgelm.units import parse_size
-from runtime.gguf_header import GGUFHeader, workload_from_gguf
+from runtime.engine import EngineOptions
 from runtime.probe import write_tiny_gguf
 from runtime.settings import LEAST_CONTEXT, SPARE_SHARE, Asked, choose_settings
-from targets.workload import Workload
+from targets.profile import load_profile
 
 MIB = 2**20
 SEQUENCES = 64  # a cache of 256 MiB at 4096 tokens: 2 layers x 2 heads x 64 numbers x keys and values x 2 bytes
@@ -82,22 +83,13 @@ def test_what_is_faster_gives_way_when_memory_is_short(
     assert short.lines()["flash_attention"].startswith("on: memory is short")
 
 
-def test_an_onnx_model_is_never_given_an_option_of_gguf(
-    model: Path, memory: Memory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def as_onnx(header: GGUFHeader) -> Workload:
-        return replace(workload_from_gguf(header), format="onnx")
-
-    monkeypatch.setattr("runtime.settings.workload_from_gguf", as_onnx)
+def test_an_onnx_model_is_never_given_an_option_of_gguf(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.attention.has_tiles", lambda: True)
-    kinds = set()
-    for free_mib in range(100, 500, 20):
-        memory.is_free(free_mib * MIB)
-        try:
-            kinds.add(choose_settings(model, "auto", Asked(context=8192)).options.flash_attention)
-        except DoesNotFitError:
-            continue
-    assert kinds == {"auto"}
+    gguf = runtime.settings._open(model, load_profile("host"), Asked(context=8192))
+    onnx = replace(gguf, workload=replace(gguf.workload, format="onnx"), q8_cache=False)
+    first = runtime.settings._Way(EngineOptions(context=8192), in_process=False)
+    assert {way.options.flash_attention for way in runtime.settings._ways(gguf, first)} == {"auto", "on"}
+    assert {way.options.flash_attention for way in runtime.settings._ways(onnx, first)} == {"auto"}
 
 
 def test_a_drafting_model_takes_memory_too(model: Path, memory: Memory) -> None:
