@@ -5,7 +5,7 @@ layout and its minutes. Run by an interpreter that has onnxruntime-genai and wha
 psutil, pydantic, llguidance, tokenizers). Bundles and folders are those that ``onnx_side_by_side.py --work`` keeps. An
 engine of ours is NAME=BUNDLE, with :VARIABLE=VALUE behind it for the environment that it is loaded in.
 
-    PYTHONPATH=. /tmp/genai/bin/python benchmarks/onnx_pairs.py WORK/genai-fp32 ours=WORK/bundle-onnx-fp32 \
+    PYTHONPATH=. PYTHON benchmarks/onnx_pairs.py WORK/genai-fp32 ours=WORK/bundle-onnx-fp32 \
         passive=WORK/bundle-onnx-fp32:OMP_WAIT_POLICY=passive --rounds 7
 """
 

@@ -135,14 +135,17 @@ def test_memory_pressure_is_labelled(group: Path, tmp_path: Path) -> None:
 
 
 def test_busy_neighbours_are_labelled(gguf: Path) -> None:
-    spinning = [sys.executable, "-c", "while True: pass"]
-    neighbours = [subprocess.Popen(spinning) for _ in range(2 * (os.cpu_count() or 1))]
+    spinning = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
+    neighbours = [subprocess.Popen(spinning, stdout=subprocess.PIPE) for _ in range(2 * (os.cpu_count() or 1))]
     try:
+        for neighbour in neighbours:  # an interpreter that is read from the disk starts later than bench is done
+            assert neighbour.stdout is not None
+            neighbour.stdout.readline()
         report = bench(gguf, QUICK)
     finally:
         for neighbour in neighbours:
             neighbour.kill()
-            neighbour.wait()
+            neighbour.communicate()
     assert "busy" in {label.kind for label in report.labels}
     assert not report.valid
     assert report.conditions is not None
