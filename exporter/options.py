@@ -36,7 +36,7 @@ class ExportOptions:
     ``types`` are (GGUF name, type) of every tensor, as ``exporter.given_types`` reads them; none: types are chosen.
     ``device`` is where torch computes the unquantised model. ``as_fast_as`` names a mix whose speed on the target is
     the least that is wanted; ``exporter.plan.paced`` turns it into numbers. ``measured_format``: the format ``auto``
-    may make and measure both where facts do not tell, which takes three to four times as long.
+    may make and measure both where facts do not tell: a second export, its proof and minutes of measuring more.
     """
 
     source: str

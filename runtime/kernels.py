@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,9 +22,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgelm.errors import EdgelmError, EngineError, MissingDependencyError
+from edgelm.errors import EdgelmError, MissingDependencyError
 from runtime.gguf_header import read_gguf_header, workload_from_gguf
 from runtime.probe import add_byte_vocabulary
+from runtime.starts import answer_of_child
 from targets.bandwidth import thread_counts
 from targets.kernels import KernelRun, Role
 from targets.workload import TypedWeights, Workload
@@ -34,7 +34,7 @@ from targets.workload import TypedWeights, Workload
 TYPES = ("Q8_0", "F16", "Q4_0", "Q4_K", "Q6_K", "Q5_0", "Q4_1", "IQ4_NL", "Q5_1", "Q5_K", "IQ4_XS")
 SCALED_TYPE = "Q8_0"  # the type that is run behind a long text, and on every thread count
 STREAMED_TYPE = "F16"  # the type that is run in every size and on every thread count: of all it waits most for memory
-TIMEOUT_S = 3600.0  # two cores of a laptop take two minutes, a small board some fifteen times as long
+TIMEOUT_S = 3600.0  # two cores of a Zen 4 take 100 s; how long a small board takes is not known
 PROMPT_TOKENS, GENERATED_TOKENS, PASSES, DECODE_PASSES = 128, 32, 3, 5
 SIZES_LAYERS = (1, 2, 3, 4)  # beside six and twelve: what a large cache keeps of a model depends on its size
 LARGE_LAYERS = 12  # of a model of which a cache holds little
@@ -100,21 +100,8 @@ def measure_kernels(threads: int, available_bytes: int) -> tuple[KernelRun, ...]
     """
     small = available_bytes < 2 * 2**30
     with tempfile.TemporaryDirectory(prefix="edgelm-kernels-") as directory:
-        command = [sys.executable, "-m", "runtime.kernels", directory, str(threads), str(int(small))]
-        try:
-            child = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise EngineError(
-                f"the kernels were not measured in {TIMEOUT_S:g} s", hint="is the machine busy?"
-            ) from error
-        try:
-            document = json.loads(child.stdout)
-        except ValueError as error:
-            raise EngineError(
-                f"measuring the kernels ended with status {child.returncode}", hint="'edgelm doctor' finds out why"
-            ) from error
-        if "error" in document:
-            raise EngineError(document["error"], hint=document["hint"])
+        arguments = (directory, str(threads), str(int(small)))
+        document = answer_of_child("runtime.kernels", arguments, "measuring the kernels", TIMEOUT_S)
         return tuple(kernel_run(fields) for fields in document["runs"])
 
 

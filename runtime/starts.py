@@ -67,7 +67,7 @@ def answer_of_child(module: str, arguments: Sequence[str], what: str, timeout_s:
             command, capture_output=True, text=True, timeout=timeout_s, check=False, env=users_environment()
         )
     except subprocess.TimeoutExpired as error:
-        raise EngineError(f"{what} did not end in {timeout_s:g} s") from error
+        raise EngineError(f"{what} did not end in {timeout_s:g} s", hint="is the machine busy?") from error
     try:
         document: dict[str, Any] = json.loads(child.stdout)
     except ValueError as error:

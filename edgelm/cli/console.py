@@ -77,7 +77,7 @@ flash_attention_option = click.option(
     type=click.Choice(["auto", "on", "off"]),
     default="auto",
     show_default=True,
-    help="How attention is computed; auto: what is faster on this processor (GGUF only).",
+    help="Of llama.cpp (GGUF only); auto: off on processors with AMX, on elsewhere, or as a --target was measured.",
 )
 device_option = click.option(
     "--device",
