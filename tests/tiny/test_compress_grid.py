@@ -11,7 +11,7 @@ import pytest
 from tiny_models import make_tiny_llama
 
 from edgelm.errors import CheckpointError
-from exporter import ggml, rounding
+from exporter import ggml, hub, rounding
 from exporter.block_layouts import LAYOUTS
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
 from exporter.compress.grid import Grid, OnGrid, fits
@@ -20,7 +20,7 @@ from exporter.compress.run import CompressOptions
 from exporter.given_types import read_types
 from exporter.options import ExportOptions
 from exporter.pipeline import export
-from exporter.safetensors_header import FINISHED
+from exporter.safetensors_header import FINISHED, SINGLE
 
 
 def _compensated(kind: str) -> tuple[np.ndarray, Grid]:
@@ -172,3 +172,10 @@ def test_stored_tensors_of_another_model_are_refused(student: Path, tmp_path: Pa
     save_file({name: np.zeros((256, 144), dtype=np.uint8)}, copy / FINISHED)
     with pytest.raises(CheckpointError, match="is no tensor of the weights beside it"):
         open_checkpoint(open_source(str(copy)))
+
+
+def test_a_hub_gives_what_a_student_is_stored_as_along_with_its_weights(tmp_path: Path) -> None:
+    listed: dict[str, Any] = {SINGLE: None, FINISHED: None, "config.json": None}
+    assert hub._weight_files("org/student", tmp_path, listed) == [SINGLE, FINISHED]
+    del listed[FINISHED]
+    assert hub._weight_files("org/student", tmp_path, listed) == [SINGLE]
