@@ -26,7 +26,8 @@ class Layout:
 
     ``steps`` gives (scales, offsets) of every number of blocks (n, block bytes), each (n, block); ``store`` writes
     whole numbers (n, block) from 0 into the blocks. A number is scale x (q + lowest) + offset, or scale x codebook[q];
-    with a codebook ``lowest`` and ``highest`` are the range of its entries.
+    with a codebook ``lowest`` and ``highest`` are the range of its entries. ``halves`` are the bytes where the numbers
+    in half precision begin that all scales of a block are multiples of, and all its offsets.
     """
 
     steps: Callable[[Bytes], tuple[Floats, Floats | None]]
@@ -34,16 +35,18 @@ class Layout:
     lowest: int
     highest: int
     codebook: bool = False
+    halves: tuple[int, ...] = (0,)
 
 
-def _half(blocks: Bytes, at: int) -> Floats:
+def half(blocks: Bytes, at: int) -> Floats:
+    """The number in half precision that begins at byte ``at`` of each block, (blocks, 1)."""
     return np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16).astype(np.float32)
 
 
 def _plain_steps(with_offset: bool) -> Callable[[Bytes], tuple[Floats, Floats | None]]:
     def steps(blocks: Bytes) -> tuple[Floats, Floats | None]:
-        scales = np.repeat(_half(blocks, 0), 32, axis=1)
-        return scales, np.repeat(_half(blocks, 2), 32, axis=1) if with_offset else None
+        scales = np.repeat(half(blocks, 0), 32, axis=1)
+        return scales, np.repeat(half(blocks, 2), 32, axis=1) if with_offset else None
 
     return steps
 
@@ -75,7 +78,7 @@ def _k_scales(blocks: Bytes) -> tuple[Floats, Floats]:
     low, high, mixed = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = np.concatenate([low & 63, mixed & 15 | (low >> 6) << 4], axis=1).astype(np.float32)
     minima = np.concatenate([high & 63, mixed >> 4 | (high >> 6) << 4], axis=1).astype(np.float32)
-    return np.repeat(scales * _half(blocks, 0), 32, axis=1), np.repeat(minima * -_half(blocks, 2), 32, axis=1)
+    return np.repeat(scales * half(blocks, 0), 32, axis=1), np.repeat(minima * -half(blocks, 2), 32, axis=1)
 
 
 def _store_k_nibbles(at: int) -> Callable[[Bytes, Bytes], None]:
@@ -96,7 +99,7 @@ def _store_q5_k(blocks: Bytes, numbers: Bytes) -> None:
 
 def _q6_k_steps(blocks: Bytes) -> tuple[Floats, Floats | None]:
     scales = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.float32)
-    return np.repeat(scales * _half(blocks, 208), 16, axis=1), None
+    return np.repeat(scales * half(blocks, 208), 16, axis=1), None
 
 
 def _store_q6_k(blocks: Bytes, numbers: Bytes) -> None:
@@ -113,7 +116,7 @@ def _iq4_xs_steps(blocks: Bytes) -> tuple[Floats, Floats | None]:
     low = blocks[:, 4:8].astype(np.int32)
     index = np.arange(8)
     scales = (low[:, index // 2] >> 4 * (index % 2)) & 15 | (high >> 2 * index & 3) << 4
-    return np.repeat((scales - 32) * _half(blocks, 0), 32, axis=1).astype(np.float32), None
+    return np.repeat((scales - 32) * half(blocks, 0), 32, axis=1).astype(np.float32), None
 
 
 def _store_iq4_xs(blocks: Bytes, numbers: Bytes) -> None:
@@ -123,13 +126,13 @@ def _store_iq4_xs(blocks: Bytes, numbers: Bytes) -> None:
 
 LAYOUTS = {
     "Q4_0": Layout(_plain_steps(False), _store_nibbles(2), -8, 7),
-    "Q4_1": Layout(_plain_steps(True), _store_nibbles(4), 0, 15),
+    "Q4_1": Layout(_plain_steps(True), _store_nibbles(4), 0, 15, halves=(0, 2)),
     "Q5_0": Layout(_plain_steps(False), _store_fives(2), -16, 15),
-    "Q5_1": Layout(_plain_steps(True), _store_fives(4), 0, 31),
+    "Q5_1": Layout(_plain_steps(True), _store_fives(4), 0, 31, halves=(0, 2)),
     "Q8_0": Layout(_plain_steps(False), _store_bytes, -127, 127),
     "IQ4_NL": Layout(_plain_steps(False), _store_nibbles(2), -128, 127, codebook=True),
     "IQ4_XS": Layout(_iq4_xs_steps, _store_iq4_xs, -128, 127, codebook=True),
-    "Q4_K": Layout(_k_scales, _store_k_nibbles(16), 0, 15),
-    "Q5_K": Layout(_k_scales, _store_q5_k, 0, 31),
-    "Q6_K": Layout(_q6_k_steps, _store_q6_k, -32, 31),
+    "Q4_K": Layout(_k_scales, _store_k_nibbles(16), 0, 15, halves=(0, 2)),
+    "Q5_K": Layout(_k_scales, _store_q5_k, 0, 31, halves=(0, 2)),
+    "Q6_K": Layout(_q6_k_steps, _store_q6_k, -32, 31, halves=(208,)),
 }

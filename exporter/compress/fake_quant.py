@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from exporter import ggml
-from exporter.compress.grid import Grid, on_grid
+from exporter.compress.grid import Grid, OnGrid, on_grid
 from exporter.ggml import Floats
 from exporter.gguf import usable_cpus
 
@@ -49,6 +49,20 @@ class FakeQuantizer:
         finally:
             for weight, values in zip(weights, kept, strict=True):
                 weight.data = values
+
+    def factors(self) -> dict[str, Any]:
+        """What is trained beside the parameters: how blocks of grids grow, by a name of its own."""
+        return {
+            f"{name}.{index}": factor
+            for name, (_, grid) in self._grids.items()
+            for index, factor in enumerate(grid.factors)
+        }
+
+    def learn(self) -> None:
+        """Give the factors their gradients, from those of the parameters. To be called inside ``applied``."""
+        for weight, grid in self._grids.values():
+            if isinstance(grid, OnGrid):
+                grid.learn(weight.data, weight.grad)
 
     def settle(self) -> dict[str, Grid]:
         """Put the parameters that have a grid onto it for good; what each is stored as, by name."""

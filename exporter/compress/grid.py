@@ -1,10 +1,11 @@
 """The grid of an export: scales of blocks as a bundle stores them, between whose steps training moves single numbers.
 
 An export by measured damage rounds better than libggml's plain rounding: its scales were searched for what matters, its
-numbers make up for one another's errors. Training begins with exactly that, keeps the scales and learns which step each
-number takes (straight through, as in ``fake_quant``). What comes out is stored as bytes of the type, since a scale
-cannot always be found again from the numbers. Matrices of types without such steps stay what the bundle holds, and
-the others learn around them. Needs torch to train.
+numbers make up for one another's errors. Training begins with exactly that, and learns which step each number takes
+(straight through, as in ``fake_quant``) and how wide the steps of each block are: the numbers in half precision that
+its scales and offsets are multiples of. What comes out is stored as bytes of the type, since a scale cannot always be
+found again from the numbers. Matrices of types without such steps stay what the bundle holds, and the others learn
+around them. Needs torch to train.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from edgelm.bundle import TensorPlan
 from exporter import ggml
 from exporter.architectures.base import TensorDescription, ordered_rows
-from exporter.block_layouts import CODEBOOK, LAYOUTS, NEAREST, RUN
+from exporter.block_layouts import CODEBOOK, LAYOUTS, NEAREST, RUN, half
 from exporter.checkpoint import TensorReader, open_checkpoint, open_source
 from exporter.ggml import Bytes, Floats
 
@@ -57,6 +58,19 @@ class Grid:
                 offsets.append(from_zero[:, ::RUN].copy())
         shape = (len(self.stored), -1)
         return np.concatenate(scales).reshape(shape), np.concatenate(offsets).reshape(shape) if offsets else None
+
+    def halves(self) -> tuple[Floats, ...]:
+        """What the scales of each block are multiples of, and its offsets where it has some, each (rows, blocks)."""
+        blocks = self._blocks(self.stored)
+        return tuple(half(blocks, at).reshape(len(self.stored), -1) for at in LAYOUTS[self.kind].halves)
+
+    def with_halves(self, halves: Sequence[Floats]) -> Grid:
+        """The same numbers with other ``halves``, rounded to half precision."""
+        stored = self.stored.copy()
+        blocks = self._blocks(stored)  # a view
+        for at, values in zip(LAYOUTS[self.kind].halves, halves, strict=True):
+            blocks[:, at : at + 2] = values.astype(np.float16).reshape(-1, 1).view(np.uint8)
+        return Grid(self.kind, stored)
 
     def holding(self, values: Floats) -> Grid:
         """The same scales with the numbers nearest to ``values`` (rows, columns); itself where there are no steps."""
@@ -127,6 +141,7 @@ class Held:
         self._grid = grid
         self._values = torch.from_numpy(grid.values()).to(parameter.device, parameter.dtype)
         parameter.data = self._values.clone()
+        self.factors: tuple[Any, ...] = ()
 
     def __call__(self, _values: Any) -> Any:
         """What is stored (rows, columns)."""
@@ -141,7 +156,9 @@ class OnGrid:
     """One parameter on its grid, on the parameter's device.
 
     Where the bundle chose another step than the nearest, the parameter is moved there: training begins with exactly
-    what the bundle holds.
+    what the bundle holds. ``factors`` are trained, too, each (rows, blocks, 1) and one to begin with: by how much a
+    block's steps are wider than the bundle's, and its offsets larger. Which step a number takes goes by the bundle's
+    steps throughout, so that a block that grows takes its numbers along.
     """
 
     def __init__(self, grid: Grid, parameter: Any) -> None:
@@ -158,6 +175,8 @@ class OnGrid:
         self._inverse = torch.where(self._scales == 0, 0.0, 1 / self._scales)
         self._offsets = None if offsets is None else there(offsets)[..., None]
         self._codebook = (there(NEAREST).long(), there(CODEBOOK)) if layout.codebook else None
+        self._halves = tuple(there(values)[..., None] for values in grid.halves())
+        self.factors = tuple(torch.nn.Parameter(torch.ones_like(values)) for values in self._halves)
         stored = there(grid.values()).to(parameter.dtype)
         far = (self(parameter.data) - stored).reshape(*self._scales.shape[:2], RUN).abs() > 0.01 * self._scales.abs()
         parameter.data = torch.where(far.reshape_as(stored), stored, parameter.data)
@@ -171,12 +190,40 @@ class OnGrid:
         if self._codebook is not None:
             nearest, codebook = self._codebook
             whole = codebook[nearest[whole.long() + 128]]
-        found = whole.mul_(self._scales)
-        return (found if self._offsets is None else found.add_(self._offsets)).reshape_as(values).to(values.dtype)
+        found = self._of_blocks(whole.mul_(self._scales)).mul_(self._growth()[0])
+        if self._offsets is not None:
+            found = found.add_(self._moved(self._offsets))
+        return found.reshape_as(values).to(values.dtype)
+
+    def learn(self, values: Any, gradient: Any) -> None:
+        """Set the gradients of the factors, where ``gradient`` (rows, columns) is that of the ``values`` as called."""
+        gradient, scaled = self._of_blocks(gradient), self._of_blocks(values)
+        if self._offsets is not None:
+            moved = self._moved(self._offsets)
+            self.factors[1].grad = (gradient * moved).sum(dim=-1, keepdim=True) / self.factors[1].data
+            scaled = scaled - moved
+        self.factors[0].grad = (gradient * scaled).sum(dim=-1, keepdim=True) / self.factors[0].data
 
     def stored(self, parameter: Any) -> Grid:
         """The parameter's values as the type stores them."""
-        return self._grid.holding(np.ascontiguousarray(parameter.detach().float().cpu().numpy()))
+        values = np.ascontiguousarray(parameter.detach().float().cpu().numpy())
+        pairs = zip(self._halves, self.factors, strict=True)
+        return self._grid.holding(values).with_halves([(half * item.data).cpu().numpy() for half, item in pairs])
+
+    def _of_blocks(self, values: Any) -> Any:
+        """(rows, blocks, numbers of a block)"""
+        return values.reshape(*self._halves[0].shape[:2], -1)
+
+    def _growth(self) -> list[Any]:
+        """The factors as half precision leaves them."""
+        import torch
+
+        pairs = zip(self._halves, self.factors, strict=True)
+        return [torch.where(half == 0, 1.0, (half * item.data).half().float() / half) for half, item in pairs]
+
+    def _moved(self, offsets: Any) -> Any:
+        """The bundle's ``offsets`` of runs as they are now, of each number (rows, blocks, numbers of a block)."""
+        return self._of_blocks(offsets.expand(-1, -1, RUN)) * self._growth()[1]
 
 
 def on_grid(grid: Grid, parameter: Any) -> OnGrid | Held:

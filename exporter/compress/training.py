@@ -33,6 +33,7 @@ _BETAS = (0.9, 0.95)
 _CLIP = 1.0
 _WARM_UP = 0.05  # of all steps
 _LAST_RATE = 0.1  # of the highest
+_FACTOR_RATE = 4.0  # of the rate of weights, which are a tenth of what factors are
 _STATE, _TENSORS = "state.json", "state-{step}.safetensors"
 _SAVE_EVERY_S = 60.0
 _FLOAT32_BYTES = 4
@@ -102,10 +103,13 @@ class Trainer:
             parameter.requires_grad_(True)
         # One kernel for all weights; on a CPU it rounds otherwise than the plain way by which figures were taken.
         fused = self._device.type == "cuda"
-        optimizer = torch.optim.AdamW(
-            student.parameters(), lr=options.learning_rate, betas=_BETAS, weight_decay=0.0, fused=fused
-        )
+        factors = quantizer.factors() if quantizer else {}
+        groups: list[dict[str, Any]] = [{"params": list(student.parameters()), "times": 1.0}]
+        if factors:
+            groups.append({"params": list(factors.values()), "times": _FACTOR_RATE})
+        optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=_BETAS, weight_decay=0.0, fused=fused)
         self._state = _State(student, optimizer, 0, [])
+        self._learned = {**dict(student.named_parameters()), **factors}  # in the order of the optimizer
 
     @property
     def curve(self) -> tuple[Step, ...]:
@@ -164,13 +168,15 @@ class Trainer:
         state, options = self._state, self._options
         rate = _rate(state.step, options)
         for group in state.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["times"]
         applied: AbstractContextManager[None] = self._quantizer.applied() if self._quantizer else nullcontext()
         try:
             with applied, rounded_products(self._device):
                 loss, kl = self._gradients(rows)
-            # A finite loss can have gradients that are not: they would spoil the weights that are saved next.
-            norm = float(torch.nn.utils.clip_grad_norm_(state.student.parameters(), _CLIP))
+                # A finite loss can have gradients that are not: they would spoil the weights that are saved next.
+                norm = float(torch.nn.utils.clip_grad_norm_(state.student.parameters(), _CLIP))
+                if self._quantizer is not None:
+                    self._quantizer.learn()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise self._no_number()
             state.whole = False
@@ -273,7 +279,7 @@ class Trainer:
         state = self._state
         if not state.whole or state.step == state.saved_step:
             return
-        tensors = {f"weight.{name}": value.detach().contiguous() for name, value in state.student.named_parameters()}
+        tensors = {f"weight.{name}": value.detach().contiguous() for name, value in self._learned.items()}
         for index, entry in state.optimizer.state_dict()["state"].items():
             tensors.update({f"optimizer.{index}.{name}": value for name, value in entry.items()})
         name = _TENSORS.format(step=state.step)
@@ -299,7 +305,7 @@ class Trainer:
         if not path.is_file():
             return
         state = self._state
-        weights = dict(state.student.named_parameters())
+        weights = self._learned
         saved = state.optimizer.state_dict()
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
