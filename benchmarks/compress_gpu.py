@@ -176,7 +176,7 @@ def main() -> None:
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
     options, student = (
         _options(arguments),
-        arguments.work / (f"finished-{arguments.finish}" if arguments.student else "student"),
+        arguments.work / (f"finished-{Path(arguments.finish).name}" if arguments.student else "student"),
     )
     arguments.work.mkdir(parents=True, exist_ok=True)
     versions = {"device": device, "torch": torch.__version__, "options": str(asdict(options))}
