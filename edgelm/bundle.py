@@ -26,7 +26,7 @@ from edgelm.errors import BundleError, EdgelmError
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MANIFEST_LIMIT_BYTES = 16 * 2**20
-_PIECE_BYTES = 2**18
+_PIECE_BYTES = 2**20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
 Format = Literal["gguf", "onnx"]
@@ -385,7 +385,8 @@ class Bundle(Record):
 
 
 def file_record(path: Path, *, stopped: Callable[[], bool] = lambda: False) -> FileRecord:
-    """Size and SHA-256 of a file, read in pieces of 256 KiB: a piece is still in the cache when it is hashed.
+    """Size and SHA-256 of a file, read in pieces of 1 MiB: still in the cache when they are hashed, and few enough
+    that a thread seldom waits for the interpreter's lock, as behind one that imports modules.
 
     ``stopped`` is asked before each piece. Raises ``CancelledError`` once it says yes.
     """

@@ -27,6 +27,7 @@ from edgelm.progress import SILENT, Progress, Stage
 from edgelm.units import format_bytes
 from exporter import ggml
 from exporter.architectures.base import TensorDescription, ordered_rows
+from exporter.buffers import ThreadBuffers
 from exporter.checkpoint import Checkpoint, TensorReader, weight_type
 from exporter.gguf_header import encode_header, padded
 from exporter.pieces import Pieces
@@ -210,7 +211,7 @@ class _Worker:
     def __init__(self, sources: _Sources, reader: TensorReader, pieces: Pieces) -> None:
         self._checkpoint, self._quantizers = sources.checkpoint, sources.quantizers
         self._reader, self._pieces = reader, pieces
-        self._buffers = threading.local()
+        self._buffers = ThreadBuffers()
         self.cancelled = threading.Event()
 
     def write(self, slab: _Slab) -> None:
@@ -230,18 +231,18 @@ class _Worker:
         row_bytes = ggml.TYPES[source_type].row_bytes(columns)
         size_bytes = rows * row_bytes
         first = (slab.start + slab.description.skipped) * row_bytes
-        raw = self._reader.read(header, first, size_bytes, self._buffer("raw", size_bytes))
+        raw = self._reader.read(header, first, size_bytes, self._buffers.bytes("raw", size_bytes))
         raw = ordered_rows(raw.reshape(rows, row_bytes), slab.description).reshape(-1)
         if source_type == slab.plan.type and not _changed(slab.description):
             if not ggml.is_valid(raw, source_type):
                 raise _not_finite(header.name)
             return raw
-        floats = self._buffer("floats", 4 * rows * columns).view(np.float32)
+        floats = self._buffers.floats("floats", rows * columns)
         ggml.dequantize(raw, source_type, rows * columns, floats)
         if not (math.isfinite(floats.min()) and math.isfinite(floats.max())):  # NaN goes through min and max
             raise _not_finite(header.name)
         floats = _values(floats, slab.description, rows, columns)
-        out = self._buffer("out", slab.size_bytes)
+        out = self._buffers.bytes("out", slab.size_bytes)
         finished = self._checkpoint.finished.get(header.name)
         if finished is not None and finished.type == slab.plan.type and not _changed(slab.description):
             return self._finished(finished, slab, floats, out)
@@ -265,13 +266,6 @@ class _Worker:
                 hint=f"remove {header.file.name} beside it to quantise it anew",
             )
         return raw
-
-    def _buffer(self, name: str, size_bytes: int) -> ggml.Bytes:
-        held: ggml.Bytes | None = getattr(self._buffers, name, None)
-        if held is None or held.nbytes < size_bytes:
-            held = np.empty(size_bytes, dtype=np.uint8)
-            setattr(self._buffers, name, held)
-        return held[:size_bytes]
 
 
 def _values(floats: ggml.Floats, description: TensorDescription, rows: int, columns: int) -> ggml.Floats:
