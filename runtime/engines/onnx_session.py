@@ -28,7 +28,7 @@ class SessionThreads:
 def choose_threads(asked: int) -> SessionThreads:
     """Threads of a session, ``asked`` or as the host has cores (0), and how they wait as the machine is now."""
     count = asked or int(default_threads()[0].value)
-    return SessionThreads(count, choose_waiting(count))
+    return SessionThreads(count, choose_waiting(count, sleeps=True))
 
 
 def load_library() -> Any:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -22,10 +23,11 @@ from exporter.verification import verify
 from runtime.engine import Chunk, EngineOptions
 from runtime.engines.onnx import load_engine
 from runtime.onnx_header import read_onnx_model, stored_bytes
-from tests.onnx_parity import ONNX_ROWS, REFUSED, engine_logits, measure, write_model
-from tests.parity import ROWS, VOCABULARY, Row, known_to_transformers, make_checkpoint
+from tests.onnx_parity import CALM, ONNX_ROWS, REFUSED, engine_logits, measure, write_model
+from tests.parity import ROWS, VOCABULARY, Row, distance, known_to_transformers, make_checkpoint, transformers_logits
 
 pytestmark = [pytest.mark.tiny, pytest.mark.reference]
+NORMED_BEHIND = ("olmo2", "olmo3", "exaone4")  # attention and network: brings every rounding back to full size
 DOCUMENT = Path(__file__).parents[2] / "docs" / "onnx-architectures.md"
 
 
@@ -43,12 +45,23 @@ def test_logits_are_those_of_transformers(row: Row, tmp_path: Path) -> None:
     assert found.decode < 1e-8
     assert found.logit_error_max < 1e-3
     assert found.int8_initial < 2e-3
-    # Norms behind attention and network bring every rounding back to full size.
-    assert found.int8_calm < (3e-3 if row.model_type in ("olmo2", "olmo3", "exaone4") else 2e-3)
+    assert found.int8_calm < (3e-3 if row.model_type in NORMED_BEHIND else 2e-3)
     assert found.spread > 0.5
     model = onnx.load(tmp_path / "calm" / "int8" / "model.onnx", load_external_data=False)
     assert {item.domain: item.version for item in model.opset_import} == {"": 23, "com.microsoft": 1}
     assert model.ir_version == 11
+
+
+@pytest.mark.parametrize("name", ["olmo2", "olmo2, tied", "olmo3, yarn rotation", "exaone4"])
+@pytest.mark.filterwarnings("ignore")
+def test_blocks_of_16_are_enough_where_norms_stand_behind(name: str, tmp_path: Path) -> None:
+    row = row_named(name)
+    model = make_checkpoint(row, tmp_path / "model", gain=CALM)
+    context, length = max(zip(row.contexts, row.lengths, strict=True))
+    tokens = np.random.default_rng(1).integers(3, VOCABULARY, length).tolist()
+    path = write_model(open_checkpoint(open_source(str(tmp_path / "model"))), tmp_path / "out", "int8-16", context)
+    expected = transformers_logits(model, tokens)
+    assert distance(engine_logits(path, tokens, context)[0], expected).kl_mean < 2e-3
 
 
 def test_every_family_has_a_row() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,69 @@ def test_a_server_that_starts_its_engine_is_no_neighbour_of_it(host: Path) -> No
     assert runnable_neighbours(host) == 1
     write(host, {f"{task}/8/stat": "8 (c) R 1"})
     assert choose_waiting(2, host).kind == "spin"
+
+
+def stat(state: str, nice: int, policy: int = 0) -> str:
+    """A thread's stat with the fields that are read."""
+    fields = [state, *"0" * 40]
+    fields[16], fields[38] = str(nice), str(policy)
+    return f"9 (a) b) {' '.join(fields)}"
+
+
+@pytest.mark.parametrize(
+    ("nice", "policy", "group", "session", "gives_way"),
+    [
+        (10, 0, "0::/", "/autogroup-1 nice 0", True),
+        (19, 0, "0::/", "/autogroup-1 nice 0", True),
+        (0, 5, "0::/", "/autogroup-1 nice 0", True),  # SCHED_IDLE
+        (9, 0, "0::/", "/autogroup-1 nice 0", False),
+        (19, 0, "0::/", "/autogroup-2 nice 0", False),  # between sessions nice counts for nothing
+        (19, 0, "0::/box", "/autogroup-1 nice 0", False),
+    ],
+)
+def test_neighbours_that_give_way_are_none_for_threads_that_would_sleep(
+    host: Path, nice: int, policy: int, group: str, session: str, gives_way: bool
+) -> None:
+    files = {"proc/stat": "procs_running 2\n", "proc/self/stat": stat("R", 0)}
+    files |= {"proc/self/cgroup": "0::/", "proc/self/autogroup": "/autogroup-1 nice 0"}
+    files |= {"proc/55/cgroup": group, "proc/55/autogroup": session, "proc/55/task/56/stat": stat("R", nice, policy)}
+    write(host, files)
+    assert choose_waiting(2, host).kind == "brief"
+    assert choose_waiting(2, host, sleeps=True).kind == ("spin" if gives_way else "brief")
+    write(host, {"proc/stat": "procs_running 3\n"})  # one more, which the kernel counts and does not show
+    assert choose_waiting(2, host, sleeps=True).kind == "brief"
+
+
+def test_who_is_of_low_priority_itself_pushes_nobody_aside(host: Path) -> None:
+    files = {"proc/stat": "procs_running 2\n", "proc/self/stat": stat("R", 10), "proc/55/task/56/stat": stat("R", 19)}
+    write(host, files)
+    assert choose_waiting(2, host, sleeps=True).kind == "brief"
+    write(host, {"proc/self/stat": stat("R", 0, 5)})
+    assert choose_waiting(2, host, sleeps=True).kind == "brief"
+
+
+def test_a_parent_of_low_priority_is_not_left_out_twice(host: Path) -> None:
+    files = {"proc/stat": "procs_running 3\n", "proc/self/stat": stat("R", 0)}
+    files |= {f"proc/{os.getppid()}/task/7/stat": stat("R", 19)}
+    assert choose_waiting(2, write(host, files), sleeps=True).kind == "brief"
+
+
+def test_threads_asleep_give_way_to_nobody(host: Path) -> None:
+    files = {"proc/stat": "procs_running 2\n", "proc/self/stat": stat("R", 0), "proc/55/task/56/stat": stat("S", 19)}
+    assert choose_waiting(2, write(host, files), sleeps=True).kind == "brief"
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="needs Linux")
+def test_a_real_neighbour_that_gives_way_is_seen() -> None:
+    command = [sys.executable, "-c", "import os; os.nice(15)\nprint(flush=True)\nwhile True: pass"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        try:
+            assert child.stdout is not None
+            child.stdout.readline()
+            pairs = [(runnable_neighbours(), runnable_neighbours(lesser=False)) for _ in range(5)]
+        finally:
+            child.kill()
+    assert any(all_of_them is not None and rest is not None and rest < all_of_them for all_of_them, rest in pairs)
 
 
 def test_too_many_threads_and_quotas_mean_a_brief_wait(host: Path) -> None:
