@@ -95,7 +95,7 @@ def choose_waiting(threads: int, root: Path = ROOT, *, sleeps: bool = False) -> 
     """How ``threads`` threads should wait on this machine, as it is now.
 
     ``sleeps``: an engine that does not spin falls asleep at once, as ONNX Runtime does. Beside neighbours that give way
-    spinning is then 1.04 to 1.28 times as fast; libgomp's brief wait is faster than its spinning even there.
+    spinning is then up to 1.3 times as fast; libgomp's brief wait is faster than its spinning even there.
     """
     asked = _asked()
     if asked is not None:
