@@ -45,7 +45,7 @@ def docstrings(root: Path) -> Iterator[str]:
 def documents(folder: Path) -> Iterator[str]:
     """Texts of all files of documentation below ``folder``."""
     for path in sorted(item for item in folder.rglob("*") if item.suffix in (".rst", ".md", ".txt")):
-        if path.is_file() and not NO_PROSE.search(str(path)):
+        if path.is_file() and not NO_PROSE.search(f"/{path.relative_to(folder)}"):
             yield path.read_text(encoding="utf-8", errors="replace")
 
 

@@ -121,7 +121,7 @@ def main() -> None:
         "ours": Ours(arguments.bundle, deepest + arguments.generated + 8, arguments.threads, spin=arguments.spin),
         "optimum": Optimum(arguments.folder, arguments.threads, arguments.step, binding=arguments.binding),
     }
-    case = {"bundle": "/".join(arguments.bundle.parts[-2:]), "folder": "/".join(arguments.folder.parts[-2:])}
+    case = {"bundle": arguments.bundle.name, "folder": arguments.folder.name}
     case |= {"generated": arguments.generated, "step": arguments.step, "binding": arguments.binding}
     append("onnx_depth", {"machine": machine(), **case, "threads": arguments.threads})
     tokens = [100 + (7 * index) % 1000 for index in range(deepest)]

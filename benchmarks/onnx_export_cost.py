@@ -2,8 +2,7 @@
 
 Time and peak RSS of whole processes, as the operating system accounts them, unverified as the peers' are. Who goes
 first alternates, so that a drifting machine favours nobody. A peer that is missing is named; one that fails costs its
-own row and no other. Modules are compiled ahead on both sides, as an installer does it; in a shell that forbids writing
-byte code, this source tree would be compiled again at every start.
+own row and no other. Our modules are compiled ahead, as an installer does it and did for the peers'.
 
     python -m venv /tmp/genai && /tmp/genai/bin/pip install onnxruntime-genai onnx_ir torch "transformers>=5"
     python benchmarks/onnx_export_cost.py DIRECTORY --genai /tmp/genai/bin/python --runs 5

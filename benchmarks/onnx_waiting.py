@@ -62,7 +62,7 @@ def main() -> None:
         engines[name].forward([Chunk(0, list(range(100, 100 + PROMPT)))])
         decode(engines[name], arguments.generated)
     del os.environ["OMP_WAIT_POLICY"]
-    append("onnx_waiting", {"machine": machine(), "bundle": "/".join(arguments.bundle.parts[-2:])})
+    append("onnx_waiting", {"machine": machine(), "bundle": arguments.bundle.name})
     for case in arguments.neighbours:
         count, priority = case.split(":")
         with ExitStack() as stack:
@@ -74,7 +74,8 @@ def main() -> None:
                 {name: decode(engines[name], arguments.generated) for name in list(engines)[:: 1 if turn % 2 else -1]}
                 for turn in range(arguments.rounds)
             ]
-            counted, chosen = runnable_neighbours(), choose_waiting(arguments.threads, sleeps=True).kind
+            found, chosen = runnable_neighbours(), choose_waiting(arguments.threads, sleeps=True).kind
+            counted = None if found is None else found.count
         append("onnx_waiting", {"neighbours": case, "counted": counted, "chosen": chosen, "rounds": rounds})
         ratios = sorted(turn["spin"] / turn["sleep"] for turn in rounds)
         shown = ", ".join(f"{name} {statistics.median(turn[name] for turn in rounds):.1f}" for name in engines)

@@ -11,15 +11,22 @@ import threading
 import numpy as np
 import numpy.typing as npt
 
+_KEPT_BYTES = 64 * 2**20
+
 
 class ThreadBuffers:
-    """Buffers by name, of each thread its own. What is in one is gone when the thread asks for the same name again."""
+    """Buffers by name, of each thread its own. What is in one is gone when the thread asks for the same name again.
+
+    Larger ones than 64 MiB are not kept: beside what is done with them the kernel's pages cost little.
+    """
 
     def __init__(self) -> None:
         self._held = threading.local()
 
     def bytes(self, name: str, size_bytes: int) -> npt.NDArray[np.uint8]:
         """The first ``size_bytes`` bytes of a buffer that has grown to the most that was asked for."""
+        if size_bytes > _KEPT_BYTES:
+            return np.empty(size_bytes, dtype=np.uint8)
         held: npt.NDArray[np.uint8] | None = getattr(self._held, name, None)
         if held is None or held.nbytes < size_bytes:
             held = np.empty(size_bytes, dtype=np.uint8)

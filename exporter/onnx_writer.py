@@ -1,6 +1,7 @@
 """Writes ``model.onnx`` and its data file from a checkpoint, slab by slab of rows, quantised on the way.
 
-Memory is bounded by the workers, not by the model: each holds one slab (or one matrix that has to be transposed).
+Memory is bounded by the workers, not by the model: each holds one slab, or one matrix that has to be transposed (a
+fused one with all of its parts) beside what was read of one part.
 Knows nothing of why a matrix has its type.
 """
 

@@ -40,14 +40,24 @@ class Waiting:
     reason: str
 
 
-def runnable_neighbours(root: Path = ROOT, *, lesser: bool = True) -> float | None:
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """Threads of others that want to run, and how many more do that give way to this process's."""
+
+    count: float
+    giving_way: float = 0
+
+
+def runnable_neighbours(root: Path = ROOT, *, lesser: bool = True) -> Neighbours | None:
     """Threads of others that want to run right now, in the median of some looks over 40 ms: what runs for a moment is
     no neighbour. None where the kernel does not tell.
 
     The process that started this one is none either: a server that starts its engine is busy starting itself. Without
-    ``lesser`` neither are threads that give way to this process's, having a much lower priority.
+    ``lesser`` neither are threads that give way to this process's, having a much lower priority; to find them once
+    takes 20 us for each thread of the machine.
     """
-    counts, group = [], _group(root, "self")
+    counts, ignored = [], []
+    givers: list[Path] | None = None
     for look in range(_LOOKS):
         if look:
             time.sleep(_LOOK_EVERY_S)
@@ -55,10 +65,14 @@ def runnable_neighbours(root: Path = ROOT, *, lesser: bool = True) -> float | No
         if match is None:
             return None
         found = int(match.group(1)) - 1 - _running_threads(root, os.getppid())  # 1: the reader itself
+        giving_way = 0
         if found > 0 and not lesser:
-            found -= _giving_way(root, group)
-        counts.append(max(found, 0))
-    return statistics.median(counts)
+            # Who they are is looked up once: what comes later counts as a neighbour, which is the safe side.
+            givers = _givers(root) if givers is None else givers
+            giving_way = sum(_fields(stat)[:1] == ["R"] for stat in givers)
+        counts.append(max(found - giving_way, 0))
+        ignored.append(giving_way)
+    return Neighbours(statistics.median(counts), statistics.median(ignored))
 
 
 def _running_threads(root: Path, process: int) -> int:
@@ -67,22 +81,26 @@ def _running_threads(root: Path, process: int) -> int:
     return sum(state[:1] == ["R"] for state in states)
 
 
-def _giving_way(root: Path, group: tuple[str, str]) -> int:
-    """Threads that want to run and are pushed aside when this process does: of a much lower priority, and in the same
-    groups, since between groups (of sessions or containers) the priorities of threads count for nothing."""
-    own = text_of(root / "proc/self/stat").rpartition(")")[2].split()
+def _fields(stat: Path) -> list[str]:
+    """What a thread's ``stat`` says behind its name, empty when it is gone."""
+    return text_of(stat).rpartition(")")[2].split()
+
+
+def _givers(root: Path) -> list[Path]:
+    """``stat`` of threads that are pushed aside when this process wants to run: of a much lower priority, and in the
+    same groups, since between groups (of sessions or containers) the priorities of threads count for nothing."""
+    own = _fields(root / "proc/self/stat")
     if len(own) <= _POLICY_NUMBER or own[_POLICY_NUMBER] == _IDLE_POLICY:
-        return 0
-    count, parent = 0, str(os.getppid())
+        return []
+    found, group, parent = [], _group(root, "self"), str(os.getppid())
     for task in root.glob("proc/[0-9]*/task/*"):
-        fields = text_of(task / "stat").rpartition(")")[2].split()
-        if len(fields) <= _POLICY_NUMBER or fields[0] != "R":
+        fields, process = _fields(task / "stat"), task.parents[1].name
+        if len(fields) <= _POLICY_NUMBER or process == parent:
             continue
         idle = fields[_POLICY_NUMBER] == _IDLE_POLICY
-        process = task.parents[1].name
-        if process != parent and (idle or int(fields[_NICE]) >= int(own[_NICE]) + _GIVES_WAY):
-            count += _group(root, process) == group
-    return count
+        if (idle or int(fields[_NICE]) >= int(own[_NICE]) + _GIVES_WAY) and _group(root, process) == group:
+            found.append(task / "stat")
+    return found
 
 
 def _group(root: Path, process: str) -> tuple[str, str]:
@@ -95,7 +113,8 @@ def choose_waiting(threads: int, root: Path = ROOT, *, sleeps: bool = False) -> 
     """How ``threads`` threads should wait on this machine, as it is now.
 
     ``sleeps``: an engine that does not spin falls asleep at once, as ONNX Runtime does. Beside neighbours that give way
-    spinning is then up to 1.3 times as fast; libgomp's brief wait is faster than its spinning even there.
+    spinning is then up to 1.3 times as fast with small weights, and level with large ones (0.89 to 1.10); libgomp's
+    brief wait is faster than its spinning even there.
     """
     asked = _asked()
     if asked is not None:
@@ -111,8 +130,11 @@ def choose_waiting(threads: int, root: Path = ROOT, *, sleeps: bool = False) -> 
     if neighbours is None:
         return Waiting("spin", "nobody tells what else wants to run")
     cpus = os.cpu_count() or 1
-    if neighbours > cpus - threads + _LEEWAY:
-        return Waiting("brief", f"{neighbours:g} threads of others want to run on {cpus} CPUs beside {threads} threads")
+    if neighbours.count > cpus - threads + _LEEWAY:
+        told = f"{neighbours.count:g} threads of others want to run on {cpus} CPUs beside {threads} threads"
+        return Waiting("brief", told)
+    if neighbours.giving_way > cpus - threads + _LEEWAY:
+        return Waiting("spin", f"{neighbours.giving_way:g} threads of others that want to run give way")
     return Waiting("spin", "every thread has an idle core")
 
 

@@ -28,6 +28,8 @@ _BLOCK_ROWS = 512
 # A bundle's numbers may lie farther from the weights than the nearest steps do, to make up for others' errors; the
 # squared distance of another model's, or of one trained on, is a hundred times that.
 _FARTHEST = 4.0
+# An estimate: what a block may be narrower and wider than the bundle has it, so that one gone astray stays a number.
+_NARROWEST, _WIDEST = 0.25, 4.0
 
 
 @dataclass(frozen=True)
@@ -200,26 +202,33 @@ class OnGrid:
         gradient, scaled = self._of_blocks(gradient), self._of_blocks(values)
         if self._offsets is not None:
             moved = self._moved(self._offsets)
-            self.factors[1].grad = (gradient * moved).sum(dim=-1, keepdim=True) / self.factors[1].data
+            self._set_gradient(1, gradient * moved)
             scaled = scaled - moved
-        self.factors[0].grad = (gradient * scaled).sum(dim=-1, keepdim=True) / self.factors[0].data
+        self._set_gradient(0, gradient * scaled)
+
+    def _set_gradient(self, index: int, products: Any) -> None:
+        import torch
+
+        growth, total = self._growth()[index], products.sum(dim=-1, keepdim=True)
+        self.factors[index].grad = torch.where(growth > 0, total / growth, 0.0)  # 0: too small for half precision
 
     def stored(self, parameter: Any) -> Grid:
         """The parameter's values as the type stores them."""
         values = np.ascontiguousarray(parameter.detach().float().cpu().numpy())
-        pairs = zip(self._halves, self.factors, strict=True)
-        return self._grid.holding(values).with_halves([(half * item.data).cpu().numpy() for half, item in pairs])
+        pairs = zip(self._halves, self._growth(), strict=True)
+        return self._grid.holding(values).with_halves([(half * growth).cpu().numpy() for half, growth in pairs])
 
     def _of_blocks(self, values: Any) -> Any:
         """(rows, blocks, numbers of a block)"""
         return values.reshape(*self._halves[0].shape[:2], -1)
 
     def _growth(self) -> list[Any]:
-        """The factors as half precision leaves them."""
+        """The factors within their bounds, as half precision leaves them."""
         import torch
 
         pairs = zip(self._halves, self.factors, strict=True)
-        return [torch.where(half == 0, 1.0, (half * item.data).half().float() / half) for half, item in pairs]
+        bounded = ((half, half * item.data.clamp(_NARROWEST, _WIDEST)) for half, item in pairs)
+        return [torch.where(half == 0, 1.0, grown.half().float() / half) for half, grown in bounded]
 
     def _moved(self, offsets: Any) -> Any:
         """The bundle's ``offsets`` of runs as they are now, of each number (rows, blocks, numbers of a block)."""

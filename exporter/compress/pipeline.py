@@ -61,6 +61,7 @@ _SETTINGS = (
     "batch", "learning_rate", "temperature", "hidden_weight", "attention_weight", "own_share",
     "own_tokens", "finish_tokens", "seed", "length",
 )  # fmt: skip
+_WITH_ZERO = ("Q4_0", "Q5_0", "Q8_0", "Q6_K", "Q3_K", "F16", "BF16", "F32")
 _TOOLS = ("edgelm", "torch", "transformers", "numpy")
 
 
@@ -247,13 +248,26 @@ def _check(options: CompressOptions) -> None:
                 hint="choose one of these",
             )
     if options.finish is not None:
-        _finish_export(options, "")
+        _check_zeros(options, _finish_export(options, ""))
     matched = options.hidden_weight > 0 or options.attention_weight > 0
     if matched and options.teacher is not None:
         raise UsageError(
             "--hidden-weight and --attention-weight compare layers with those of SOURCE that they were; "
             "another --teacher has none of them",
             hint="leave out the weights, or the teacher",
+        )
+
+
+def _check_zeros(options: CompressOptions, export: ExportOptions) -> None:
+    """Raises ``UsageError`` when zeros would not be zeros any more on the grids of a bundle."""
+    if options.sparsity is None or export.types is None:
+        return
+    layers = ((name, kind) for name, kind in export.types if name.startswith("blk."))
+    name, kind = next(((name, kind) for name, kind in layers if kind not in _WITH_ZERO), ("", ""))
+    if name:
+        raise UsageError(
+            f"--sparsity with --finish {options.finish}: {name} is {kind} there, whose steps have no zero",
+            hint=f"finish for a bundle of {', '.join(_WITH_ZERO)}, or leave out one of the two",
         )
 
 

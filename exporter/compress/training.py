@@ -240,6 +240,8 @@ class Trainer:
         """Refuse before the first step what would be killed during it. Raises ``DoesNotFitError``."""
         options, length = self._options, int(self._corpus.windows.shape[1])
         fixed, each = self._bytes(length)
+        factors = self._quantizer.factors().values() if self._quantizer else ()
+        fixed += _FLOAT32_BYTES * _PER_WEIGHT * sum(item.numel() for item in factors)
         available = available_memory()
         fitting = int((int(available.value) - fixed) // each)
         if fitting >= options.micro_batch:

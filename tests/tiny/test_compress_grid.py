@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_models import make_tiny_llama
 
-from edgelm.errors import CheckpointError
+from edgelm.errors import CheckpointError, UsageError
 from edgelm.progress import SILENT
 from exporter import ggml, hub, rounding
 from exporter.block_layouts import LAYOUTS
@@ -98,6 +98,23 @@ def test_gradients_of_a_blocks_steps(kind: str) -> None:
         factor.data[3, 1] -= 0.25
         lower = (on_grid(parameter.data) * slope).sum(dtype=torch.float64)
         assert float(factor.grad[3, 1]) == pytest.approx(float(higher - lower) / 0.25, rel=0.01, abs=0.02)
+
+
+def test_a_block_that_goes_astray_stays_a_number() -> None:
+    import torch
+
+    rows, grid = _compensated("Q4_1")
+    parameter = torch.nn.Parameter(torch.from_numpy(rows.copy()))
+    on_grid = OnGrid(grid, parameter)
+    begun = on_grid(parameter.data)
+    for factor in on_grid.factors:
+        factor.data[0, :] = 0
+        factor.data[1, :] = 1e9
+    on_grid.learn(on_grid(parameter.data), torch.ones_like(parameter.data))
+    assert all(bool(torch.isfinite(factor.grad).all()) for factor in on_grid.factors)
+    values = on_grid.stored(parameter).values()
+    np.testing.assert_allclose(values[0], begun[0] / 4, rtol=2e-3, atol=1e-3)
+    np.testing.assert_allclose(values[1], begun[1] * 4, rtol=2e-3, atol=1e-3)
 
 
 def test_a_killed_finish_goes_on_with_the_same_numbers(tmp_path: Path) -> None:
@@ -216,6 +233,23 @@ def test_finishing_goes_on_from_a_bundle_and_is_stored_as_trained(student: Path,
     assert last.tensors["blk.0.attn_k.weight"].type == "Q3_K"
     assert np.array_equal(last.load("blk.0.attn_k.weight"), first.load("blk.0.attn_k.weight"))
     assert [item.type for item in first.tensors.values()] == [item.type for item in last.tensors.values()]
+
+
+def test_zeros_that_would_not_stay_zero_are_refused(student: Path, tmp_path: Path) -> None:
+    bundle = _bundle(student, tmp_path / "bundle")  # ffn_down is Q5_K there
+    with pytest.raises(UsageError, match=r"ffn_down\.weight is Q5_K there, whose steps have no zero") as raised:
+        compress(_options(student, bundle, sparsity="0.5"), tmp_path / "finished")
+    assert "Q4_0" in (raised.value.hint or "")
+    assert not (tmp_path / "finished").exists()
+
+
+@pytest.mark.usefixtures("short_comparisons")
+def test_zeros_stay_zero_on_a_grid_that_has_one(student: Path, tmp_path: Path) -> None:
+    plain = export(ExportOptions(source=str(student), verify=False, quant="Q4_0"), tmp_path / "bundle").path
+    record = compress(_options(student, plain, sparsity="0.5"), tmp_path / "finished").record
+    weights = open_checkpoint(open_source(str(tmp_path / "finished"))).load("model.layers.0.mlp.up_proj.weight")
+    assert record.zeros == pytest.approx(0.5)
+    assert (weights == 0).mean() >= 0.5
 
 
 @pytest.mark.usefixtures("short_comparisons")
