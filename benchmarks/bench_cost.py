@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +29,7 @@ from targets.significance import median_interval
 
 NAME = "bench_cost"
 PROMPT, GENERATED = 512, 128
+Chooser = Literal["nobody", "numpy", "graph"]
 
 
 class Bare:
@@ -40,8 +43,9 @@ class Bare:
         self._batch = Batch(self._library, self._capacity, 1)
         self._tokens = np.random.default_rng(1).integers(0, engine.info.vocabulary, 8192).tolist()
 
-    def tps(self, kind: Literal["prefill", "decode"], count: int, depth: int) -> float:
-        """Tokens per second of one repetition."""
+    def tps(self, kind: Literal["prefill", "decode"], count: int, depth: int, chosen_by: Chooser = "nobody") -> float:
+        """Tokens per second of one repetition. Decoding goes on with fixed tokens, or with the likeliest ones, which
+        numpy finds in the logits, or llama.cpp in its graph (``sampler`` has to be set then)."""
         self._engine.truncate(0)
         self._fill(0, depth)
         started = time.perf_counter()
@@ -50,9 +54,27 @@ class Bare:
         else:
             for position in range(depth, depth + count):
                 self._fill(position, position + 1)
+                if chosen_by == "numpy":
+                    self._tokens[position + 1] = int(self._engine._view(1)[0].argmax())
+                elif chosen_by == "graph":
+                    self._tokens[position + 1] = self._library.llama_get_sampled_token_ith(self._context, -1)
         seconds = time.perf_counter() - started
         self._library.llama_memory_seq_rm(self._memory, 0, -1, -1)
         return count / seconds
+
+    @contextmanager
+    def sampler(self) -> Iterator[None]:
+        """Let llama.cpp's graph end with the likeliest token instead of logits."""
+        library = self._library
+        chain = library.llama_sampler_chain_init(library.llama_sampler_chain_default_params())
+        library.llama_sampler_chain_add(chain, library.llama_sampler_init_greedy())
+        if not library.llama_set_sampler(self._context, 0, chain):
+            raise SystemExit("llama.cpp does not choose tokens where this model's head is")
+        try:
+            yield
+        finally:
+            library.llama_set_sampler(self._context, 0, None)
+            library.llama_sampler_free(chain)
 
     def _fill(self, start: int, stop: int) -> None:
         for first in range(start, stop, self._capacity):

@@ -2,13 +2,18 @@
 
     python benchmarks/gpu_offload.py a.gguf b.gguf [--parts memory,logits,speed] [--llama-bench PATH] [--profile ID]
     python benchmarks/gpu_offload.py q4_0.gguf --parts proof --reference SOURCE
+    python benchmarks/gpu_offload.py q4_0.gguf --parts order --host-repack 0,1 --llama-bench PATH
     python benchmarks/gpu_offload.py 7b.gguf --parts memory,speed --shares 0.5,1 --generated-tokens 64 --seconds 120
 
 ``memory``: contexts of 512, 2048 and 8192, a quarter of the layers to all of them: what was planned, what llama.cpp
 announced, what the device and NVIDIA's driver count. ``logits``: mean KL in nats over the default evaluation text, GPU
 against CPU of the same file. ``speed``: prefill of 512 and decode of 128 tokens, no layer to all of them there, with
 llama-bench's figures for the same number beside them, and with ``--profile ID`` (the GPU's, the machine's own is
-detected or ``--host``) what was predicted. ``proof`` is made when it is named: the files are artefacts of
+detected or ``--host``) what was predicted. ``order`` is the same in llama-bench's own order, all prompts in a row after one that is not counted, then
+tokens likewise, by our engine (``ours``), by calls of llama.cpp alone (``bare``), by those that choose each token
+(``numpy``, ``graph``: by llama.cpp's sampler on the GPU), and by our engine with prompts and tokens in turn, as bench
+has it (``turns``); each with the CPU's weights as the file has them and rearranged for its kernels (``--host-repack``,
+llama-bench's ``--no-host``). ``proof`` is made when it is named: the files are artefacts of
 ``--reference``, and each is measured against it on the CPU and with all layers on the GPU; does each mean KL lie in the
 other's interval? ``logits`` and ``proof`` compute on the CPU, too: not for models of several GB. Without a GPU it says
 so and ends. A software renderer counts as one: it proves numbers and sizes, and its speeds say nothing. Raw rows are
@@ -21,11 +26,12 @@ import argparse
 import json
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_cost import PROMPT, Bare, measured
 from measure import append, machine
 
 from edgelm.errors import EdgelmError, UsageError
@@ -39,7 +45,9 @@ from runtime.gguf_header import read_gguf_header, workload_from_gguf
 from runtime.gpu_memory import vram_record
 from runtime.model import open_model
 from runtime.offload import layered_model
+from runtime.points import Point, Runner, Until
 from runtime.probe import kl_divergence
+from runtime.sensors import Sampler, Sensors
 from targets.predict import RunSettings
 from targets.profile import load_profile
 from targets.split import predict_split
@@ -173,10 +181,61 @@ def speed(path: Path, work: Work) -> None:
         note(part="speed", file=path.name, layers=layers, **row)
 
 
-def peer_speed(path: Path, layers: int, arguments: argparse.Namespace) -> dict[str, float]:
+def order(path: Path, work: Work) -> None:
+    """Tokens per second of every share in the order of llama-bench, for each place of the CPU's weights."""
+    arguments = work.arguments
+    most = layers_of(path)
+    for layers in work.shares(path):
+        for repacked in (bool(int(item)) for item in arguments.host_repack.split(",")):
+            if work.is_over("order", path):
+                return
+            if repacked and layers in (0, most):
+                continue  # nothing lies beside the GPU's share
+            row = ordered_speed(path, layers, repacked, work)
+            if arguments.llama_bench is not None:
+                row |= peer_speed(path, layers, arguments, "--no-host", str(int(repacked)))
+            note(part="order", file=path.name, layers=layers, host_repack=repacked, **row)
+
+
+def ordered_speed(path: Path, layers: int, repacked: bool, work: Work) -> dict[str, float]:
+    """Medians of each side; the sides take turns, each with all its repetitions behind one that is not counted."""
+    arguments = work.arguments
+    gpu = work.device.name if layers else ""
+    model = open_model(path, EngineOptions(context=BENCH_TOKENS, gpu_layers=layers, gpu=gpu, host_repack=repacked))
+    runner, bare = Runner(model.engine, model.tokenizer, Sampler(Sensors())), Bare(model.engine)
+    points = Point("prefill", PROMPT), Point("decode", arguments.generated_tokens)
+    samples: dict[str, list[float]] = {}
+
+    def repeat(side: str, once: Callable[[Point], float], which: Sequence[Point] = points) -> None:
+        for point in which:
+            found = [once(point) for _ in range(arguments.repetitions + 1)][1:]
+            samples.setdefault(f"{side}_{point.kind}_tps", []).extend(found)
+
+    sides = arguments.sides.split(",")
+    for _ in range(arguments.blocks):
+        if "ours" in sides:
+            repeat("ours", lambda point: measured(runner, bare, point, ours=True))
+        if "bare" in sides:
+            repeat("bare", lambda point: measured(runner, bare, point, ours=False))
+        if "numpy" in sides:
+            repeat("numpy", lambda point: bare.tps(point.kind, point.tokens, 0, "numpy"), points[1:])
+        if "graph" in sides:
+            with bare.sampler():
+                repeat("graph", lambda point: bare.tps(point.kind, point.tokens, 0, "graph"), points[1:])
+    if "turns" in sides:
+        for item in runner.run(points, Until(arguments.repetitions))[0]:
+            samples[f"turns_{item.point.kind}_tps"] = item.tps
+    row = {name: round(float(np.median(values)), 2) for name, values in samples.items()}
+    row["load_s"] = round(model.engine.info.load_s, 3)
+    row["weights_copied_bytes"] = model.engine.info.buffers.get("weights_copied", 0)
+    model.close()
+    return row
+
+
+def peer_speed(path: Path, layers: int, arguments: argparse.Namespace, *more: str) -> dict[str, float]:
     """llama-bench's medians for the same file and number of layers, with flash attention as here."""
     command = [str(arguments.llama_bench), "-m", str(path), "-ngl", str(layers), "-fa", "1", "-o", "json", "-p", "512"]
-    command += ["-n", str(arguments.generated_tokens), "-r", str(arguments.repetitions)]
+    command += ["-n", str(arguments.generated_tokens), "-r", str(arguments.repetitions), *more]
     told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     found = {"prefill" if item["n_prompt"] else "decode": float(np.median(item["samples_ts"])) for item in told}
     return {f"llama_bench_{kind}_tps": value for kind, value in found.items()}
@@ -230,12 +289,15 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--max-time", type=float, default=5.0, help="seconds after which no repetition begins")
     parser.add_argument("--reference", metavar="SOURCE", help="what the files were exported from, for the part proof")
+    parser.add_argument("--sides", default="ours,bare,numpy,graph,turns", help="of the part order")
+    parser.add_argument("--blocks", type=int, default=2, help="of repetitions of each side in the part order")
+    parser.add_argument("--host-repack", default="0", help="0, 1 or 0,1: the CPU's weights in the part order")
     parser.add_argument("--llama-bench", type=Path)
     parser.add_argument("--profile")
     parser.add_argument("--host", default="host")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing more after so long")
     arguments = parser.parse_args()
-    known = {"memory": memory, "logits": logits, "speed": speed, "proof": proof}
+    known = {"memory": memory, "logits": logits, "speed": speed, "proof": proof, "order": order}
     parts = arguments.parts.split(",")
     if not set(parts) <= set(known):
         raise SystemExit(f"there is no part {', '.join(sorted(set(parts) - set(known)))}; there are {', '.join(known)}")

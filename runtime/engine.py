@@ -34,7 +34,8 @@ class EngineOptions:
     for a row of logits each. ``lookup`` and ``draft`` (the path of a model, "" for none) ask ``runtime.model`` for
     speculative decoding; engines themselves know nothing of it. ``providers`` are ONNX Runtime's, best first: none is
     the CPU. ``gpu_layers`` are what llama.cpp puts on a GPU, ``targets.vram.AUTO_LAYERS`` means as many as fit; ``gpu``
-    names which, "" for the one with the most free memory. ``flash_attention`` is llama.cpp's: ``auto`` leaves it to
+    names which, "" for the one with the most free memory. ``host_repack`` has the weights that stay with the CPU beside
+    a GPU rearranged for the CPU's kernels, None leaves it to ``runtime.offload``. ``flash_attention`` is llama.cpp's: ``auto`` leaves it to
     ``runtime.attention``, which goes by what was measured to be faster on this CPU (``faster_attention``, None: nobody
     did). Proofs fix it, so that their figures do not hang on the machine.
     """
@@ -53,6 +54,7 @@ class EngineOptions:
     providers: tuple[str, ...] = ()
     gpu_layers: int = 0
     gpu: str = ""
+    host_repack: bool | None = None
     flash_attention: FlashAttention = "auto"
     faster_attention: Literal["on", "off"] | None = None
 

@@ -21,6 +21,10 @@ _LOOKUP = "token_embd.weight"
 # a distilled one, Q4_0, Q6_K, Q8_0; none more at Q4_K_M). Why, was not found. What is not used costs no memory.
 _LEAST_OUTPUTS = 16
 
+# Beside a GPU llama.cpp leaves the CPU's weights as the file has them: long prompts of those layers are copied to the GPU
+# batch by batch and multiplied there. Rearranged for the CPU they cannot be copied, and both are the CPU's work.
+_HOST_REPACK = False
+
 
 def layered_model(header: GGUFHeader, name: str) -> LayeredModel:
     """The model in a GGUF file as a GPU takes it. Raises ``BundleError`` when the header's counts are absurd."""
@@ -69,6 +73,14 @@ def room_of(options: EngineOptions) -> Room:
     rows = options.batch if options.all_logits else min(options.logits_rows * options.sequences, options.batch)
     outputs = max(rows, options.sequences, min(_LEAST_OUTPUTS, options.batch))
     return Room(options.context, options.sequences, options.kv_type, options.batch, outputs)
+
+
+def repacks_host(options: EngineOptions, offload: OffloadPlan | None) -> bool:
+    """Whether weights that stay with the CPU beside a GPU are rearranged for its kernels. Without a GPU they always
+    are, which nobody has to ask for."""
+    if offload is None or offload.device is None:
+        return False
+    return _HOST_REPACK if options.host_repack is None else options.host_repack
 
 
 def offload_of(library: Any, header: GGUFHeader, options: EngineOptions, name: str) -> OffloadPlan:

@@ -31,7 +31,7 @@ from runtime.engines.llamacpp_vocabulary import LlamaVocabulary
 from runtime.gguf_header import has_single_blocks, read_gguf_header, workload_from_gguf
 from runtime.huge_pages import collapse_resident, from_first_use
 from runtime.libllama import import_declarations, kernel_set, load_kernels
-from runtime.offload import offload_of, room_of
+from runtime.offload import offload_of, repacks_host, room_of
 from runtime.tiles import apart, has_tiles
 from runtime.waiting import decided, let_helpers_go, prepare_openmp
 from targets.host import default_threads
@@ -167,6 +167,7 @@ def load_weights(
     device, layers = (offload.device, offload.gpu_layers) if offload is not None else (None, 0)
     _listed = place_layers(library, parameters, device, layers)
     parameters.use_extra_bufts = repack
+    parameters.no_host = repack and repacks_host(options, offload)
     parameters.load_mode = library.LLAMA_LOAD_MODE_MMAP if options.mmap else library.LLAMA_LOAD_MODE_NONE
     model = library.llama_model_load_from_file(os.fsencode(path), parameters)
     let_helpers_go()
