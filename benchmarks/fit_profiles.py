@@ -1,6 +1,6 @@
 """Fit the constants of ``targets/calibration.toml`` to published measurements, and say how well they hold.
 
-    python benchmarks/fit_profiles.py MEASUREMENTS.csv [-o targets/calibration.toml]
+    python benchmarks/fit_profiles.py MEASUREMENTS.csv [--own benchmarks/results/gpu_offload.jsonl] [-o FILE]
 
 The model is ``targets.predict`` itself. All constants are positive and fitted as logarithms around the starting values
 below: normal priors keep what no row tells, Student-t weights keep single wrong reports from pulling. A device has a
@@ -12,6 +12,7 @@ from the left-out errors. Deterministic: the same CSV gives the same file.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterable
@@ -19,9 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from random_gguf import Shape, workload_of
 
+from exporter.mixes import mix_named
 from targets.calibration import PATH, DeviceScale, Family, Spread, Unseen, parse_calibration
-from targets.predict import decode_seconds, prefill_seconds
+from targets.predict import RunSettings, decode_seconds, prefill_seconds
 from targets.profile import TargetProfile
 from targets.validate import Row, read_rows, row_profile
 
@@ -34,6 +37,8 @@ PRIORS = {
     "per_core_gbs": 0.3,
     "parallel_loss": 0.5,
     "layer_us": 0.6,
+    "token_us": 0.6,
+    "weight_flops": 0.6,
     "old_layer_us": 0.5,
     "old_prefill": 0.3,
     "hidden_half": 0.5,
@@ -102,6 +107,7 @@ CPU_START = {
 GPU_START = {
     "cuda": (1.0, 1.0, 25.0, 60.0, 1500.0),
     "cuda-hbm": (0.7, 0.6, 25.0, 60.0, 1500.0),
+    "cuda-hopper": (0.5, 0.8, 25.0, 60.0, 1500.0),
     "cuda-pascal": (2.0, 0.9, 90.0, 120.0, 800.0),
     "cuda-orin": (0.8, 0.8, 60.0, 100.0, 800.0),
     "rocm": (0.7, 0.6, 50.0, 80.0, 1000.0),
@@ -109,6 +115,21 @@ GPU_START = {
     "vulkan": (0.5, 0.7, 40.0, 80.0, 1000.0),
     "vulkan-arc": (0.4, 0.4, 60.0, 100.0, 1000.0),
 }
+# What a token costs beside its layers, and a quantised weight at least, in operations of the rated arithmetic: only
+# small models tell the first, only bandwidth in plenty the second, which rows of other families are not.
+GPU_TOKEN_US = {"cuda-hopper": 140.0}
+GPU_WEIGHT_FLOPS = {"cuda-hopper": 380.0}
+# Rows of our own: shapes of benchmarks/random_gguf.py by the beginning of the file's name, devices by the driver's.
+OWN_SHAPES = {
+    "75m": Shape(15, 576, 1280, 9, 3, tied=True),
+    "135m": Shape(30, 576, 1536, 9, 3, tied=True),
+    "smol": Shape(30, 576, 1536, 9, 3, tied=True),
+    "7b": Shape(),
+}
+OWN_DEVICES = {"NVIDIA H200": "h200-sxm-141gb"}
+OWN_VOCABULARY = 49152
+# Prompts of narrower models are launched rather than computed: a layer costs what its kernels take to start.
+LEAST_PROMPT_HIDDEN = 1024
 
 Key = tuple[str, str, str, str]
 
@@ -156,6 +177,8 @@ def starting_families() -> dict[str, Family]:
             bandwidth_share=share,
             layer_us=layer_us,
             old_layer_us=old_layer_us,
+            token_us=GPU_TOKEN_US.get(name, 0.0),
+            weight_flops=GPU_WEIGHT_FLOPS.get(name, 0.0),
             old_prefill=0.7,
             hidden_half=half,
             prefill={kind: value * prefill for kind, value in GPU_PREFILL.items()},
@@ -175,6 +198,33 @@ def observations(rows: Iterable[Row]) -> list[Observation]:
             if measured is not None:
                 found.append(Observation(row, profile, what, math.log(measured)))
     return found
+
+
+def own_rows(path: Path) -> list[Row]:
+    """llama-bench's figures for models that were on a GPU as a whole, of ``benchmarks/gpu_offload.py``."""
+    rows, device = [], ""
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        told = json.loads(text)
+        device = OWN_DEVICES.get(told.get("device", ""), "") if "machine" in told else device
+        name, _, quant = told.get("file", "").removesuffix(".gguf").partition("-")
+        shape = OWN_SHAPES.get(name)
+        if not device or shape is None or "llama_bench_decode_tps" not in told or told["layers"] <= shape.layers:
+            continue
+        rows.append(
+            Row(
+                line=number,
+                device_id=device,
+                backend="cuda",
+                model=name,
+                quant=quant,
+                workload=workload_of(shape, OWN_VOCABULARY, mix_named(quant)),
+                settings=RunSettings(context=4096, depth=64),
+                prefill_tps=told["llama_bench_prefill_tps"] if shape.hidden >= LEAST_PROMPT_HIDDEN else None,
+                decode_tps=told["llama_bench_decode_tps"],
+                source=path.name,
+            )
+        )
+    return rows
 
 
 class Fit:
@@ -200,6 +250,8 @@ class Fit:
                 "parallel_loss",
                 "layer_us",
                 "old_layer_us",
+                "token_us",
+                "weight_flops",
                 "hidden_half",
             ):
                 if used and getattr(family, field) > 0:
@@ -212,7 +264,7 @@ class Fit:
 
     def _touched(self, key: Key) -> list[int]:
         scope, name, field, _ = key
-        decode_only = field in ("decode", "layer_us", "old_layer_us", "per_core_gbs")
+        decode_only = field in ("decode", "layer_us", "old_layer_us", "token_us", "weight_flops", "per_core_gbs")
         prefill_only = field in ("prefill", "parallel_loss", "old_prefill", "hidden_half")
         return [
             index
@@ -375,9 +427,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("measurements", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=PATH)
+    parser.add_argument("--own", type=Path, help="rows of gpu_offload.py: llama-bench's figures of whole models")
     parser.add_argument("--quick", action="store_true", help="skip the left-out errors; the bands are then in-sample")
     arguments = parser.parse_args()
     rows, unreadable = read_rows(arguments.measurements)
+    if arguments.own is not None:
+        rows += own_rows(arguments.own)
     fit = Fit(observations(rows))
     everything = set(range(len(fit.data)))
     values = fit.solve(fit.values, everything, ITERATIONS)
@@ -385,8 +440,12 @@ def main() -> None:
     if not arguments.quick:
         ways["rows left out"] = left_out_errors(fit, values, lambda index: index % FOLDS)
         ways["device left out"] = left_out_errors(fit, values, lambda index: fit.data[index].profile.devices)
+    # Our own device is alone in its family: left out, it would be judged by priors that were chosen for it.
+    own = {index for index, item in enumerate(fit.data) if item.profile.id in OWN_DEVICES.values()}
+    ways = {way: {i: error for i, error in errors.items() if i not in own} for way, errors in ways.items()}
     notes = [
-        f"# {len(rows)} rows read, {len(unreadable)} unreadable, {len(fit.data)} figures of devices with a profile."
+        f"# {len(rows)} rows read, {len(unreadable)} unreadable, {len(fit.data)} figures of devices with a profile,",
+        f"# {len(own)} of them our own, which are not among the errors below.",
     ]
     factors: dict[str, float] = {}
     holdout: dict[str, Unseen] = {}

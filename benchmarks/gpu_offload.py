@@ -9,11 +9,11 @@
 announced, what the device and NVIDIA's driver count. ``logits``: mean KL in nats over the default evaluation text, GPU
 against CPU of the same file. ``speed``: prefill of 512 and decode of 128 tokens, no layer to all of them there, with
 llama-bench's figures for the same number beside them, and with ``--profile ID`` (the GPU's, the machine's own is
-detected or ``--host``) what was predicted. ``order`` is the same in llama-bench's own order, all prompts in a row after one that is not counted, then
-tokens likewise, by our engine (``ours``), by calls of llama.cpp alone (``bare``), by those that choose each token
-(``numpy``, ``graph``: by llama.cpp's sampler on the GPU), and by our engine with prompts and tokens in turn, as bench
-has it (``turns``); each with the CPU's weights as the file has them and rearranged for its kernels (``--host-repack``,
-llama-bench's ``--no-host``). ``proof`` is made when it is named: the files are artefacts of
+detected or ``--host``) what was predicted. ``order`` is the same in llama-bench's own order, all prompts in a row after
+one that is not counted, then tokens likewise, by our engine (``ours``), by calls of llama.cpp alone (``bare``), by
+those that choose each token (``numpy``, ``graph``: by llama.cpp's sampler on the GPU), and by our engine with prompts
+and tokens in turn, as bench has it (``turns``); each with the CPU's weights as the file has them and rearranged for its
+kernels (``--host-repack``, llama-bench's ``--no-host``). ``proof`` is made when it is named: the files are artefacts of
 ``--reference``, and each is measured against it on the CPU and with all layers on the GPU; does each mean KL lie in the
 other's interval? ``logits`` and ``proof`` compute on the CPU, too: not for models of several GB. Without a GPU it says
 so and ends. A software renderer counts as one: it proves numbers and sizes, and its speeds say nothing. Raw rows are

@@ -28,6 +28,7 @@ from exporter.gguf import check_room, write_errors, write_head
 from exporter.gguf_header import padded
 from exporter.mixes import Mix, WeightShape, mix_named, tensor_types
 from runtime.gguf_header import GGUFStrings, read_gguf_header
+from targets.workload import TypedWeights, Workload
 
 ARCHITECTURE = "llama"
 TILE_ROWS = 512
@@ -85,6 +86,32 @@ def planned(shape: Shape, vocabulary: int, mix: Mix) -> list[TensorPlan]:
             )
         )
     return plans
+
+
+def workload_of(shape: Shape, vocabulary: int, mix: Mix) -> Workload:
+    """What a device has to do for such a model, without writing it; ``file_bytes`` lacks the header."""
+    sums: dict[str, list[int]] = {}
+    lookup = None
+    plans = planned(shape, vocabulary, mix)
+    for plan in plans:
+        counts = math.prod(plan.shape), plan.size_bytes, math.prod(plan.shape[:-1])
+        if plan.name == "token_embd.weight" and not shape.tied:
+            lookup = TypedWeights(plan.type, *counts)
+            continue
+        sums[plan.type] = [first + second for first, second in zip(sums.get(plan.type, (0, 0, 0)), counts, strict=True)]
+    return Workload(
+        format="gguf",
+        architecture=ARCHITECTURE,
+        parameters=sum(math.prod(plan.shape) for plan in plans),
+        file_bytes=sum(plan.size_bytes for plan in plans),
+        weights=tuple(TypedWeights(kind, *counts) for kind, counts in sums.items()),
+        lookup=lookup,
+        layers=shape.layers,
+        hidden=shape.hidden,
+        vocabulary=vocabulary,
+        kv_elements_per_token=2 * shape.layers * shape.kv_heads * shape.head_size,
+        heads=shape.heads,
+    )
 
 
 def metadata_of(shape: Shape, mix: Mix, words: Mapping[str, Any], vocabulary: int, name: str) -> dict[str, Any]:

@@ -21,8 +21,8 @@ _LOOKUP = "token_embd.weight"
 # a distilled one, Q4_0, Q6_K, Q8_0; none more at Q4_K_M). Why, was not found. What is not used costs no memory.
 _LEAST_OUTPUTS = 16
 
-# Beside a GPU llama.cpp leaves the CPU's weights as the file has them: long prompts of those layers are copied to the GPU
-# batch by batch and multiplied there. Rearranged for the CPU they cannot be copied, and both are the CPU's work.
+# Beside a GPU llama.cpp leaves the CPU's weights as the file has them, to copy them to the GPU for every batch of a
+# long prompt and multiply there. Rearranged for the CPU's kernels they cannot be copied, and prompts are its work, too.
 _HOST_REPACK = False
 
 

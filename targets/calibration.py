@@ -30,10 +30,11 @@ class Family(Record):
     CPU: ``prefill`` and ``decode`` are core cycles per weight and token, by type; ``per_core_gbs`` what one core draws;
     ``parallel_loss`` a in n / (1 + a (n - 1)), the speed-up of n threads in prefill. GPU: ``prefill`` is the share of
     the rated f16 arithmetic, ``decode`` the share of the rated bandwidth; ``layer_us`` the fixed cost of a layer per
-    token. ``bandwidth_share`` is sustained over theoretical bandwidth. The ``old_*`` values hold for llama.cpp builds
-    before 2025. ``repacked`` lists the types of which llama.cpp makes a second, rearranged copy, ``repacked_growth``
-    how much larger that is than the original, where it is. ``default`` in the maps stands for types that nobody
-    measured.
+    token, ``token_us`` that of the token itself, ``weight_flops`` what a quantised weight costs at least, in operations
+    of the rated f16 arithmetic (0: bandwidth alone decides). ``bandwidth_share`` is sustained over theoretical
+    bandwidth. The ``old_*`` values hold for llama.cpp builds before 2025. ``repacked`` lists the types of which
+    llama.cpp makes a second, rearranged copy, ``repacked_growth`` how much larger that is than the original, where it
+    is. ``default`` in the maps stands for types that nobody measured.
     """
 
     gpu: bool = False
@@ -42,6 +43,8 @@ class Family(Record):
     parallel_loss: float = Field(default=0, ge=0, lt=1)
     layer_us: float = Field(default=0, ge=0)
     old_layer_us: float = Field(default=0, ge=0)
+    token_us: float = Field(default=0, ge=0)
+    weight_flops: float = Field(default=0, ge=0)
     old_prefill: float = Field(default=1, gt=0)
     hidden_half: float = Field(default=0, ge=0)
     repacked: tuple[str, ...] = ()

@@ -260,10 +260,10 @@ def decode_seconds(
     kv_bytes = settings.depth * workload.kv_elements_per_token * kv_element_bytes(workload, settings)
     bandwidth = effective_bandwidth(profile, family, scale)
     attention = 2.0 * workload.layers * workload.hidden * settings.depth  # multiplications
-    fixed_s = workload.layers * (family.old_layer_us if settings.old_engine else family.layer_us) * 1e-6
+    fixed_s = workload.layers * fixed_us(profile, settings, family) * 1e-6
     if family.gpu:
-        streamed_s = sum(item.size_bytes / family.decode_of(item.type) for item in workload.weights) / bandwidth
-        return streamed_s + kv_bytes / bandwidth + fixed_s
+        weights_s = sum(_on_gpu_seconds(item, profile, family, scale, bandwidth, norm) for item in workload.weights)
+        return weights_s + kv_bytes / bandwidth + fixed_s + family.token_us * 1e-6
     threads = settings.threads_decode or int(profile.threads_decode.value)
     cores = _cores(profile, threads)
     clock = _hertz(profile) * scale.compute
@@ -276,13 +276,24 @@ def decode_seconds(
     measured = attention_cycles(profile, flash=settings.flash_attention)[1]
     if known is not None:
         cycles += row_cycles(workload.weights, workload, known.decode_row)
-        fixed_s = workload.layers * layer_us(known, threads) * 1e-6
     if measured is None:
         cycles += attention * family.decode_of("F16")
         return _norm((streamed_bytes / rate, cycles / (clock * cores)), norm) + fixed_s
     # Attention comes after the weights of its layer, not beside them.
     attention_s = max(attention * measured / (clock * cores), kv_bytes / rate)
     return _norm((workload.streamed_bytes / rate, cycles / (clock * cores)), norm) + attention_s + fixed_s
+
+
+def _on_gpu_seconds(
+    item: TypedWeights, profile: TargetProfile, family: Family, scale: DeviceScale, bandwidth: float, norm: float
+) -> float:
+    """Seconds in which a GPU multiplies a type's weights with one vector: read, or unpacked where that takes longer."""
+    streamed_s = item.size_bytes / (family.decode_of(item.type) * bandwidth)
+    if not family.weight_flops or item.type in ("F32", "F16", "BF16"):
+        return streamed_s
+    assert profile.compute is not None
+    unpacked_s = item.parameters * family.weight_flops / (profile.compute.value * scale.compute)
+    return _norm((streamed_s, unpacked_s), norm)
 
 
 def _decode_cycles(
@@ -303,6 +314,13 @@ def _decode_cycles(
         single = measured.decode_single[item.type]
         cycles = single + _part_of_threads(measured, threads) * (cycles - single)
     return cycles
+
+
+def fixed_us(profile: TargetProfile, settings: RunSettings, family: Family) -> float:
+    """The fixed cost of a layer per generated token."""
+    if profile.kernel_cycles is None:
+        return family.old_layer_us if settings.old_engine else family.layer_us
+    return layer_us(profile.kernel_cycles, settings.threads_decode or int(profile.threads_decode.value))
 
 
 def layer_us(measured: KernelCycles, threads: int) -> float:

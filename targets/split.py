@@ -3,7 +3,7 @@
 Layers come one after the other, so their times add up: those on the GPU at its bandwidth, the others at the host's,
 each as ``predict`` has it, and what it costs to go back and forth. The plan of what fits is ``vram``'s, on layers of
 equal size. Not known and left out: prompts, for which the host's layers pass through the GPU over a bus whose speed no
-profile tells. The costs of going back and forth come from one machine, an H200 with 16 cores of a Xeon.
+profile tells. The costs of going back and forth come from one kind of machine, an H200 with 16 cores of a Xeon.
 """
 
 from __future__ import annotations
@@ -14,16 +14,27 @@ from dataclasses import dataclass, replace
 from edgelm.errors import DoesNotFitError, UsageError
 from edgelm.units import format_bytes
 from targets.calibration import Calibration, calibration
-from targets.predict import RunSettings, decode_seconds, device_scale, family_of, head_of, ram_parts, without_head
+from targets.predict import (
+    RunSettings,
+    decode_seconds,
+    device_scale,
+    family_of,
+    fixed_us,
+    head_of,
+    ram_parts,
+    without_head,
+)
 from targets.profile import TargetProfile
 from targets.vram import Device, LayeredModel, OffloadPlan, Room, plan_offload
 from targets.workload import TypedWeights, Workload
 
-# Fitted to 16 rows of benchmarks/results/gpu_offload.jsonl (75M to 7B, 135M in two types, three splits and all there):
-# what a token costs a GPU beside its layers, and by how much a layer's fixed cost on the host grows when its threads
-# have slept while the GPU computed, and its weights lie in memory for the GPU, not rearranged for the CPU.
-_TOKEN_US = 300.0
-_HOST_LAYER_GROWTH = 0.5
+# Fitted to 12 rows of benchmarks/results/gpu_offload.jsonl (75M to 7B, 135M in two types, three splits each, 16
+# threads): what going from the host to the GPU and back costs a token, by how much a layer's fixed cost on the host
+# grows when its threads have slept while the GPU computed, and how much longer weights take that lie as the file has
+# them.
+_CROSSING_US = 100.0
+_HOST_LAYER_GROWTH = 1.25
+_NOT_REARRANGED = 1.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +53,11 @@ def predict_split(
     settings: RunSettings,
     gpu_layers: int,
     constants: Calibration | None = None,
+    *,
+    host_repack: bool = False,
 ) -> SplitPrediction:
-    """Decode speed and memory with ``gpu_layers`` on ``gpu``, counted as in ``vram``.
+    """Decode speed and memory with ``gpu_layers`` on ``gpu``, counted as in ``vram``; ``host_repack`` as an engine's
+    options have it.
 
     Raises ``UsageError`` when the profiles are not a GPU and a CPU or the model is no GGUF, ``DoesNotFitError`` when
     more layers are asked for than fit, or the rest does not fit the host.
@@ -65,7 +79,11 @@ def predict_split(
     # The cache of the host's layers is counted with them; what else the GPU spares it are weights.
     spared_bytes = plan.spared_bytes - plan.parts.kv_bytes if plan.gpu_layers else 0
     kept = replace(on_cpu, file_bytes=workload.file_bytes - spared_bytes)
-    ram_bytes = sum(ram_parts(kept, host, settings, family_of(host, constants)).model_dump().values())
+    ram = ram_parts(kept, host, settings, family_of(host, constants)).model_dump()
+    beside = plan.gpu_layers > 0
+    if beside and not host_repack:
+        ram["repack_bytes"] = 0
+    ram_bytes = sum(ram.values())
     if ram_bytes > host.usable_ram_bytes:
         sizes = f"{format_bytes(ram_bytes)} stay with {host.label}, {format_bytes(host.usable_ram_bytes)} can be used"
         raise DoesNotFitError(f"{sizes}: {host.usable_ram_reason}", hint="use a smaller quantisation or context")
@@ -73,11 +91,17 @@ def predict_split(
     for profile, part in ((gpu, on_gpu), (host, on_cpu)):
         if part.weights:
             family, scale = family_of(profile, constants), device_scale(profile, constants)
-            seconds += decode_seconds(part, profile, settings, family, scale, constants.norm)
-            if on_gpu.weights:
-                growth_us = _HOST_LAYER_GROWTH * part.layers * family.layer_us
-                seconds += 1e-6 * (_TOKEN_US if profile is gpu else growth_us)
+            alone_s = decode_seconds(part, profile, settings, family, scale, constants.norm)
+            fixed_s = part.layers * fixed_us(profile, settings, family) * 1e-6
+            seconds += beside_gpu(alone_s, fixed_s, rearranged=host_repack) if profile is host and beside else alone_s
     return SplitPrediction(1 / seconds, plan, ram_bytes)
+
+
+def beside_gpu(alone_s: float, fixed_s: float, *, rearranged: bool) -> float:
+    """What the host's layers take beside a GPU, the way there and back included, from what they take alone, of which
+    ``fixed_s`` are their fixed costs."""
+    weights_s = (alone_s - fixed_s) * (1.0 if rearranged else _NOT_REARRANGED)
+    return weights_s + _HOST_LAYER_GROWTH * fixed_s + _CROSSING_US * 1e-6
 
 
 def part_of(workload: Workload, layers: int, *, with_head: bool) -> Workload:
