@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,8 +43,13 @@ class Bare:
 
     def tps(self, kind: Literal["prefill", "decode"], count: int, depth: int, chosen_by: Chooser = "nobody") -> float:
         """Tokens per second of one repetition. Decoding goes on with fixed tokens, or with the likeliest ones, which
-        numpy finds in the logits, or llama.cpp in its graph (``sampler`` has to be set then)."""
+        numpy finds in the logits, or llama.cpp in its graph. The first repetition after another way plans anew."""
         self._engine.truncate(0)
+        choice = self._engine._choice
+        if chosen_by != "graph":
+            choice.end()
+        elif choice.sequence is None and not choice.begin(0):
+            raise SystemExit("llama.cpp does not choose tokens where this model's head is")
         self._fill(0, depth)
         started = time.perf_counter()
         if kind == "prefill":
@@ -57,24 +60,10 @@ class Bare:
                 if chosen_by == "numpy":
                     self._tokens[position + 1] = int(self._engine._view(1)[0].argmax())
                 elif chosen_by == "graph":
-                    self._tokens[position + 1] = self._library.llama_get_sampled_token_ith(self._context, -1)
+                    self._tokens[position + 1] = choice.token()
         seconds = time.perf_counter() - started
         self._library.llama_memory_seq_rm(self._memory, 0, -1, -1)
         return count / seconds
-
-    @contextmanager
-    def sampler(self) -> Iterator[None]:
-        """Let llama.cpp's graph end with the likeliest token instead of logits."""
-        library = self._library
-        chain = library.llama_sampler_chain_init(library.llama_sampler_chain_default_params())
-        library.llama_sampler_chain_add(chain, library.llama_sampler_init_greedy())
-        if not library.llama_set_sampler(self._context, 0, chain):
-            raise SystemExit("llama.cpp does not choose tokens where this model's head is")
-        try:
-            yield
-        finally:
-            library.llama_set_sampler(self._context, 0, None)
-            library.llama_sampler_free(chain)
 
     def _fill(self, start: int, stop: int) -> None:
         for first in range(start, stop, self._capacity):
@@ -101,6 +90,7 @@ def main() -> None:
     for path in arguments.models:
         context = max(depths) + PROMPT + GENERATED + 16
         model = open_model(path, EngineOptions(context=context, gpu_layers=arguments.gpu_layers))
+        model.engine.chooses = False  # type: ignore[attr-defined]  # sides that take turns would plan anew each time
         runner, bare = Runner(model.engine, model.tokenizer, Sampler(Sensors())), Bare(model.engine)
         points = [
             Point(kind, count, depth)

@@ -10,14 +10,15 @@ announced, what the device and NVIDIA's driver count. ``logits``: mean KL in nat
 against CPU of the same file. ``speed``: prefill of 512 and decode of 128 tokens, no layer to all of them there, with
 llama-bench's figures for the same number beside them, and with ``--profile ID`` (the GPU's, the machine's own is
 detected or ``--host``) what was predicted. ``order`` is the same in llama-bench's own order, all prompts in a row after
-one that is not counted, then tokens likewise, by our engine (``ours``), by calls of llama.cpp alone (``bare``), by
-those that choose each token (``numpy``, ``graph``: by llama.cpp's sampler on the GPU), and by our engine with prompts
-and tokens in turn, as bench has it (``turns``); each with the CPU's weights as the file has them and rearranged for its
-kernels (``--host-repack``, llama-bench's ``--no-host``). ``proof`` is made when it is named: the files are artefacts of
-``--reference``, and each is measured against it on the CPU and with all layers on the GPU; does each mean KL lie in the
-other's interval? ``logits`` and ``proof`` compute on the CPU, too: not for models of several GB. Without a GPU it says
-so and ends. A software renderer counts as one: it proves numbers and sizes, and its speeds say nothing. Raw rows are
-appended to ``results/gpu_offload.jsonl`` as they come.
+one that is not counted, then tokens likewise, by our engine (``ours``; ``logits``: reading them for each token, where
+``ours`` has it chosen on the GPU), by calls of llama.cpp alone (``bare``), by those that choose each token (``numpy``,
+``graph``: on the GPU), and by our engine with prompts and tokens in turn, as bench has it (``turns``); each with the
+CPU's weights as the file has them and rearranged for its kernels (``--host-repack``, llama-bench's ``--no-host``).
+``proof`` is made when it is named: the files are artefacts of ``--reference``, and each is measured against it on the
+CPU and with all layers on the GPU; does each mean KL lie in the other's interval? ``logits`` and ``proof`` compute on
+the CPU, too: not for models of several GB. Without a GPU it says so and ends. A software renderer counts as one: it
+proves numbers and sizes, and its speeds say nothing. Raw rows are appended to ``results/gpu_offload.jsonl`` as they
+come.
 """
 
 from __future__ import annotations
@@ -202,7 +203,9 @@ def ordered_speed(path: Path, layers: int, repacked: bool, work: Work) -> dict[s
     arguments = work.arguments
     gpu = work.device.name if layers else ""
     model = open_model(path, EngineOptions(context=BENCH_TOKENS, gpu_layers=layers, gpu=gpu, host_repack=repacked))
-    runner, bare = Runner(model.engine, model.tokenizer, Sampler(Sensors())), Bare(model.engine)
+    engine: Any = model.engine
+    runner, bare = Runner(engine, model.tokenizer, Sampler(Sensors())), Bare(engine)
+    chooses = engine.chooses
     points = Point("prefill", PROMPT), Point("decode", arguments.generated_tokens)
     samples: dict[str, list[float]] = {}
 
@@ -215,19 +218,22 @@ def ordered_speed(path: Path, layers: int, repacked: bool, work: Work) -> dict[s
     for _ in range(arguments.blocks):
         if "ours" in sides:
             repeat("ours", lambda point: measured(runner, bare, point, ours=True))
+        if "logits" in sides:
+            engine.chooses = False
+            repeat("logits", lambda point: measured(runner, bare, point, ours=True))
+            engine.chooses = chooses
         if "bare" in sides:
             repeat("bare", lambda point: measured(runner, bare, point, ours=False))
         if "numpy" in sides:
             repeat("numpy", lambda point: bare.tps(point.kind, point.tokens, 0, "numpy"), points[1:])
         if "graph" in sides:
-            with bare.sampler():
-                repeat("graph", lambda point: bare.tps(point.kind, point.tokens, 0, "graph"), points[1:])
+            repeat("graph", lambda point: bare.tps(point.kind, point.tokens, 0, "graph"), points[1:])
     if "turns" in sides:
         for item in runner.run(points, Until(arguments.repetitions))[0]:
             samples[f"turns_{item.point.kind}_tps"] = item.tps
     row = {name: round(float(np.median(values)), 2) for name, values in samples.items()}
-    row["load_s"] = round(model.engine.info.load_s, 3)
-    row["weights_copied_bytes"] = model.engine.info.buffers.get("weights_copied", 0)
+    row |= {"load_s": round(engine.info.load_s, 3), "threads": engine.info.threads_decode, "chooses": chooses}
+    row["weights_copied_bytes"] = engine.info.buffers.get("weights_copied", 0)
     model.close()
     return row
 
@@ -289,7 +295,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--max-time", type=float, default=5.0, help="seconds after which no repetition begins")
     parser.add_argument("--reference", metavar="SOURCE", help="what the files were exported from, for the part proof")
-    parser.add_argument("--sides", default="ours,bare,numpy,graph,turns", help="of the part order")
+    parser.add_argument("--sides", default="ours,logits,bare,numpy,graph,turns", help="of the part order")
     parser.add_argument("--blocks", type=int, default=2, help="of repetitions of each side in the part order")
     parser.add_argument("--host-repack", default="0", help="0, 1 or 0,1: the CPU's weights in the part order")
     parser.add_argument("--llama-bench", type=Path)

@@ -153,6 +153,23 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class Chooser(Protocol):
+    """An engine that can find the likeliest token where it computes logits, so that nobody has to fetch and search
+    them."""
+
+    chooses: bool
+    """Whether that is of use with this model here."""
+
+    def likeliest(self, chunk: Chunk) -> int | None:
+        """Append a chunk to its sequence as ``Engine.forward`` does, and return the likeliest token behind it.
+
+        None when it cannot, and nothing was appended then: ``forward`` may, or tells what is wrong. Of equals, which
+        one it is may differ from ``argmax`` of the logits. Raises as ``forward``.
+        """
+        ...
+
+
+@runtime_checkable
 class PrefixCopier(Protocol):
     """An engine that can give one sequence what another one holds, for less than computing it again."""
 

@@ -12,12 +12,13 @@ from typing import Literal, NamedTuple
 
 from edgelm.errors import ContextOverflowError, EngineError, UsageError
 from runtime.constraint import Constraint, constraint_vocabulary
-from runtime.engine import Chunk, Engine, EngineInfo, EngineInterruptedError, Logits, Shifter, common_prefix
+from runtime.engine import Chooser, Chunk, Engine, EngineInfo, EngineInterruptedError, Logits, Shifter, common_prefix
 from runtime.sampling import Sampler, SamplingOptions, token_logprobs
 from runtime.speculative import Drafts, Speculation
 from runtime.tokenizer import TextDecoder, TextTokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
+Computed = tuple[Chunk, Logits | int]  # what was computed, and what came of it: logits, or the likeliest token alone
 LOGPROBS_LIMIT = 20
 PREFILL_STEP_TOKENS = 512  # prompt tokens computed between two looks at the cancellation
 
@@ -274,11 +275,21 @@ class Continuation:
 
         Raises ``EngineError`` when the row holds no finite value, ``ConstraintError`` when the grammar gives up.
         """
+        return self.go_on(self._sampler.pick(row, held), held, row)
+
+    @property
+    def needs_no_logits(self) -> bool:
+        """Whether the likeliest token is all that this request wants to know."""
+        return self._sampler.is_argmax and self._request.logprobs is None
+
+    def go_on(self, token: int, held: Sequence[int], row: Logits | None = None) -> Step:
+        """What comes of a token that was chosen behind ``held``, from a ``row`` if anybody wants probabilities."""
         request = self._request
-        token = self._sampler.pick(row, held)
         if token in request.stop_tokens:
             return Step(None, self.finish(), "stop")
-        logprobs = None if request.logprobs is None else self._logprobs(row, token, request.logprobs)
+        logprobs = None
+        if request.logprobs is not None and row is not None:
+            logprobs = self._logprobs(row, token, request.logprobs)
         self._generated += 1
         piece, stopped = self._text.push(token)
         complete = self._constraint is not None and self._constraint.finished
@@ -346,14 +357,18 @@ def next_chunk(session: Session, continuation: Continuation, token: int, drafts:
 
 
 def take_rows(
-    session: Session, continuation: Continuation, chunk: Chunk, rows: Logits, drafts: Drafts | None
+    session: Session, continuation: Continuation, chunk: Chunk, rows: Logits | int, drafts: Drafts | None
 ) -> list[Step]:
-    """What comes of the rows of a chunk that the session's sequence holds now and its tokens do not yet.
+    """What comes of the rows of a chunk that the session's sequence holds now and its tokens do not yet. In place of
+    rows the token that an engine chose itself.
 
     Every token is chosen from the model's own logits, with the tokens before it as they were chosen. Rows behind the
     first guess that differs from the choice are of no use; the sequence forgets their tokens. Raises what
     ``Continuation.take`` raises.
     """
+    if isinstance(rows, int):
+        session.tokens.extend(chunk.tokens)
+        return [continuation.go_on(rows, session.tokens)]
     if len(chunk.tokens) == 1 and drafts is None:
         session.tokens.append(chunk.tokens[0])
         return [continuation.take(continuation.only_row(rows), session.tokens)]
@@ -451,7 +466,8 @@ def _events(
         )
 
     cached = _reuse(session, prompt)
-    found = _prefill(session, prompt[cached:], cancelled)
+    chooser = _chooser(session.engine) if drafts is None and continuation.needs_no_logits else None
+    found = _prefill(session, prompt[cached:], cancelled, chooser)
     prefill_s = time.perf_counter() - started
     while found is not None:
         chunk, logits = found
@@ -462,7 +478,7 @@ def _events(
                 return
             index += 1
             latest = step.token
-        found = None if cancelled() else _go_on(session, continuation, latest, drafts, cancelled)
+        found = None if cancelled() else _go_on(session, continuation, latest, drafts, cancelled, chooser)
     yield event(Step(None, continuation.finish(), "cancelled"))
 
 
@@ -472,13 +488,14 @@ def _go_on(
     token: int,
     drafts: Drafts | None,
     cancelled: Callable[[], bool],
-) -> tuple[Chunk, Logits] | None:
+    chooser: Chooser | None,
+) -> Computed | None:
     """Compute what follows ``token``, with room made for it; None when cancelled or interrupted on the way."""
     again = continuation.make_room(session, drafts) if continuation.forgets else []
     if again:
-        return _prefill(session, [*again, token], cancelled)
+        return _prefill(session, [*again, token], cancelled, chooser)
     if drafts is None:
-        return _forward(session, Chunk(session.sequence, [token]))
+        return _forward(session, Chunk(session.sequence, [token]), chooser)
     return _forward(session, next_chunk(session, continuation, token, drafts))
 
 
@@ -499,23 +516,34 @@ def _reuse(session: Session, prompt: Sequence[int]) -> int:
     return shared
 
 
-def _prefill(session: Session, tokens: Sequence[int], cancelled: Callable[[], bool]) -> tuple[Chunk, Logits] | None:
-    """The last chunk of ``tokens`` with its logits, None when cancelled on the way."""
+def _chooser(engine: Engine) -> Chooser | None:
+    """The engine, when it had better choose the likeliest token itself."""
+    return engine if isinstance(engine, Chooser) and engine.chooses else None
+
+
+def _prefill(
+    session: Session, tokens: Sequence[int], cancelled: Callable[[], bool], chooser: Chooser | None
+) -> Computed | None:
+    """The last chunk of ``tokens`` with what came of it, None when cancelled on the way."""
     for start in range(0, len(tokens), PREFILL_STEP_TOKENS):
         if cancelled():
             return None
         step = tokens[start : start + PREFILL_STEP_TOKENS]
         last = start + len(step) == len(tokens)
-        found = _forward(session, Chunk(session.sequence, step, "last" if last else "none"))
+        found = _forward(session, Chunk(session.sequence, step, "last" if last else "none"), chooser)
         if found is None or last:
             return found
         session.tokens.extend(step)
     return None
 
 
-def _forward(session: Session, chunk: Chunk) -> tuple[Chunk, Logits] | None:
+def _forward(session: Session, chunk: Chunk, chooser: Chooser | None = None) -> Computed | None:
     """Compute a chunk; None when the engine was interrupted. After a failure the session is empty."""
     try:
+        if chooser is not None:
+            token = chooser.likeliest(chunk)
+            if token is not None:
+                return chunk, token
         return chunk, session.engine.forward([chunk])
     except EngineInterruptedError:
         return None

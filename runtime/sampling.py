@@ -96,6 +96,11 @@ class Sampler:
         repeats = options.repetition_penalty != 1.0
         self._adjusts = bool(options.logit_bias) or repeats or self._counts or constraint is not None
 
+    @property
+    def is_argmax(self) -> bool:
+        """Whether every choice is the likeliest token of the model's own logits."""
+        return self._random is None and not self._adjusts
+
     def pick(self, logits_row: npt.NDArray[np.float32], recent_tokens: Sequence[int] = ()) -> int:
         """The next token for logits of shape (vocabulary,), which are not written.
 

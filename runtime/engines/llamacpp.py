@@ -24,6 +24,7 @@ from edgelm.errors import BundleError, EngineError, UsageError
 from runtime.attention import ON, check_attention, choose_attention, with_copies
 from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits, State, check_chunks
 from runtime.engines.llamacpp_batch import AbortSwitch, Batch
+from runtime.engines.llamacpp_choice import GraphChoice
 from runtime.engines.llamacpp_devices import can_offload, device_now, find_devices, place_layers
 from runtime.engines.llamacpp_inputs import InputSquares
 from runtime.engines.llamacpp_log import EngineLog
@@ -320,6 +321,8 @@ class LlamaCppEngine:
         self._unsettled: set[int] = set()
         self._abort = AbortSwitch(library, loaded.context)
         self._may_share = has_tiles()
+        self._choice = GraphChoice(library, loaded.context)
+        self.chooses = info.offload is not None and info.offload.gpu_layers > 0
         self.vocabulary = LlamaVocabulary(library, loaded.model)
 
     @property
@@ -333,6 +336,8 @@ class LlamaCppEngine:
             if row is not None:
                 return row
         self._check(chunks)
+        if self._choice.sequence is not None and any(chunk.logits != "none" for chunk in chunks):
+            self._choice.end()
         self._abort.clear()
         before = {chunk.sequence: self._lengths[chunk.sequence] for chunk in chunks}
         parts: list[Logits] = []
@@ -369,6 +374,8 @@ class LlamaCppEngine:
         before, wanted = lengths[sequence], chunk.logits != "none"
         if before >= self._info.context:
             return None
+        if wanted and self._choice.sequence is not None:
+            self._choice.end()
         self._batch.put(0, token, before, sequence, wanted=wanted)
         lengths[sequence] = before + 1
         self._abort.clear()
@@ -380,6 +387,26 @@ class LlamaCppEngine:
         if self._unsettled:
             self._unsettled.clear()
         return self._view(int(wanted))
+
+    def likeliest(self, chunk: Chunk) -> int | None:
+        """See ``runtime.engine.Chooser``."""
+        sequence, count = chunk.sequence, len(chunk.tokens)
+        if not self.chooses or chunk.logits != "last" or count > self._capacity:
+            return None
+        self._check([chunk])
+        before, choice = self._lengths[sequence], self._choice
+        if choice.sequence != sequence and not choice.begin(sequence):
+            self.chooses = False
+            return None
+        self._abort.clear()
+        self._fill(chunk, 0, count, 0)
+        self._compute(count, {sequence: before})
+        token = choice.token()
+        if token < 0:  # no number in the logits, or a device without the operation: whoever reads them says which
+            self.chooses = False
+            self._forget(before, sequence)
+            return None
+        return token
 
     def _check(self, chunks: Sequence[Chunk]) -> None:
         if self._loaded is None:
@@ -553,5 +580,6 @@ class LlamaCppEngine:
         if loaded is None:
             return
         self._views.clear()
+        self._choice.end()
         loaded.library.llama_free(loaded.context)
         loaded.library.llama_model_free(loaded.model)

@@ -1,0 +1,44 @@
+"""The likeliest token chosen where logits are computed: llama.cpp's greedy sampler at the end of a context's graph.
+
+On a GPU that spares a copy of a row of logits and a search in it, which the CPU's caches know nothing of: what small
+models lose between two tokens. While a sampler is set its sequence has no logits. Knows tokens, no texts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class GraphChoice:
+    """Sets and takes away the sampler of one sequence at a time. Each change has llama.cpp plan its graphs again."""
+
+    def __init__(self, library: Any, context: Any) -> None:
+        self._library, self._context = library, context
+        self._chain: Any = None
+        self._sampled = library.llama_get_sampled_token_ith
+        self.sequence: int | None = None
+        """Whose tokens are chosen in the graph, None: nobody's."""
+
+    def begin(self, sequence: int) -> bool:
+        """From the next computation on a sequence has tokens instead of logits; False where that cannot be had."""
+        self.end()
+        library = self._library
+        # A chain can be set once in its life.
+        chain = library.llama_sampler_chain_init(library.llama_sampler_chain_default_params())
+        library.llama_sampler_chain_add(chain, library.llama_sampler_init_greedy())
+        if not library.llama_set_sampler(self._context, sequence, chain):
+            library.llama_sampler_free(chain)
+            return False
+        self._chain, self.sequence = chain, sequence
+        return True
+
+    def end(self) -> None:
+        """Logits again, for every sequence."""
+        if self.sequence is not None:
+            self._library.llama_set_sampler(self._context, self.sequence, None)
+            self._library.llama_sampler_free(self._chain)
+            self._chain = self.sequence = None
+
+    def token(self) -> int:
+        """The choice for the last position that was computed, once it is there; below 0 when nothing was chosen."""
+        return int(self._sampled(self._context, -1))
