@@ -194,7 +194,8 @@ def order(path: Path, work: Work) -> None:
                 continue  # nothing lies beside the GPU's share
             row = ordered_speed(path, layers, repacked, work)
             if arguments.llama_bench is not None:
-                row |= peer_speed(path, layers, arguments, "--no-host", str(int(repacked)))
+                same = "--no-host", str(int(repacked)), "--threads", str(row["threads"])
+                row |= peer_speed(path, layers, arguments, *same)
             note(part="order", file=path.name, layers=layers, host_repack=repacked, **row)
 
 
