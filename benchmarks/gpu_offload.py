@@ -59,6 +59,7 @@ CONTEXTS = (512, 2048, 8192)
 SHARES = "0,0.25,0.5,0.75,1"
 WINDOW = 256
 BENCH_TOKENS = 640
+CHOSEN = 16
 
 
 def note(**row: Any) -> None:
@@ -234,9 +235,25 @@ def ordered_speed(path: Path, layers: int, repacked: bool, work: Work) -> dict[s
             samples[f"turns_{item.point.kind}_tps"] = item.tps
     row = {name: round(float(np.median(values)), 2) for name, values in samples.items()}
     row |= {"load_s": round(engine.info.load_s, 3), "threads": engine.info.threads_decode, "chooses": chooses}
+    if chooses:
+        row["chosen_gap"] = chosen_gap(engine)
     row["weights_copied_bytes"] = engine.info.buffers.get("weights_copied", 0)
     model.close()
     return row
+
+
+def chosen_gap(engine: Any) -> float:
+    """By how much the logits of tokens that the GPU chose lie below the best, at most: 0 where argmax and it agree or
+    differ between equals. Models of ``random_gguf.py`` have many equal rows in their heads."""
+    token, gaps = 1, []
+    for position in range(CHOSEN):
+        engine.truncate(position)
+        found = engine.likeliest(Chunk(0, [token]))
+        engine.truncate(position)
+        row = engine.forward([Chunk(0, [token])])[0]
+        gaps.append(float(row.max() - row[found]))
+        token = int(row.argmax())
+    return max(gaps)
 
 
 def peer_speed(path: Path, layers: int, arguments: argparse.Namespace, *more: str) -> dict[str, float]:

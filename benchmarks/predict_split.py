@@ -80,7 +80,7 @@ def measured_rows(path: Path) -> dict[tuple[str, int, bool], list[dict[str, Any]
     found: dict[tuple[str, int, bool], list[dict[str, Any]]] = {}
     for text in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(text)
-        if row.get("part") == "order" and "ours_decode_tps" in row:
+        if row.get("part") == "order":
             found.setdefault((row["file"], row["layers"], row["host_repack"]), []).append(row)
     return found
 
@@ -95,7 +95,7 @@ def compare(told: argparse.Namespace) -> None:
         rows = measured.get((row["file"], row["layers"], row["host_repack"]))
         if rows is None:
             continue
-        tps = statistics.median(item["ours_decode_tps"] for item in rows)
+        tps = statistics.median(item.get("ours_decode_tps") or item["logits_decode_tps"] for item in rows)
         ratio = row["decode_tps"] / tps
         split = row["layers"] <= MODELS[row["file"].partition("-")[0]].layers
         if split:
