@@ -207,7 +207,8 @@ def ordered_speed(path: Path, layers: int, repacked: bool, work: Work) -> dict[s
     model = open_model(path, EngineOptions(context=BENCH_TOKENS, gpu_layers=layers, gpu=gpu, host_repack=repacked))
     engine: Any = model.engine
     runner, bare = Runner(engine, model.tokenizer, Sampler(Sensors())), Bare(engine)
-    chooses = engine.chooses
+    sides = arguments.sides.split(",")
+    chooses = engine.chooses = engine.chooses and not {"ours", "graph"}.isdisjoint(sides)
     points = Point("prefill", PROMPT), Point("decode", arguments.generated_tokens)
     samples: dict[str, list[float]] = {}
 
@@ -216,7 +217,6 @@ def ordered_speed(path: Path, layers: int, repacked: bool, work: Work) -> dict[s
             found = [once(point) for _ in range(arguments.repetitions + 1)][1:]
             samples.setdefault(f"{side}_{point.kind}_tps", []).extend(found)
 
-    sides = arguments.sides.split(",")
     for _ in range(arguments.blocks):
         if "ours" in sides:
             repeat("ours", lambda point: measured(runner, bare, point, ours=True))
