@@ -238,9 +238,11 @@ class EmbeddingQuality(Record):
 
     Cosines are between the two vectors of each text. ``error_max`` is the largest difference of any number of a vector,
     both scaled to length one. ``nearest_agreement`` is the share of texts whose nearest other text is the same one.
+    ``computed_by`` is that of ``Quality``.
     """
 
     reference: str
+    computed_by: str | None = None
     text: str
     text_sha256: str
     texts: int

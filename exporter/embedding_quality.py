@@ -24,7 +24,8 @@ from edgelm.progress import Progress
 from exporter.architectures import describe
 from exporter.architectures.base import EncoderDescription
 from exporter.checkpoint import Checkpoint
-from exporter.device import DeviceChoice
+from exporter.device import ON_CPU, DeviceChoice, Placement
+from exporter.quality import computed_by
 from exporter.reference import ReferenceChoice, open_transformers_encoder, transformers_obstacle, unquantised_file
 from exporter.texts import Text, evaluation_text
 from exporter.token_identity import open_tokenizer
@@ -55,23 +56,25 @@ def measure(
     progress: Progress,
     *,
     reference: ReferenceChoice = "auto",
-    device: DeviceChoice = "auto",
+    placement: Placement = ON_CPU,
 ) -> EmbeddingQuality:
     """Compare an artefact with its checkpoint over passages of evaluation text.
 
-    ``evaluation`` is a text file of the user, None the default text; ``device`` is the reference's. Raises
-    ``UsageError`` when the text is unusable or too short, ``EngineError`` when a model cannot be run and ``ProofError``
-    when the artefact computes no numbers.
+    ``evaluation`` is a text file of the user, None the default text; ``placement`` is where both models compute. Raises
+    ``UsageError`` when the text is unusable or too short, ``EngineError`` when a model cannot be run,
+    ``DoesNotFitError`` when a GPU holds less than is to go there and ``ProofError`` when the artefact computes no
+    numbers.
     """
     encoder = describe(checkpoint).encoder
     assert encoder is not None
     text = evaluation_text(evaluation)
     passages = cut_passages(text, checkpoint, encoder.context)
-    with open_reference(checkpoint, encoder, reference, progress, device=device) as original:
+    with open_reference(checkpoint, encoder, reference, progress, device=placement.device) as original:
         expected = embed_all(original.embed, passages, "computing the reference", progress)
         name = original.name
-    found = _artifact_vectors(artifact, encoder, passages, progress)
-    return compare(expected, found, name, text, sum(map(len, passages)), identity)
+    found, by = _artifact_vectors(artifact, encoder, passages, progress, placement)
+    measured = compare(expected, found, name, text, sum(map(len, passages)), identity)
+    return measured.model_copy(update={"computed_by": by})
 
 
 def compare(
@@ -163,16 +166,27 @@ def embed_all(embed: Embed, passages: Sequence[Sequence[int]], what: str, progre
     return np.concatenate(parts)
 
 
+def encoder_options(context: int, placement: Placement) -> EncoderOptions:
+    """How an encoder's artefact is loaded for its proof."""
+    return EncoderOptions(context=context, gpu_layers=placement.gpu_layers, gpu=placement.gpu)
+
+
 def _artifact_vectors(
-    artifact: Path, encoder: EncoderDescription, passages: Sequence[Sequence[int]], progress: Progress
-) -> Vectors:
-    loaded = load_encoder(artifact, EncoderOptions(context=encoder.context))
+    artifact: Path,
+    encoder: EncoderDescription,
+    passages: Sequence[Sequence[int]],
+    progress: Progress,
+    placement: Placement,
+) -> tuple[Vectors, str | None]:
+    """The artefact's vectors, and what computed them where a GPU was to."""
+    loaded = load_encoder(artifact, encoder_options(encoder.context, placement))
     try:
         if loaded.info.dimensions != encoder.record.dimensions:
             raise EngineError(
                 f"the artefact makes vectors of {loaded.info.dimensions} numbers, not {encoder.record.dimensions}"
             )
-        return embed_all(loaded.encode, passages, "measuring quality", progress)
+        by = computed_by(loaded.info.offload) if placement.gpu_layers else None
+        return embed_all(loaded.encode, passages, "measuring quality", progress), by
     finally:
         loaded.close()
 

@@ -498,8 +498,9 @@ def _measure(
     if not options.verify:
         return None
     if describe(prepared.checkpoint).encoder is not None:
+        placement = Placement(device=options.device)
         return embedding_quality.measure(
-            artifact, prepared.checkpoint, identity, options.evaluation, progress, device=options.device
+            artifact, prepared.checkpoint, identity, options.evaluation, progress, placement=placement
         )
     if prepared.measured is None:
         return _measured_now(options, prepared.checkpoint, artifact, identity, progress)

@@ -25,9 +25,10 @@ from exporter.reference import BATCH, EngineModel, ReferenceChoice, ScoringModel
 from exporter.texts import Text, evaluation_text
 from exporter.token_identity import open_tokenizer
 from exporter.tokenizer import read_tokenizer
-from runtime.engine import EngineInfo, EngineOptions, Logits
+from runtime.engine import EngineOptions, Logits
 from runtime.engines import load_engine
 from runtime.engines.onnx import context_limit
+from targets.vram import OffloadPlan
 
 MIN_TOKENS = 2000
 """Fewer predictions make a p99 of fewer than 20 values."""
@@ -92,7 +93,7 @@ def measure(
         name = original.name
     return Quality(
         reference=name,
-        computed_by=_computed_by(engine.info) if placement.gpu_layers else None,
+        computed_by=computed_by(engine.info.offload) if placement.gpu_layers else None,
         text=text.name,
         text_sha256=text.sha256,
         tokens=len(comparison.kl),
@@ -117,8 +118,8 @@ def engine_options(context: int, placement: Placement) -> EngineOptions:
     )
 
 
-def _computed_by(info: EngineInfo) -> str | None:
-    plan = info.offload
+def computed_by(plan: OffloadPlan | None) -> str | None:
+    """What computed an artefact's layers, for people."""
     if plan is None or plan.device is None:
         return None if plan is None else plan.sentence()
     return f"{plan.gpu_layers} of {plan.most} layers on {plan.device.name} ({plan.device.description})"

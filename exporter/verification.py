@@ -19,6 +19,7 @@ from exporter.optimum_tasks import prove_words
 from exporter.token_identity import compare_files, compare_tokenizers
 from exporter.tokenizer import read_tokenizer
 from runtime.engines.llamacpp import load_library
+from runtime.engines.llamacpp_encoder import encoder_offload
 from runtime.gguf_header import GGUFHeader, read_gguf_header
 from runtime.offload import offload_of
 from runtime.onnx_header import read_onnx_model, stored_bytes
@@ -85,7 +86,7 @@ def verify(
     _require_identity(identity, f"{reference} and the artefact")
     if bundle.manifest.encoder is not None:
         artifact = bundle.artifact_path
-        vectors = embedding_quality.measure(artifact, checkpoint, identity, evaluation, progress, device=device)
+        vectors = embedding_quality.measure(artifact, checkpoint, identity, evaluation, progress, placement=placement)
         _check_cosines(bundle.manifest.embedding_quality, vectors)
         return Verification(bundle, identity, vectors)
     measured = quality.measure(bundle.artifact_path, checkpoint, identity, evaluation, progress, placement=placement)
@@ -111,9 +112,12 @@ def _check_placement(directory: Path, reference: str | None, placement: Placemen
     bundle = open_bundle(directory, check_hashes=False)
     if bundle.manifest.format == "onnx":
         raise UsageError(f"{directory} is an ONNX model: --gpu-layers and --gpu are for GGUF", hint="leave them out")
-    if bundle.manifest.encoder is not None:
-        raise UsageError(f"{directory} is an encoder, which the CPU computes", hint="leave out --gpu-layers")
     header = read_gguf_header(bundle.artifact_path)
+    if bundle.manifest.encoder is not None:
+        longest = int(bundle.manifest.plan.context.value)
+        encoding = embedding_quality.encoder_options(longest, placement)
+        encoder_offload(load_library(), header, encoding, bundle.artifact_path.name)
+        return
     trained = header.metadata.get(f"{header.metadata.get('general.architecture')}.context_length", quality.WINDOW)
     options = quality.engine_options(min(int(trained), quality.WINDOW), placement)
     offload_of(load_library(), header, options, bundle.artifact_path.name)
@@ -198,9 +202,13 @@ def _check_quality(recorded: Quality | None, measured: Quality) -> None:
     if comparable and measured.kl_mean > limit:
         raise ProofError(
             f"mean KL is {measured.kl_mean:.4f} nats per token, the manifest says {recorded.kl_mean:.4f}",
-            hint="is --reference the checkpoint that the bundle was made from?"
-            + (" If it is, this GPU computes worse: compare without --gpu-layers" if measured.computed_by else ""),
+            hint=_is_it_the_source(measured.computed_by),
         )
+
+
+def _is_it_the_source(computed_by: str | None) -> str:
+    hint = "is --reference the checkpoint that the bundle was made from?"
+    return f"{hint} If it is, this GPU computes worse: compare without --gpu-layers" if computed_by else hint
 
 
 def _check_task(recorded: TaskQuality | None, measured: TaskQuality) -> None:
@@ -219,5 +227,5 @@ def _check_cosines(recorded: EmbeddingQuality | None, measured: EmbeddingQuality
     if 1 - measured.cosine_mean > (1 - recorded.cosine_mean) * COSINE_TOLERANCE_FACTOR + COSINE_TOLERANCE:
         raise ProofError(
             f"mean cosine is {measured.cosine_mean:.6f}, the manifest says {recorded.cosine_mean:.6f}",
-            hint="is --reference the checkpoint that the bundle was made from?",
+            hint=_is_it_the_source(measured.computed_by),
         )

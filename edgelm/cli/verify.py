@@ -108,6 +108,8 @@ def _print(bundle: Path, result: Verification) -> None:
                 f"cosine {quality.cosine_mean:.6f} mean, {quality.cosine_min:.6f} least, same nearest text "
                 f"{quality.nearest_agreement:.1%}, {quality.texts} texts against {quality.reference}",
             )
+            if quality.computed_by is not None:
+                table.add_row(f"{name}: computed by", quality.computed_by)
         elif isinstance(quality, TaskQuality):
             table.add_row(name, f"{task_figures(quality)}, against {quality.reference}")
         elif quality is not None:

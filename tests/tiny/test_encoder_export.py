@@ -23,8 +23,12 @@ from exporter.embedding_quality import measure
 from exporter.options import ExportOptions
 from exporter.pipeline import export
 from exporter.verification import verify
+from runtime import offload
 from runtime.embedding import open_encoder
 from runtime.encoder import EncoderOptions
+from runtime.engines.llamacpp import load_library
+from runtime.engines.llamacpp_devices import find_devices
+from targets.vram import RESERVE_BYTES, Device
 
 pytestmark = [pytest.mark.tiny, pytest.mark.reference]
 ONE = EncoderOptions(threads=1)
@@ -86,6 +90,46 @@ def test_verify_checks_and_proves_again(bundle: Bundle, checkpoint: Path, tmp_pa
     other = make_tiny_bert(tmp_path / "other", layers=2, seed=7)
     with pytest.raises(ProofError, match="mean cosine is"):
         verify(bundle.path, str(other))
+
+
+def test_a_proof_with_layers_says_what_computed(
+    bundle: Bundle, checkpoint: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "find_devices", lambda library: ())
+    monkeypatch.setattr(offload, "can_offload", lambda library: False)
+    arguments = ["verify", str(bundle.path), "--reference", str(checkpoint), "--gpu-layers"]
+    code, out, err = edgelm(capfd, *arguments, "auto", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["quality"].pop("computed_by") == (
+        "the CPU computes all layers: this build of llama.cpp is for CPUs only"
+    )
+    assert found["recorded_quality"].pop("computed_by") is None
+    assert found["quality"] == found["recorded_quality"]
+    code, out, _ = edgelm(capfd, *arguments, "auto")
+    assert code == 0
+    assert "computed by" in out
+    code, _, err = edgelm(capfd, *arguments, "2")
+    assert (code, "2 layers were to go to a GPU" in err) == (2, True)
+    small = Device("CUDA0", "a card", "CUDA", "gpu", RESERVE_BYTES + 1000, 10**10)
+    monkeypatch.setattr(offload, "find_devices", lambda library: (small,))
+    assert edgelm(capfd, *arguments, "2")[0] == 4
+
+
+@pytest.mark.gpu
+def test_a_proof_on_the_gpu_is_the_cpus_but_for_rounding(
+    bundle: Bundle, checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    device = next((found for found in find_devices(load_library()) if found.is_gpu), None)
+    if device is None:
+        pytest.skip("no GPU that this build of llama.cpp can use (docs/gpu.md has the builds)")
+    code, out, err = edgelm(
+        capfd, "verify", str(bundle.path), "--reference", str(checkpoint), "--gpu-layers", "auto", "--json"
+    )
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["quality"]["computed_by"] == f"3 of 3 layers on {device.name} ({device.description})"
+    assert found["quality"]["cosine_mean"] == pytest.approx(found["recorded_quality"]["cosine_mean"], abs=1e-4)
 
 
 def test_a_file_of_its_own_is_a_source(bundle: Bundle, tmp_path: Path) -> None:
