@@ -20,6 +20,7 @@ from exporter.architectures.base import ModelDescription, TensorDescription
 from exporter.checkpoint import Checkpoint, weight_type
 from exporter.optimum_weights import rounding_named
 from exporter.options import ExportOptions
+from runtime.attention import planned_attention
 from targets.predict import RunSettings, predict
 from targets.profile import TargetProfile
 from targets.workload import TypedWeights, Workload, own_kv_type
@@ -454,6 +455,7 @@ def _workload(
         vocabulary=dimensions.vocabulary,
         kv_elements_per_token=0 if description.encoder else 2 * dimensions.kv_heads_total * dimensions.head_size,
         own_kv_type=own_kv_type(format_name, groups),
+        heads=dimensions.heads,
     )
 
 
@@ -469,17 +471,23 @@ def _context(
                 hint=f"choose at most {trained}",
             )
         choice = Choice(value=options.context, reason="asked for")
-        return choice, predict(workload, profile, RunSettings(context=options.context))
+        return choice, _predicted(workload, profile, options.context)
     if description.encoder is not None:
         return _encoder_context(description.encoder.context, trained, workload, profile)
     context = min(trained, DEFAULT_CONTEXT)
     reason = f"the model was trained for {trained}" if context == trained else f"default; trained for {trained}"
-    prediction = predict(workload, profile, RunSettings(context=context))
+    prediction = _predicted(workload, profile, context)
     while not _fits(options, prediction) and context // 2 >= LEAST_CONTEXT:
         context //= 2
         reason = f"more does not fit; trained for {trained}"
-        prediction = predict(workload, profile, RunSettings(context=context))
+        prediction = _predicted(workload, profile, context)
     return Choice(value=context, reason=reason), prediction
+
+
+def _predicted(workload: Workload, profile: TargetProfile, context: int) -> Prediction:
+    """With the kind of attention that the machine will compute, which scores take memory without."""
+    settings = RunSettings(context=context)
+    return predict(workload, profile, replace(settings, flash_attention=planned_attention(profile, workload, settings)))
 
 
 def _encoder_context(tuned: int, trained: int, workload: Workload, profile: TargetProfile) -> tuple[Choice, Prediction]:

@@ -13,9 +13,9 @@ from edgelm.bundle import Choice
 from edgelm.errors import UsageError
 from edgelm.units import format_bytes
 from runtime.engine import EngineOptions
-from runtime.tiles import has_tiles
+from runtime.tiles import TILES, has_tiles
 from targets.host import available_memory
-from targets.predict import attention_cycles, copied_score_bytes
+from targets.predict import RunSettings, attention_cycles, copied_score_bytes, kv_element_bytes, score_bytes
 from targets.profile import TargetProfile
 from targets.workload import Workload
 
@@ -54,6 +54,18 @@ def choose_attention(options: EngineOptions, *, on_gpu: bool, scores_bytes: int 
 def _most_for_scores(held_bytes: int) -> float:
     free = int(available_memory().value)
     return min(_MOST_OF_FREE * free, free - held_bytes)
+
+
+def planned_attention(profile: TargetProfile, workload: Workload, settings: RunSettings) -> bool:
+    """Whether a machine of this profile will compute flash attention with a model that has its memory to itself: what
+    ``choose_attention`` will say there, of which ``settings`` know no more than context, batch and cache."""
+    if workload.format != "gguf" or profile.kind == "gpu" or settings.kv_type == "q8_0":
+        return True
+    faster = measured_attention(profile) or (OFF if TILES in profile.isa else ON)
+    scores = score_bytes(workload, settings.context, settings.batch)
+    usable = profile.usable_ram_bytes
+    cached = workload.kv_elements_per_token * kv_element_bytes(workload, settings) * settings.context
+    return faster == ON or scores > min(_MOST_OF_FREE * usable, usable - workload.file_bytes - cached)
 
 
 def measured_attention(profile: TargetProfile) -> Literal["on", "off"] | None:

@@ -19,12 +19,13 @@ from typing import TypeVar
 from targets.host import instruction_set
 
 Result = TypeVar("Result")
+TILES = "amx_int8"
 
 
 @functools.cache
 def has_tiles() -> bool:
     """Whether this processor has tiles that a library might set."""
-    return "amx_int8" in instruction_set()
+    return TILES in instruction_set()
 
 
 def shared() -> bool:

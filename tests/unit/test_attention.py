@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import pytest
 from edgelm.bundle import Choice
 from edgelm.errors import UsageError
 from runtime import attention
-from runtime.attention import choose_attention, measured_attention
+from runtime.attention import choose_attention, measured_attention, planned_attention
 from runtime.engine import EngineOptions
+from targets.predict import RunSettings, predict, score_bytes
 from targets.profile import KernelCycles, TargetProfile, load_profile
+from targets.workload import TypedWeights, Workload
 
 Processor = Callable[[bool], None]
 
@@ -84,3 +87,28 @@ def test_a_profile_tells_what_is_faster() -> None:
     assert measured_attention(profile_with(**flash, plain_prefill=0.4, plain_decode=1.7)) == "on"
     # What is as good as equal changes nothing.
     assert measured_attention(profile_with(**flash, plain_prefill=0.2, plain_decode=1.95)) == "on"
+
+
+# SmolLM2-135M at 4 bits.
+SMALL = Workload(
+    "gguf", "llama", 134_515_008, 92_000_000, (TypedWeights("Q4_0", 134_515_008, 76_000_000),), None, 30, 576, 49_152,
+    11_520, heads=9,
+)  # fmt: skip
+
+
+def test_a_plan_knows_what_a_machine_with_amx_will_compute() -> None:
+    plain = load_profile("intel-i7-8700-desktop")
+    tiles = plain.model_copy(update={"isa": ("avx2", "amx_int8")})
+    settings = RunSettings(context=4096)
+    assert planned_attention(plain, SMALL, settings)
+    assert not planned_attention(tiles, SMALL, settings)
+    needed = [
+        predict(SMALL, tiles, replace(settings, flash_attention=flash)).ram_parts.compute_bytes
+        for flash in (True, False)
+    ]
+    scores = score_bytes(SMALL, 4096, 512)
+    assert 0.7 * scores < needed[1] - needed[0] < scores
+    assert planned_attention(tiles.with_ram(2**31), SMALL, RunSettings(context=8192))  # a tenth of memory at most
+    assert planned_attention(tiles, SMALL, replace(settings, kv_type="q8_0"))
+    assert planned_attention(tiles, replace(SMALL, format="onnx"), settings)
+    assert planned_attention(load_profile("h200-sxm-141gb"), SMALL, settings)
