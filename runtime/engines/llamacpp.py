@@ -368,14 +368,19 @@ class LlamaCppEngine:
 
         A token's weights leave nothing of Python in the caches, so that its code takes ten times as long as in a loop.
         """
-        sequence, token, lengths = chunk.sequence, chunk.tokens[0], self._lengths
-        if self._loaded is None or not 0 <= sequence < len(lengths) or not 0 <= token < self._info.vocabulary:
-            return None
-        before, wanted = lengths[sequence], chunk.logits != "none"
-        if before >= self._info.context:
-            return None
+        wanted = chunk.logits != "none"
         if wanted and self._choice.sequence is not None:
             self._choice.end()
+        return self._view(int(wanted)) if self._one(chunk, wanted) else None
+
+    def _one(self, chunk: Chunk, wanted: bool) -> bool:
+        """Compute one token of one sequence; False, and nothing was done, when something is wrong with the chunk."""
+        sequence, token, lengths = chunk.sequence, chunk.tokens[0], self._lengths
+        if self._loaded is None or not 0 <= sequence < len(lengths) or not 0 <= token < self._info.vocabulary:
+            return False
+        before = lengths[sequence]
+        if before >= self._info.context:
+            return False
         self._batch.put(0, token, before, sequence, wanted=wanted)
         lengths[sequence] = before + 1
         self._abort.clear()
@@ -386,25 +391,27 @@ class LlamaCppEngine:
             self._failed(status, 1, {sequence: before})
         if self._unsettled:
             self._unsettled.clear()
-        return self._view(int(wanted))
+        return True
 
     def likeliest(self, chunk: Chunk) -> int | None:
         """See ``runtime.engine.Chooser``."""
         sequence, count = chunk.sequence, len(chunk.tokens)
         if not self.chooses or chunk.logits != "last" or count > self._capacity:
             return None
-        self._check([chunk])
-        before, choice = self._lengths[sequence], self._choice
-        if choice.sequence != sequence and not choice.begin(sequence):
-            self.chooses = False
-            return None
-        self._abort.clear()
-        self._fill(chunk, 0, count, 0)
-        self._compute(count, {sequence: before})
+        choice = self._choice
+        if count != 1 or choice.sequence != sequence or not self._one(chunk, wanted=True):
+            self._check([chunk])
+            if choice.sequence != sequence and not choice.begin(sequence):
+                self.chooses = False
+                return None
+            self._abort.clear()
+            before = self._lengths[sequence]
+            self._fill(chunk, 0, count, 0)
+            self._compute(count, {sequence: before})
         token = choice.token()
         if token < 0:  # no number in the logits, or a device without the operation: whoever reads them says which
             self.chooses = False
-            self._forget(before, sequence)
+            self._forget(self._lengths[sequence] - count, sequence)
             return None
         return token
 

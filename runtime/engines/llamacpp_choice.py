@@ -6,6 +6,7 @@ models lose between two tokens. While a sampler is set its sequence has no logit
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 
@@ -15,7 +16,9 @@ class GraphChoice:
     def __init__(self, library: Any, context: Any) -> None:
         self._library, self._context = library, context
         self._chain: Any = None
-        self._sampled = library.llama_get_sampled_token_ith
+        # A prototype of its own: an address costs far less than a ctypes pointer with its type.
+        prototype = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32)
+        self._sampled = prototype(ctypes.cast(library.llama_get_sampled_token_ith, ctypes.c_void_p).value or 0)
         self.sequence: int | None = None
         """Whose tokens are chosen in the graph, None: nobody's."""
 
@@ -41,4 +44,5 @@ class GraphChoice:
 
     def token(self) -> int:
         """The choice for the last position that was computed, once it is there; below 0 when nothing was chosen."""
-        return int(self._sampled(self._context, -1))
+        token: int = self._sampled(self._context, -1)
+        return token
