@@ -11,7 +11,7 @@ from typing import Any
 from runtime.engine import EngineOptions
 from runtime.engines.llamacpp_devices import can_offload, find_devices
 from runtime.gguf_header import GGUFHeader, count_per_layer, kv_elements_per_layer
-from targets.vram import LayeredModel, OffloadPlan, Room, choose_device, plan_offload, why_no_gpu
+from targets.vram import HOST_REPACK, LayeredModel, OffloadPlan, Room, choose_device, plan_offload, why_no_gpu
 
 _LAYER = re.compile(r"blk\.(\d{1,5})\.")
 # Of the tensors outside of layers those that are computed with after the last one; the others begin a model.
@@ -20,10 +20,6 @@ _LOOKUP = "token_embd.weight"
 # With room for 4 rows of logits or fewer, prompts took 9 to 18 % more CPU time on AMX than with 16 or more (SmolLM2 and
 # a distilled one, Q4_0, Q6_K, Q8_0; none more at Q4_K_M). Why, was not found. What is not used costs no memory.
 _LEAST_OUTPUTS = 16
-
-# Beside a GPU llama.cpp leaves the CPU's weights as the file has them, to copy them to the GPU for every batch of a
-# long prompt and multiply there. Rearranged for the CPU's kernels they cannot be copied, and prompts are its work, too.
-_HOST_REPACK = False
 
 
 def layered_model(header: GGUFHeader, name: str) -> LayeredModel:
@@ -80,7 +76,7 @@ def repacks_host(options: EngineOptions, offload: OffloadPlan | None) -> bool:
     are, which nobody has to ask for."""
     if offload is None or offload.device is None:
         return False
-    return _HOST_REPACK if options.host_repack is None else options.host_repack
+    return HOST_REPACK if options.host_repack is None else options.host_repack
 
 
 def offload_of(library: Any, header: GGUFHeader, options: EngineOptions, name: str) -> OffloadPlan:

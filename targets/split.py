@@ -25,7 +25,7 @@ from targets.predict import (
     without_head,
 )
 from targets.profile import TargetProfile
-from targets.vram import Device, LayeredModel, OffloadPlan, Room, plan_offload
+from targets.vram import HOST_REPACK, Device, LayeredModel, OffloadPlan, Room, plan_offload
 from targets.workload import TypedWeights, Workload
 
 # Fitted to 12 rows of benchmarks/results/gpu_offload.jsonl (75M to 7B, 135M in two types, three splits each, 16
@@ -54,7 +54,7 @@ def predict_split(
     gpu_layers: int,
     constants: Calibration | None = None,
     *,
-    host_repack: bool = False,
+    host_repack: bool = HOST_REPACK,
 ) -> SplitPrediction:
     """Decode speed and memory with ``gpu_layers`` on ``gpu``, counted as in ``vram``; ``host_repack`` as an engine's
     options have it.

@@ -19,6 +19,9 @@ DeviceKind = Literal["cpu", "gpu", "igpu", "accel"]
 AUTO_LAYERS = -1
 """As many layers as fit on the GPU; none where there is no GPU."""
 RESERVE_BYTES = 300 * 2**20
+# Beside a GPU llama.cpp leaves the CPU's weights as the file has them, to copy them to the GPU for every batch of a
+# long prompt and multiply there. Rearranged for the CPU's kernels they cannot be copied, and prompts are its work, too.
+HOST_REPACK = False
 """Left free: the driver's context and the scratch memory of kernels (unpacked weights, staging), which nobody
 announces. An estimate; llama.cpp's own ``--fit`` leaves 1 GiB."""
 KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
