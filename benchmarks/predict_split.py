@@ -2,12 +2,13 @@
 
     python benchmarks/predict_split.py predict h200-sxm-141gb host.toml --threads 16 -o predicted.jsonl
     python benchmarks/predict_split.py compare predicted.jsonl results/gpu_offload.jsonl
-    python benchmarks/predict_split.py make DIRECTORY --words SMALL.gguf [--only 360m,1b]
+    python benchmarks/predict_split.py make DIRECTORY --words SMALL.gguf [--only 360m,1b] [--quants Q4_0,Q8_0]
 
 ``predict`` needs the profiles alone, the host's from ``edgelm targets detect``: a row for every model below at a
 quarter, half and three quarters of its layers and all of them, with the CPU's weights as the file has them and
 rearranged. ``make`` writes the models (random weights, ``random_gguf.py``), ``gpu_offload.py --parts order`` measures
-them, and ``compare`` puts both side by side. None of these shapes was there when the constants were fitted.
+them, and ``compare`` puts both side by side. 360M and 1.1B were
+there when the constants were fitted, 3B and 0.5B were not.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ MODELS = {
     "360m": Shape(32, 960, 2560, 15, 5, tied=True),
     "1b": Shape(22, 2048, 5632, 32, 4),
     "3b": Shape(28, 3072, 8192, 24, 8),
+    "500m": Shape(24, 1024, 4864, 16, 4, tied=True),
 }
 QUANTS = ("Q4_0", "Q4_K_M", "Q8_0")
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -67,9 +69,9 @@ def make(told: argparse.Namespace) -> None:
     """Write the models."""
     words = read_gguf_header(told.words).metadata
     assert len(words[BY_TOKEN[0]]) == VOCABULARY
-    only = told.only.split(",")
+    only, quants = told.only.split(","), told.quants.split(",")
     for file, shape, quant in cases():
-        if file.partition("-")[0] in only:
+        if file.partition("-")[0] in only and quant in quants:
             started, mix, path = time.perf_counter(), mix_named(quant), told.directory / file
             write(path, planned(shape, VOCABULARY, mix), metadata_of(shape, mix, words, VOCABULARY, path.stem), 1)
             print(f"{file}: {path.stat().st_size / 2**20:.0f} MiB, {time.perf_counter() - started:.1f} s", flush=True)
@@ -122,6 +124,7 @@ def main() -> None:
     part.add_argument("directory", type=Path)
     part.add_argument("--words", type=Path, required=True)
     part.add_argument("--only", default=",".join(MODELS))
+    part.add_argument("--quants", default=",".join(QUANTS))
     part.set_defaults(does=make)
     part = parts.add_parser("compare")
     part.add_argument("predicted", type=Path)

@@ -66,8 +66,8 @@ class BenchOptions:
     Zero prompt or generated tokens leave that figure out; threads of 0 ask the host. ``repetitions`` of 0 repeat until
     the medians are known to 2 % (5 to 100 times), ``max_time_s`` bounds that. ``sustained_s`` adds a long run of
     decoding, ``cold`` a start without page cache. ``interval_s`` is the sensors' (0: only around repetitions).
-    ``lookup``, ``draft``, ``providers``, ``gpu_layers``, ``gpu`` and ``flash_attention`` are those of
-    ``EngineOptions``: with the first two, single sequences continue a fixed text.
+    ``lookup``, ``draft``, ``providers``, ``gpu_layers``, ``gpu``, ``host_repack`` and ``flash_attention`` are
+    those of ``EngineOptions``: with the first two, single sequences continue a fixed text.
     """
 
     prompts: tuple[int, ...] = (512,)
@@ -82,6 +82,7 @@ class BenchOptions:
     providers: tuple[str, ...] = ()
     gpu_layers: int = 0
     gpu: str = ""
+    host_repack: bool | None = None
     flash_attention: FlashAttention = "auto"
     repetitions: int = 5
     max_time_s: float | None = None
@@ -210,6 +211,7 @@ def _engine_options(options: BenchOptions, threads: int) -> EngineOptions:
         providers=options.providers,
         gpu_layers=options.gpu_layers,
         gpu=options.gpu,
+        host_repack=options.host_repack,
         flash_attention=options.flash_attention,
     )
 

@@ -35,9 +35,10 @@ class EngineOptions:
     speculative decoding; engines themselves know nothing of it. ``providers`` are ONNX Runtime's, best first: none is
     the CPU. ``gpu_layers`` are what llama.cpp puts on a GPU, ``targets.vram.AUTO_LAYERS`` means as many as fit; ``gpu``
     names which, "" for the one with the most free memory. ``host_repack`` has weights that stay with the CPU beside a
-    GPU rearranged for its kernels, None leaves it to ``runtime.offload``. ``flash_attention`` is llama.cpp's: ``auto``
-    leaves it to ``runtime.attention``, which goes by what was measured to be faster on this CPU (``faster_attention``,
-    None: nobody did). Proofs fix it, so that their figures do not hang on the machine.
+    GPU rearranged for its kernels, None leaves it to ``runtime.offload``; without a GPU they are, unless it is False.
+    ``flash_attention`` is llama.cpp's: ``auto`` leaves it to ``runtime.attention``, which goes by what was measured to
+    be faster on this CPU (``faster_attention``, None: nobody did). Proofs fix it, so that their figures do not hang on
+    the machine.
     """
 
     context: int = 2048

@@ -3,7 +3,7 @@
 In this room because it needs an engine; ``targets.kernels`` turns the runs into a profile. The runs happen in a child
 process, so that a broken build becomes a sentence. Of what weights say, speed depends on nothing but how many scales
 their blocks have, so all other bits are random and nothing is quantised. Two minutes on two cores; a busy machine gives
-low figures.
+low figures. Types that the engine rearranges are measured as the file has them, too: beside a GPU they stay so.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ SCALED_TYPE = "Q8_0"  # the type that is run behind a long text, and on every th
 STREAMED_TYPE = "F16"  # the type that is run in every size and on every thread count: of all it waits most for memory
 TIMEOUT_S = 3600.0  # two cores of a Zen 4 take 100 s; how long a small board takes is not known
 PROMPT_TOKENS, GENERATED_TOKENS, PASSES, DECODE_PASSES = 128, 32, 3, 5
+AS_FILED_PASSES = 3
 SIZES_LAYERS = (1, 2, 3, 4)  # beside six and twelve: what a large cache keeps of a model depends on its size
 LARGE_LAYERS = 12  # of a model of which a cache holds little
 DEEP_PROMPTS, DEEP_PASSES = 4, 2  # attention costs what the last of so many prompts takes longer than the first
@@ -133,6 +134,7 @@ def run_all(directory: Path, threads: int, *, small: bool) -> list[dict[str, Any
         cases: list[tuple[Role, int]] = [("type", count) for count in counts if kind in every or count in (1, threads)]
         if kind == SCALED_TYPE:
             cases += [(role, threads) for role in _DEEP]
+        cases.append(("as_filed", threads))
         found += _runs(directory, model, cases)
         found += _runs(directory, thin_model(kind, small=small), [("thin", 1)])
         if kind == STREAMED_TYPE:
@@ -150,43 +152,58 @@ def _runs(directory: Path, model: RandomModel, cases: Sequence[tuple[Role, int]]
     found = []
     workload = asdict(workload_from_gguf(read_gguf_header(path)))
     for role, threads in cases:
-        prefill_s, decode_s = timed(path, threads, deep=role in _DEEP, flash_attention=role != "plain")
+        if role == "as_filed" and not is_rearranged(path):
+            continue
+        prefill_s, decode_s = timed(path, threads, role)
         case = {"type": model.type, "threads": threads, "role": role, "workload": workload}
         found.append({**case, "prefill_s": prefill_s, "decode_s": decode_s})
     path.unlink()
     return found
 
 
-def timed(path: Path, threads: int, *, deep: bool = False, flash_attention: bool = True) -> tuple[float, float]:
+def is_rearranged(path: Path) -> bool:
+    """Whether the engine makes a copy of a model's weights that its kernels for this CPU are for."""
+    from runtime.engine import EngineOptions
+    from runtime.engines.llamacpp import load_engine
+
+    engine = load_engine(path, EngineOptions(context=CONTEXT_TOKENS))
+    copied = engine.info.buffers.get("weights_copied", 0)
+    engine.close()
+    return copied > path.stat().st_size / 2
+
+
+def timed(path: Path, threads: int, role: Role = "type") -> tuple[float, float]:
     """Seconds per prompt token and per generated token: the middle pass of a few, after one that is not counted.
 
     The middle and not the best, and whole passes and not single tokens, because that is how ``bench`` measures: what
-    usually disturbs a machine is part of its speed. Tokens are generated from an empty cache on; ``deep``: behind
-    ``DEEP_PROMPTS`` prompts, the last of which counts.
+    usually disturbs a machine is part of its speed. Tokens are generated from an empty cache on; ``deep`` and
+    ``plain``: behind ``DEEP_PROMPTS`` prompts, the last of which counts. ``as_filed`` has no prompts: 0 seconds.
     """
     from runtime.engine import Chunk, EngineOptions
     from runtime.engines.llamacpp import load_engine
 
+    deep, as_filed = role in _DEEP, role == "as_filed"
     options = EngineOptions(
         context=CONTEXT_TOKENS,
         threads_decode=threads,
         threads_prefill=threads,
         batch=PROMPT_TOKENS,
-        flash_attention="on" if flash_attention else "off",
+        flash_attention="off" if role == "plain" else "on",
+        host_repack=False if as_filed else None,
     )
     engine = load_engine(path, options)
     prompt = np.random.default_rng(_SEED).integers(0, _VOCABULARY, PROMPT_TOKENS).tolist()
-    prefill: list[float] = []
+    prefill: list[float] = [0.0, 0.0] if as_filed else []
     decode: list[float] = []
     try:
-        for _ in range(1 + (DEEP_PASSES if deep else PASSES)):
+        for _ in range(0 if as_filed else 1 + (DEEP_PASSES if deep else PASSES)):
             engine.truncate(0)
             for _ in range(DEEP_PROMPTS if deep else 1):
                 started = time.perf_counter()
                 engine.forward([Chunk(0, prompt)])
                 took_s = (time.perf_counter() - started) / PROMPT_TOKENS
             prefill.append(took_s)
-        for _ in range(1 + DECODE_PASSES):
+        for _ in range(1 + (AS_FILED_PASSES if as_filed else DECODE_PASSES)):
             engine.truncate(DEEP_PROMPTS * PROMPT_TOKENS if deep else 0)
             started = time.perf_counter()
             for token in prompt[:GENERATED_TOKENS]:

@@ -24,7 +24,7 @@ from runtime.engines.onnx_foreign import foreign_context
 from runtime.foreign import foreign_model, foreign_texts
 from runtime.gguf_header import GGUFHeader, read_gguf_header, workload_from_gguf
 from runtime.memory import snapshot
-from runtime.offload import offload_of
+from runtime.offload import offload_of, repacked_bytes
 from runtime.speculative import DRAFT_TOKENS, DRAFTED_STREAMS, ModelDrafter, Speculation
 from runtime.tokenizer import GgufTokenizer, JsonTokenizer, TextTokenizer
 from targets.host import available_memory
@@ -231,12 +231,21 @@ def _open_alone(path: Path, options: EngineOptions, *, beside_bytes: int = 0) ->
             raise UsageError(f"{path} is an ONNX model: --gpu-layers and --gpu are for GGUF", hint="leave them out")
         if options.flash_attention != "auto":
             raise UsageError(f"{path} is an ONNX model: --flash-attention is for GGUF", hint="leave it out")
+        if options.host_repack is not None and not beside_bytes:
+            raise UsageError(f"{path} is an ONNX model: --host-repack is for GGUF", hint="leave it out")
         return _open_onnx(artifact, bundle, options)
     header = read_gguf_header(artifact)
     if options.context == 0:
         options = replace(options, context=planned_context(header, bundle)[0])
     offload = offload_of(load_library(), header, options, artifact.name)
-    check_memory(artifact, header, options, beside_bytes=beside_bytes, on_gpu_bytes=offload.spared_bytes)
+    if options.host_repack is not None and offload.device is None and not beside_bytes:
+        raise UsageError(
+            f"--host-repack is for weights that stay with the CPU beside a GPU; {offload.sentence()}",
+            hint="leave it out: without a GPU they are rearranged anyway",
+        )
+    copied_bytes = repacked_bytes(header, options, offload)
+    sizes = {"beside_bytes": beside_bytes, "on_gpu_bytes": offload.spared_bytes, "copied_bytes": copied_bytes}
+    check_memory(artifact, header, options, **sizes)
     template = _chat_template(header, bundle)
     tokenizer_path = bundle.file(TOKENIZER_NAME) if bundle else None
     tokenizer: TextTokenizer | None = JsonTokenizer(tokenizer_path) if tokenizer_path else None
@@ -308,17 +317,24 @@ def memory_for_model() -> Choice:
 
 
 def check_memory(
-    artifact: Path, header: GGUFHeader, options: EngineOptions, *, beside_bytes: int = 0, on_gpu_bytes: int = 0
+    artifact: Path,
+    header: GGUFHeader,
+    options: EngineOptions,
+    *,
+    beside_bytes: int = 0,
+    on_gpu_bytes: int = 0,
+    copied_bytes: int = 0,
 ) -> None:
     """Refuse a model whose weights and caches exceed the memory that is free now; ``beside_bytes`` of it are taken by
-    another model of this process, ``on_gpu_bytes`` of the model's own are held by a GPU instead.
+    another model of this process, ``on_gpu_bytes`` of the model's own are held by a GPU instead, ``copied_bytes`` are
+    there twice: rearranged for the CPU beside it.
 
     Mapped weights that do not fit would be read from the disk again for every token, and copied ones would swap: a
     small board is lost to both for minutes. Raises ``DoesNotFitError`` naming what is needed and what is there.
     """
     workload = workload_from_gguf(header)
     per_token = kv_bytes_per_token(workload.kv_elements_per_token, options.kv_type) * options.sequences
-    fixed = workload.file_bytes + _PROCESS_BYTES + beside_bytes - on_gpu_bytes
+    fixed = workload.file_bytes + _PROCESS_BYTES + beside_bytes - on_gpu_bytes + copied_bytes
     if options.flash_attention == OFF:
         fixed += score_bytes(workload, options.context, options.batch)
     needed = fixed + per_token * options.context
@@ -330,7 +346,8 @@ def check_memory(
         f"{artifact.name} needs {format_bytes(int(needed))}: weights {format_bytes(workload.file_bytes)}, cache for "
         f"{options.context} tokens x {options.sequences} {format_bytes(int(per_token * options.context))}, process "
         f"{format_bytes(_PROCESS_BYTES)}{f', the other model {format_bytes(beside_bytes)}' if beside_bytes else ''}; "
-        f"{f'{format_bytes(on_gpu_bytes)} of it on the GPU; ' if on_gpu_bytes else ''}{free.reason}",
+        f"{f'{format_bytes(on_gpu_bytes)} of it on the GPU; ' if on_gpu_bytes else ''}"
+        f"{f'{format_bytes(copied_bytes)} once more, rearranged; ' if copied_bytes else ''}{free.reason}",
         hint=f"use --context {fits}" if fits >= 256 else "use a smaller model or quantisation, or free memory",
     )
 

@@ -6,6 +6,7 @@ Reads names and sizes of tensors; the arithmetic is ``targets.vram``'s. Loads ll
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from runtime.engine import EngineOptions
@@ -72,11 +73,32 @@ def room_of(options: EngineOptions) -> Room:
 
 
 def repacks_host(options: EngineOptions, offload: OffloadPlan | None) -> bool:
-    """Whether weights that stay with the CPU beside a GPU are rearranged for its kernels. Without a GPU they always
-    are, which nobody has to ask for."""
+    """Whether weights that stay with the CPU beside a GPU are rearranged for its kernels. Without a GPU they are
+    anyway, which nobody has to ask for."""
     if offload is None or offload.device is None:
         return False
     return HOST_REPACK if options.host_repack is None else options.host_repack
+
+
+def repacked_bytes(header: GGUFHeader, options: EngineOptions, offload: OffloadPlan) -> int:
+    """What rearranged weights of the CPU beside a GPU take besides the mapped file, at most: not every type is."""
+    if not repacks_host(options, offload):
+        return 0
+    layers = layered_model(header, "").layers
+    return sum(layers[: len(layers) - max(offload.gpu_layers - 1, 0)])
+
+
+def _told(plan: OffloadPlan, options: EngineOptions) -> OffloadPlan:
+    """The plan with what becomes of the weights that stay, where that was asked for."""
+    if options.host_repack is None or plan.device is None:
+        return plan
+    if plan.gpu_layers == plan.most:
+        why = "no layer stays with the CPU to be rearranged"
+    elif repacks_host(options, plan):
+        why = "the others are rearranged for the CPU, which computes their part of prompts, too: asked for"
+    else:
+        why = "the others stay as the file has them, and the GPU helps with their part of prompts: asked for"
+    return replace(plan, reason=f"{plan.reason}; {why}")
 
 
 def offload_of(library: Any, header: GGUFHeader, options: EngineOptions, name: str) -> OffloadPlan:
@@ -91,4 +113,4 @@ def offload_of(library: Any, header: GGUFHeader, options: EngineOptions, name: s
     devices = find_devices(library)
     reason = why_no_gpu(devices, can_offload=can_offload(library))
     device = choose_device(devices, options.gpu)
-    return plan_offload(model, room_of(options), device, options.gpu_layers, no_gpu=reason)
+    return _told(plan_offload(model, room_of(options), device, options.gpu_layers, no_gpu=reason), options)

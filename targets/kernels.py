@@ -25,9 +25,12 @@ _LEAST_ARITHMETIC = 0.5
 # Rows are given no more of a model's cycles than this: what is left to its weights stays above 0.
 _MOST_ROWS = 0.8
 _ROW = 1024  # weights
+# Where a larger model streams at less than this share of a smaller one's rate a cache held that one, and where at more
+# than this share of a plain scan, memory is what it waits for.
+_CACHED, _SCANNED = 0.75, 0.8
 
 _Cycles = tuple[float | None, float | None]
-Role = Literal["type", "size", "large", "thin", "deep", "plain", "narrow"]
+Role = Literal["type", "size", "large", "thin", "deep", "plain", "narrow", "as_filed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +40,8 @@ class KernelRun:
     ``role``: ``type`` measures a type's kernels; ``size`` is the same model with fewer or more layers, for the read
     rate; ``large`` has more, for the type; ``thin`` has as many weights in shorter rows, for what a row costs;
     ``deep`` is the first one behind many tokens, ``plain`` the same without flash attention; ``narrow`` models are all
-    layers and hardly any weights. ``prefill_depth`` tokens were cached before the prompt, ``decode_depth`` in the
-    middle of decoding.
+    layers and hardly any weights; ``as_filed`` is the first one whose weights the engine did not rearrange,
+    in decode. ``prefill_depth`` tokens were cached before the prompt, ``decode_depth`` in the middle of decoding.
     """
 
     type: str
@@ -94,6 +97,8 @@ def with_kernels(profile: TargetProfile, runs: Sequence[KernelRun]) -> TargetPro
     if large:
         tables["decode_large"] = {run.type: _decode_cycles(run, profile, family, known) for run in large}
         tables["decode_weights"] = (float(best[0].workload.parameters), float(large[0].workload.parameters))
+    as_filed = [run for run in runs if run.role == "as_filed" and run.threads == most]
+    tables["decode_as_filed"] = {run.type: _decode_cycles(run, profile, family, known) for run in as_filed}
     return profile.model_copy(update={"kernel_cycles": known.model_copy(update=tables)})
 
 
@@ -214,6 +219,13 @@ def _streamed(profile: TargetProfile, runs: Sequence[KernelRun], cycles: KernelC
     for run in runs:
         if run.type == kind and run.role != "large":
             by_size.setdefault(float(run.workload.streamed_bytes), {})[run.threads] = _rate(run, profile, cycles)
+    held = max(by_size)
+    for run in runs:
+        # Beyond what a cache holds the rate is memory's: that of a larger model, unless its kernels are what is slow.
+        rate, size = _rate(run, profile, cycles), float(run.workload.streamed_bytes)
+        slower, scanned = rate < _CACHED * by_size[held][most], rate > _SCANNED * scan.rate(size, most)
+        if run.role == "large" and run.type == kind and slower and scanned:
+            by_size[size] = {count: min(by_size[held][count], rate) for count in by_size[held]}
     sizes = sorted(by_size)
     engine = Streaming(sizes_bytes=tuple(sizes), rates=tuple(every_count(by_size[size]) for size in sizes), source=told)
     union = sorted({*scan.sizes_bytes, *sizes})

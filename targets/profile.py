@@ -121,6 +121,7 @@ class KernelCycles(Record):
     ``decode_row`` are what a row of a matrix costs besides, for every token: narrow models have more rows for their
     weights. Empty where nobody measured them. ``decode`` holds at ``decode_threads`` threads, ``decode_single`` and
     ``layer_single_us`` on one: more threads wait for each other in every layer, and hide arithmetic behind memory.
+    ``decode_as_filed`` is ``decode`` of types that the engine rearranges, where it does not: beside a GPU.
     """
 
     prefill: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
@@ -130,6 +131,7 @@ class KernelCycles(Record):
     decode_large: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
     decode_weights: tuple[float, float] | None = None
     decode_single: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    decode_as_filed: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
     decode_threads: int | None = Field(default=None, gt=1)
     layer_single_us: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     prefill_row: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
@@ -403,6 +405,8 @@ def _kernel_lines(cycles: KernelCycles) -> list[str]:
     if cycles.decode_threads is not None:
         lines.append(f"decode_single = {table(cycles.decode_single)}")
         lines.append(f"decode_threads = {cycles.decode_threads}")
+    if cycles.decode_as_filed:
+        lines.append(f"decode_as_filed = {table(cycles.decode_as_filed)}")
     if cycles.decode_row:
         lines += [f"prefill_row = {table(cycles.prefill_row)}", f"decode_row = {table(cycles.decode_row)}"]
     return [

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from edgelm.errors import DoesNotFitError, UsageError
 from edgelm.units import format_bytes
-from targets.calibration import Calibration, calibration
+from targets.calibration import Calibration, Family, calibration
 from targets.predict import (
     RunSettings,
     decode_seconds,
@@ -28,13 +28,17 @@ from targets.profile import TargetProfile
 from targets.vram import HOST_REPACK, Device, LayeredModel, OffloadPlan, Room, plan_offload
 from targets.workload import TypedWeights, Workload
 
-# Fitted to 12 rows of benchmarks/results/gpu_offload.jsonl (75M to 7B, 135M in two types, three splits each, 16
-# threads): what going from the host to the GPU and back costs a token, by how much a layer's fixed cost on the host
-# grows when its threads have slept while the GPU computed, and how much longer weights take that lie as the file has
-# them.
-_CROSSING_US = 100.0
-_HOST_LAYER_GROWTH = 1.25
-_NOT_REARRANGED = 1.2
+# Fitted to 44 rows of benchmarks/results/gpu_offload-third.jsonl (135M, 360M and 1.1B in two and three types, 7B; a
+# quarter, half and three quarters of the layers on an H200, 16 threads, rearranged and not): what going from the host
+# to the GPU and back costs a token, and by how much a layer's fixed cost on the host grows when its threads have slept
+# while the GPU computed.
+_CROSSING_US = 50.0
+_HOST_LAYER_GROWTH = 1.23
+# How many more cycles weights take that lie as the file has them, where the profile does not tell: on AMX from the same
+# rows, elsewhere as on a Zen 4 with two threads. Types of 32 weights have hardly any kernels but the rearranged ones.
+_AS_FILED_AMX = {"Q4_0": 3.3, "Q8_0": 4.0}
+_AS_FILED = {"Q4_0": 2.5, "IQ4_NL": 1.9, "Q4_K": 1.46}
+_AS_FILED_OTHERS = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +94,38 @@ def predict_split(
     seconds = 0.0
     for profile, part in ((gpu, on_gpu), (host, on_cpu)):
         if part.weights:
-            family, scale = family_of(profile, constants), device_scale(profile, constants)
-            alone_s = decode_seconds(part, profile, settings, family, scale, constants.norm)
-            fixed_s = part.layers * fixed_us(profile, settings, family) * 1e-6
-            seconds += beside_gpu(alone_s, fixed_s, rearranged=host_repack) if profile is host and beside else alone_s
+            known, family, scale = profile, family_of(profile, constants), device_scale(profile, constants)
+            if profile is host and beside and not host_repack:
+                known, family = as_filed(profile, family)
+            alone_s = decode_seconds(part, known, settings, family, scale, constants.norm)
+            fixed_s = part.layers * fixed_us(known, settings, family) * 1e-6
+            seconds += beside_gpu(alone_s, fixed_s) if profile is host and beside else alone_s
     return SplitPrediction(1 / seconds, plan, ram_bytes)
 
 
-def beside_gpu(alone_s: float, fixed_s: float, *, rearranged: bool) -> float:
+def as_filed(profile: TargetProfile, family: Family) -> tuple[TargetProfile, Family]:
+    """A CPU and its kernels where no weights are rearranged for them: as measured there, else by what it cost where it
+    was. What a large model and one thread take moves along."""
+    cycles = profile.kernel_cycles
+    measured = {} if cycles is None else cycles.decode_as_filed
+    if not measured:
+        factors = _AS_FILED_AMX if "amx_int8" in profile.isa else _AS_FILED
+        measured = {kind: family.decode_of(kind) * factors.get(kind, _AS_FILED_OTHERS) for kind in family.repacked}
+    growth = {kind: value / family.decode_of(kind) for kind, value in measured.items()}
+    family = family.model_copy(update={"decode": family.decode | measured})
+    if cycles is None:
+        return profile, family
+    moved = {
+        name: {kind: growth.get(kind, 1.0) * value for kind, value in getattr(cycles, name).items()}
+        for name in ("decode_single", "decode_large")
+    }
+    return profile.model_copy(update={"kernel_cycles": cycles.model_copy(update=moved)}), family
+
+
+def beside_gpu(alone_s: float, fixed_s: float) -> float:
     """What the host's layers take beside a GPU, the way there and back included, from what they take alone, of which
     ``fixed_s`` are their fixed costs."""
-    weights_s = (alone_s - fixed_s) * (1.0 if rearranged else _NOT_REARRANGED)
-    return weights_s + _HOST_LAYER_GROWTH * fixed_s + _CROSSING_US * 1e-6
+    return alone_s - fixed_s + _HOST_LAYER_GROWTH * fixed_s + _CROSSING_US * 1e-6
 
 
 def part_of(workload: Workload, layers: int, *, with_head: bool) -> Workload:

@@ -13,6 +13,7 @@ from edgelm.cli.console import (
     flash_attention_option,
     gpu_layers_option,
     gpu_option,
+    host_repack_option,
     print_json,
     provider_option,
     stderr_progress,
@@ -112,6 +113,7 @@ class Repetitions(click.ParamType[int]):
 )
 @gpu_layers_option
 @gpu_option
+@host_repack_option
 @flash_attention_option
 @click.option(
     "--write-profile", type=click.Path(path_type=Path, dir_okay=False), help="Keep what auto found in this profile."
@@ -141,6 +143,7 @@ def command(
     draft: Path | None,
     gpu_layers: int,
     gpu: str,
+    host_repack: bool | None,
     flash_attention: FlashAttention,
     write_profile: Path | None,
     depth: tuple[int, ...],
@@ -187,6 +190,7 @@ def command(
         providers=provider,
         gpu_layers=gpu_layers,
         gpu=gpu,
+        host_repack=host_repack,
         flash_attention=flash_attention,
         max_time_s=max_time or (60.0 if repetitions == 0 else None),
         sustained_s=sustained or 0.0,

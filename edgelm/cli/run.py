@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.console import flash_attention_option, gpu_layers_option, gpu_option, print_json, provider_option
+from edgelm.cli.console import (
+    flash_attention_option,
+    gpu_layers_option,
+    gpu_option,
+    host_repack_option,
+    print_json,
+    provider_option,
+)
 from edgelm.errors import ContextOverflowError, UsageError
 from edgelm.units import format_bytes
 
@@ -74,6 +81,7 @@ class _Settings:
 )
 @gpu_layers_option
 @gpu_option
+@host_repack_option
 @flash_attention_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of streamed text.")
 def command(
@@ -100,6 +108,7 @@ def command(
     draft: Path | None,
     gpu_layers: int,
     gpu: str,
+    host_repack: bool | None,
     flash_attention: FlashAttention,
     as_json: bool,
 ) -> None:
@@ -154,6 +163,7 @@ def command(
         providers=provider,
         gpu_layers=gpu_layers,
         gpu=gpu,
+        host_repack=host_repack,
         flash_attention=flash_attention,
     )
     if target is not None:
@@ -189,7 +199,7 @@ def _settled(bundle: Path, target: str, options: EngineOptions, kv_type: KvType 
     settled = choose_settings(bundle, target, asked)
     for name, line in settled.lines().items():
         click.echo(f"{name} {line}", err=True)
-    return replace(settled.options, gpu_layers=options.gpu_layers, gpu=options.gpu)
+    return replace(settled.options, gpu_layers=options.gpu_layers, gpu=options.gpu, host_repack=options.host_repack)
 
 
 def _print_vector(bundle: Path, text: str | None, options: EncoderOptions, *, as_json: bool) -> None:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.console import flash_attention_option, gpu_layers_option, gpu_option, provider_option
+from edgelm.cli.console import (
+    flash_attention_option,
+    gpu_layers_option,
+    gpu_option,
+    host_repack_option,
+    provider_option,
+)
 from edgelm.errors import UsageError
 from edgelm.units import parse_size
 
@@ -65,6 +71,7 @@ if TYPE_CHECKING:
 )
 @gpu_layers_option
 @gpu_option
+@host_repack_option
 @flash_attention_option
 @click.option(
     "--in-process",
@@ -105,6 +112,7 @@ def command(
     draft: Path | None,
     gpu_layers: int,
     gpu: str,
+    host_repack: bool | None,
     flash_attention: FlashAttention,
     in_process: bool,
     prompt_cache: Path | None,
@@ -165,6 +173,7 @@ def command(
             providers=provider,
             gpu_layers=gpu_layers,
             gpu=gpu,
+            host_repack=host_repack,
             flash_attention=flash_attention,
         )
 
@@ -175,6 +184,8 @@ def command(
                 raise UsageError(
                     f"--flash-attention is for models that generate; {bundle} is none", hint="leave it out"
                 )
+            if host_repack is not None and (holds_encoder(bundle) or holds_task(bundle) is not None):
+                raise UsageError(f"--host-repack is for models that generate; {bundle} is none", hint="leave it out")
             if target is None:
                 return engine, in_process
             return _settled(bundle, target, engine, in_process, fixed_type=kv_type is not None)
@@ -213,5 +224,5 @@ def _settled(
     )
     settings = choose_settings(bundle, target, asked)
     log_event("settings", settings.lines())
-    placed = replace(settings.options, gpu_layers=options.gpu_layers, gpu=options.gpu)
+    placed = replace(settings.options, gpu_layers=options.gpu_layers, gpu=options.gpu, host_repack=options.host_repack)
     return placed, settings.in_process

@@ -193,6 +193,9 @@ def _noted(profile: TargetProfile, note: str) -> TargetProfile:
 @click.option("--kv-type", type=click.Choice(["f16", "q8_0", "f32"]), default="f16", show_default=True)
 @click.option("--gpu-layers", type=GpuLayersType(), metavar="auto|N", help="On the GPU ID; the rest on --host.")
 @click.option("--host", metavar="ID", help="Machine around the GPU, for --gpu-layers  [default: this machine].")
+@click.option(
+    "--host-repack/--no-host-repack", default=None, help="Its weights rearranged, for --gpu-layers  [default: no]."
+)
 @JSON
 def predict(
     target: str,
@@ -206,6 +209,7 @@ def predict(
     kv_type: KvType,
     gpu_layers: int | None,
     host: str | None,
+    host_repack: bool | None,
     as_json: bool,
 ) -> None:
     """Predict speed and memory of a model on a target from the figures that a download page states.
@@ -232,8 +236,11 @@ def predict(
     )
     if host is not None and gpu_layers is None:
         raise UsageError("--host is for --gpu-layers", hint="name layers, or auto")
+    if host_repack is not None and gpu_layers is None:
+        raise UsageError("--host-repack is for --gpu-layers", hint="name layers, or auto")
     if gpu_layers is not None:
-        _predict_split(workload, (target, host or "host"), settings, gpu_layers, as_json=as_json)
+        places = target, host or "host", bool(host_repack)
+        _predict_split(workload, places, settings, gpu_layers, as_json=as_json)
         return
     prediction = predict_workload(workload, load_profile(target), settings)
     if as_json:
@@ -255,17 +262,17 @@ def predict(
 
 
 def _predict_split(
-    workload: Workload, names: tuple[str, str], settings: RunSettings, gpu_layers: int, *, as_json: bool
+    workload: Workload, places: tuple[str, str, bool], settings: RunSettings, gpu_layers: int, *, as_json: bool
 ) -> None:
-    """Layers on the GPU of the first name, the rest on the machine of the second."""
+    """Layers on the GPU of the first place, the rest on the machine of the second, rearranged or not."""
     from dataclasses import asdict
 
     from edgelm.units import format_bytes
     from targets.profile import load_profile
     from targets.split import predict_split
 
-    gpu, host = (load_profile(name) for name in names)
-    found = predict_split(workload, gpu, host, settings, gpu_layers)
+    gpu, host = (load_profile(name) for name in places[:2])
+    found = predict_split(workload, gpu, host, settings, gpu_layers, host_repack=places[2])
     plan = found.plan
     if as_json:
         shares = {"gpu": gpu.label, "host": host.label, "gpu_layers": plan.gpu_layers, "layers": plan.most}
@@ -273,9 +280,7 @@ def _predict_split(
         print_json({"decode_tps": found.decode_tps, "prefill_tps": None, **shares, **sizes})
         return
     click.echo(f"{plan.sentence()}; {format_bytes(found.ram_bytes)} on {host.label}")
-    click.echo(
-        f"decode {found.decode_tps:.3g} tokens/s; prompts are not predicted for a split, and no split was measured"
-    )
+    click.echo(f"decode {found.decode_tps:.3g} tokens/s; prompts are not predicted for a split")
 
 
 def _rate(value: float | None, band: tuple[float, float] | None) -> str:

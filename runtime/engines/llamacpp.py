@@ -167,7 +167,8 @@ def load_weights(
     parameters = library.llama_model_default_params()
     device, layers = (offload.device, offload.gpu_layers) if offload is not None else (None, 0)
     _listed = place_layers(library, parameters, device, layers)
-    parameters.use_extra_bufts = repack
+    # Beside a GPU the place of its host buffer decides, which weights of the CPU come into before any of those.
+    parameters.use_extra_bufts = repack and (device is not None or options.host_repack is not False)
     parameters.no_host = repack and repacks_host(options, offload)
     parameters.load_mode = library.LLAMA_LOAD_MODE_MMAP if options.mmap else library.LLAMA_LOAD_MODE_NONE
     model = library.llama_model_load_from_file(os.fsencode(path), parameters)

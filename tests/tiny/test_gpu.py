@@ -16,6 +16,7 @@ import pytest
 from fake_engine import wait_until
 from live_server import running_server
 
+from edgelm.bundle import Choice
 from edgelm.cli.app import run_cli
 from edgelm.errors import DoesNotFitError, EngineError, UsageError
 from runtime import offload
@@ -26,7 +27,7 @@ from runtime.engines.llamacpp_devices import buffer_name, can_offload, find_devi
 from runtime.generate import GenerationRequest, Session, answer, generate
 from runtime.gguf_header import read_gguf_header
 from runtime.model import open_model
-from runtime.offload import layered_model, room_of
+from runtime.offload import layered_model, offload_of, repacked_bytes, room_of
 from runtime.probe import kl_divergence, probe, write_tiny_gguf
 from runtime.server.metrics import Metrics
 from runtime.server.serving import make_backend
@@ -139,6 +140,32 @@ def test_without_a_gpu_auto_is_the_cpu_and_a_number_is_an_error(
     code, _, err = edgelm("run", str(gguf), "hello", "--raw", "--gpu", "CUDA0", capfd=capfd)
     assert code == 2
     assert "no GPU 'CUDA0'" in err
+    for where in ("--host-repack", "--no-host-repack"):
+        code, _, err = edgelm("run", str(gguf), "hello", "--raw", where, capfd=capfd)
+        assert code == 2
+        assert "weights that stay with the CPU beside a GPU; the CPU computes all layers: this build" in err
+
+
+def test_the_plan_tells_what_becomes_of_weights_that_stay(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Device("CUDA0", "a card", "CUDA", "gpu", 10**10, 10**10)
+    monkeypatch.setattr(offload, "find_devices", lambda library: (card,))
+    header = read_gguf_header(gguf)
+    layers = layered_model(header, "tiny").layers
+    for wanted, count, words, copied in (
+        (True, 2, "the others are rearranged for the CPU", layers[0]),
+        (True, 1, "the others are rearranged for the CPU", sum(layers)),
+        (False, 2, "the others stay as the file has them", 0),
+        (True, ALL, "no layer stays with the CPU", 0),
+    ):
+        options = EngineOptions(context=64, gpu_layers=count, host_repack=wanted)
+        plan = offload_of(load_library(), header, options, "tiny")
+        assert words in plan.sentence()
+        assert repacked_bytes(header, options, plan) == copied
+    plan = offload_of(load_library(), header, EngineOptions(context=64, gpu_layers=2), "tiny")
+    assert "others" not in plan.sentence()
+    monkeypatch.setattr("runtime.model.memory_for_model", lambda: Choice(value=1, reason="for this test"))
+    with pytest.raises(DoesNotFitError, match=r"[kM]B once more, rearranged; for this test"):
+        open_model(gguf, EngineOptions(context=64, gpu_layers=2, host_repack=True))
 
 
 @pytest.mark.parametrize("text", ["many", "-2", "1.5", ""])

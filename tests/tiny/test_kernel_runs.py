@@ -43,6 +43,26 @@ def test_seconds_per_token_are_measured(tmp_path: Path) -> None:
     assert 0 < decode_s < 1
 
 
+def test_only_what_the_engine_rearranges_is_measured_as_the_file_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Q4_0 has rearranged kernels wherever there are dot products of 8 bits, Q5_0 nowhere."""
+    monkeypatch.setattr(kernels, "PASSES", 1)
+    roles = {}
+    for kind in ("Q4_0", "Q5_0"):
+        path = tmp_path / "m.gguf"
+        write_random_gguf(path, RandomModel(kind, 2, 256, 512, 4, 2))
+        rearranged = kernels.is_rearranged(path)
+        found = kernels._runs(tmp_path, RandomModel(kind, 2, 256, 512, 4, 2), [("type", 1), ("as_filed", 1)])
+        roles[kind] = [case["role"] for case in found]
+        assert ("as_filed" in roles[kind]) == rearranged
+        engine = load_engine(path, EngineOptions(context=64, host_repack=False))
+        assert engine.info.buffers["weights_copied"] == 0
+        engine.close()
+        assert all(case["decode_s"] > 0 for case in found)
+    assert roles["Q5_0"] == ["type"]
+
+
 def test_runs_become_a_profile_that_predicts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "TYPES", ("Q8_0", "F16"))
     monkeypatch.setattr(kernels, "wide_model", lambda kind, small: RandomModel(kind, 2, 256, 512, 4, 2))

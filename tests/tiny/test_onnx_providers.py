@@ -78,6 +78,9 @@ def test_the_kind_of_attention_is_llama_cpps_choice(bundle: Path, capsys: pytest
         words = ["hello"] if command == "run" else []
         assert run_cli([command, str(bundle), *words, "--flash-attention", "on"]) == 2
         assert "--flash-attention is for GGUF" in capsys.readouterr().err
+        for where in ("--host-repack", "--no-host-repack"):
+            assert run_cli([command, str(bundle), *words, where]) == 2
+            assert "--host-repack is for GGUF" in capsys.readouterr().err
 
 
 def test_names() -> None:

@@ -137,6 +137,37 @@ def test_the_read_rate_depends_on_the_size_of_a_model(profile: TargetProfile) ->
     assert per_weight[1] > 1.3 * per_weight[0]
 
 
+def test_a_cache_s_rate_ends_where_a_larger_model_streams_as_fast_as_memory(profile: TargetProfile) -> None:
+    scanned = profile.model_copy(update={"memory": profile.memory.model_copy(update={"streaming": SCAN})})
+    sizes = [sized(2, 1, 21e9), sized(2, 2, 60e9), sized(6, 1, 21e9), sized(6, 2, 60e9)]
+    typed = [replace(item, role="type") for item in sizes[2:]]
+    large = replace(sized(12, 2, 24e9), role="large")
+    slow = replace(large, decode_s=2 * large.decode_s)  # half of what a scan reaches: its kernels are slow
+    rates = {}
+    for name, more in (("none", []), ("large", [large]), ("slow", [slow])):
+        memory = with_kernels(scanned, [*typed, *RUNS[2:], *sizes, *more]).memory
+        assert memory.streaming is not None
+        rates[name] = memory.streaming.rate(96e6, 2), memory.streaming.rate(800e6, 2)
+    assert rates["none"] == rates["slow"]
+    assert rates["large"][0] == rates["none"][0]
+    assert rates["large"][1] == pytest.approx(24e9, rel=0.2)
+    assert rates["none"][1] >= 60e9
+
+
+def test_kernels_of_weights_as_filed_are_told_apart(profile: TargetProfile) -> None:
+    filed = replace(RUNS[2], role="as_filed", prefill_s=0.0, decode_s=1 / 40)
+    told = with_kernels(profile, [*RUNS, filed])
+    cycles, without = told.kernel_cycles, with_kernels(profile, RUNS).kernel_cycles
+    assert cycles is not None
+    assert without is not None
+    assert cycles.model_copy(update={"decode_as_filed": {}}) == without
+    assert list(cycles.decode_as_filed) == ["Q4_0"]
+    assert cycles.decode_as_filed["Q4_0"] > 2 * cycles.decode["Q4_0"]
+    again = parse_profile(profile_toml(told).encode(), "me.toml").kernel_cycles
+    assert again is not None
+    assert again.decode_as_filed["Q4_0"] == pytest.approx(cycles.decode_as_filed["Q4_0"], rel=0.001)
+
+
 def test_rates_are_interpolated_and_held_at_the_ends() -> None:
     assert SCAN.rate(1e6, 1) == SCAN.rate(20e6, 1) == 20e9
     assert SCAN.rate(9e9, 5) == SCAN.rate(500e6, 2) == 18e9
