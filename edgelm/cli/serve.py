@@ -178,14 +178,8 @@ def command(
         )
 
         def settle(bundle: Path) -> tuple[EngineOptions, bool]:
-            if provider and (holds_encoder(bundle) or holds_task(bundle) is not None):
-                raise UsageError(f"--provider is for models that generate; {bundle} is none", hint="leave it out")
-            if flash_attention != "auto" and (holds_encoder(bundle) or holds_task(bundle) is not None):
-                raise UsageError(
-                    f"--flash-attention is for models that generate; {bundle} is none", hint="leave it out"
-                )
-            if host_repack is not None and (holds_encoder(bundle) or holds_task(bundle) is not None):
-                raise UsageError(f"--host-repack is for models that generate; {bundle} is none", hint="leave it out")
+            if holds_encoder(bundle) or holds_task(bundle) is not None:
+                _only_for_answers(bundle, engine)
             if target is None:
                 return engine, in_process
             return _settled(bundle, target, engine, in_process, fixed_type=kv_type is not None)
@@ -197,6 +191,17 @@ def command(
         options, own = settle(bundles[0])
         backend = make_backend(bundles[0], options, metrics, in_process=own, prompts=prompts)
         serve(backend, metrics, listener, access)
+
+
+def _only_for_answers(bundle: Path, options: EngineOptions) -> None:
+    """Refuse what models that generate nothing would not heed. Raises ``UsageError``."""
+    for name, given in (
+        ("--provider", options.providers),
+        ("--flash-attention", options.flash_attention != "auto"),
+        ("--host-repack", options.host_repack is not None),
+    ):
+        if given:
+            raise UsageError(f"{name} is for models that generate; {bundle} is none", hint="leave it out")
 
 
 def _settled(
