@@ -28,7 +28,7 @@ from targets.profile import TargetProfile
 from targets.vram import HOST_REPACK, Device, LayeredModel, OffloadPlan, Room, plan_offload
 from targets.workload import TypedWeights, Workload
 
-# Fitted to 44 rows of benchmarks/results/gpu_offload-third.jsonl (135M, 360M and 1.1B in two and three types, 7B; a
+# Fitted to 52 rows of benchmarks/results/gpu_offload-third.jsonl (135M, 360M and 1.1B in two and three types, 7B; a
 # quarter, half and three quarters of the layers on an H200, 16 threads, rearranged and not): what going from the host
 # to the GPU and back costs a token, and by how much a layer's fixed cost on the host grows when its threads have slept
 # while the GPU computed.
