@@ -35,7 +35,7 @@ class EngineOptions:
     speculative decoding; engines themselves know nothing of it. ``providers`` are ONNX Runtime's, best first: none is
     the CPU. ``gpu_layers`` are what llama.cpp puts on a GPU, ``targets.vram.AUTO_LAYERS`` means as many as fit; ``gpu``
     names which, "" for the one with the most free memory. ``host_repack`` has weights that stay with the CPU beside a
-    GPU rearranged for its kernels, None leaves it to ``runtime.offload``; without a GPU they are, unless it is False.
+    GPU rearranged for its kernels, None leaves it to ``runtime.offload``; without a GPU they are, whatever it says.
     ``flash_attention`` is llama.cpp's: ``auto`` leaves it to ``runtime.attention``, which goes by what was measured to
     be faster on this CPU (``faster_attention``, None: nobody did). Proofs fix it, so that their figures do not hang on
     the machine.
@@ -164,8 +164,8 @@ class Chooser(Protocol):
     def likeliest(self, chunk: Chunk) -> int | None:
         """Append a chunk to its sequence as ``Engine.forward`` does, and return the likeliest token behind it.
 
-        None when it cannot, and nothing was appended then: ``forward`` may, or tells what is wrong. Of equals, which
-        one it is may differ from ``argmax`` of the logits. Raises as ``forward``.
+        None when it cannot, and nothing was appended then: ``forward`` may, or shows logits that are no numbers. Of
+        equals, which one it is may differ from ``argmax`` of the logits. Raises as ``forward``.
         """
         ...
 

@@ -189,9 +189,8 @@ def timed(path: Path, threads: int, role: Role = "type") -> tuple[float, float]:
         threads_prefill=threads,
         batch=PROMPT_TOKENS,
         flash_attention="off" if role == "plain" else "on",
-        host_repack=False if as_filed else None,
     )
-    engine = load_engine(path, options)
+    engine = load_engine(path, options, as_filed=as_filed)
     prompt = np.random.default_rng(_SEED).integers(0, _VOCABULARY, PROMPT_TOKENS).tolist()
     prefill: list[float] = [0.0, 0.0] if as_filed else []
     decode: list[float] = []

@@ -24,7 +24,7 @@ from edgelm.errors import BundleError, EngineError, UsageError
 from runtime.attention import ON, check_attention, choose_attention, with_copies
 from runtime.engine import Chunk, EngineInfo, EngineInterruptedError, EngineOptions, Logits, State, check_chunks
 from runtime.engines.llamacpp_batch import AbortSwitch, Batch
-from runtime.engines.llamacpp_choice import GraphChoice
+from runtime.engines.llamacpp_choice import DOUBTED, GraphChoice
 from runtime.engines.llamacpp_devices import can_offload, device_now, find_devices, place_layers
 from runtime.engines.llamacpp_inputs import InputSquares
 from runtime.engines.llamacpp_log import EngineLog
@@ -107,8 +107,11 @@ def load_vocabulary(path: Path) -> LlamaVocabulary:
     return LlamaVocabulary(library, model, owns_model=True)
 
 
-def load_engine(path: Path, options: EngineOptions, observer: InputSquares | None = None) -> LlamaCppEngine:
-    """Load a GGUF file. An ``observer`` sees what goes into every matrix, which makes computing slower.
+def load_engine(
+    path: Path, options: EngineOptions, observer: InputSquares | None = None, *, as_filed: bool = False
+) -> LlamaCppEngine:
+    """Load a GGUF file. An ``observer`` sees what goes into every matrix, which makes computing slower; ``as_filed``
+    has no weights rearranged for the CPU's kernels, which is for measuring alone.
 
     Raises ``BundleError`` when the file is missing or its header is malformed, ``UsageError`` for options that make
     no sense, ``EngineError`` when llama.cpp or the memory refuses.
@@ -127,7 +130,8 @@ def load_engine(path: Path, options: EngineOptions, observer: InputSquares | Non
     attention = choose_attention(options, on_gpu=offload.gpu_layers > 0, scores_bytes=scores, held_bytes=held)
     started = time.perf_counter()
     note_buffers(offload.device)
-    model = load_weights(library, path, options, repack=not has_single_blocks(header), offload=offload)
+    repack = not as_filed and not has_single_blocks(header)
+    model = load_weights(library, path, options, repack=repack, offload=offload)
     try:
         context = _create_context(library, model, path, options, threads, attention, observer)
     except EngineError:
@@ -163,12 +167,12 @@ def _check_options(options: EngineOptions) -> None:
 def load_weights(
     library: Any, path: Path, options: EngineOptions, *, repack: bool = True, offload: OffloadPlan | None = None
 ) -> Any:
-    """The weights of a model, with the CPU but for the layers that ``offload`` puts on a GPU."""
+    """Weights, with the CPU but for layers that ``offload`` puts on a GPU; ``repack`` lets the CPU rearrange its."""
     parameters = library.llama_model_default_params()
     device, layers = (offload.device, offload.gpu_layers) if offload is not None else (None, 0)
     _listed = place_layers(library, parameters, device, layers)
     # Beside a GPU the place of its host buffer decides, which weights of the CPU come into before any of those.
-    parameters.use_extra_bufts = repack and (device is not None or options.host_repack is not False)
+    parameters.use_extra_bufts = repack
     parameters.no_host = repack and repacks_host(options, offload)
     parameters.load_mode = library.LLAMA_LOAD_MODE_MMAP if options.mmap else library.LLAMA_LOAD_MODE_NONE
     model = library.llama_model_load_from_file(os.fsencode(path), parameters)
@@ -323,7 +327,8 @@ class LlamaCppEngine:
         self._abort = AbortSwitch(library, loaded.context)
         self._may_share = has_tiles()
         self._choice = GraphChoice(library, loaded.context)
-        self.chooses = info.offload is not None and info.offload.gpu_layers > 0
+        # A choice that is doubted has to be taken back.
+        self.chooses = info.offload is not None and info.offload.gpu_layers > 0 and info.truncates
         self.vocabulary = LlamaVocabulary(library, loaded.model)
 
     @property
@@ -400,6 +405,8 @@ class LlamaCppEngine:
         if not self.chooses or chunk.logits != "last" or count > self._capacity:
             return None
         choice = self._choice
+        if choice.doubted:
+            return choice.from_logits(self, chunk)
         if count != 1 or choice.sequence != sequence or not self._one(chunk, wanted=True):
             self._check([chunk])
             if choice.sequence != sequence and not choice.begin(sequence):
@@ -410,11 +417,11 @@ class LlamaCppEngine:
             self._fill(chunk, 0, count, 0)
             self._compute(count, {sequence: before})
         token = choice.token()
-        if token < 0:  # no number in the logits, or a device without the operation: whoever reads them says which
-            self.chooses = False
-            self._forget(self._lengths[sequence] - count, sequence)
-            return None
-        return token
+        if token > 0:
+            return token
+        self.chooses, choice.doubted = token == 0, DOUBTED
+        self._forget(self._lengths[sequence] - count, sequence)
+        return choice.from_logits(self, chunk)
 
     def _check(self, chunks: Sequence[Chunk]) -> None:
         if self._loaded is None:

@@ -56,7 +56,7 @@ def test_only_what_the_engine_rearranges_is_measured_as_the_file_has_it(
         found = kernels._runs(tmp_path, RandomModel(kind, 2, 256, 512, 4, 2), [("type", 1), ("as_filed", 1)])
         roles[kind] = [case["role"] for case in found]
         assert ("as_filed" in roles[kind]) == rearranged
-        engine = load_engine(path, EngineOptions(context=64, host_repack=False))
+        engine = load_engine(path, EngineOptions(context=64), as_filed=True)
         assert engine.info.buffers["weights_copied"] == 0
         engine.close()
         assert all(case["decode_s"] > 0 for case in found)
