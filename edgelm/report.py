@@ -286,9 +286,10 @@ class EngineRecord(Record):
     ``features_used`` are CPU extensions that the build uses, ``features_idle`` those that the CPU has besides;
     ``waiting`` tells how threads wait for one another and ``waiting_reason`` why; ``huge_page_bytes`` how much of the
     model was moved to huge pages, None in reports of engines that did not know. ``gpu_layers`` of ``layers`` (the head
-    counts as one) were on the GPU ``gpu``, for ``offload_reason``; None where the engine knows no GPUs.
-    ``flash_attention`` was used or not, for ``attention_reason``; None where the engine has one kind, and in reports of
-    before, which had it with llama.cpp.
+    counts as one) were on the GPU ``gpu``, for ``offload_reason``; None where the engine knows no GPUs. ``host_repack``
+    tells whether weights beside it were rearranged for the CPU; None without a GPU, and in reports of before, when they
+    never were. ``flash_attention`` was used or not, for ``attention_reason``; None where the engine has one kind, and
+    in reports of before, which had it with llama.cpp.
     """
 
     name: str
@@ -305,6 +306,7 @@ class EngineRecord(Record):
     gpu_layers: int | None = None
     layers: int | None = None
     offload_reason: str = ""
+    host_repack: bool | None = None
     flash_attention: bool | None = None
     attention_reason: str = ""
 

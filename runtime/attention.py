@@ -57,8 +57,9 @@ def _most_for_scores(held_bytes: int) -> float:
 
 
 def planned_attention(profile: TargetProfile, workload: Workload, settings: RunSettings) -> bool:
-    """Whether a machine of this profile will compute flash attention with a model that has its memory to itself: what
-    ``choose_attention`` will say there, of which ``settings`` know no more than context, batch and cache."""
+    """Whether a machine of this profile computes flash attention with a model that has its memory to itself: what
+    ``choose_attention`` says in a run with the profile as its ``--target``. Without one what was measured is not known
+    there. ``settings`` know no more than context, batch and cache."""
     if workload.format != "gguf" or profile.kind == "gpu" or settings.kv_type == "q8_0":
         return True
     faster = measured_attention(profile) or (OFF if TILES in profile.isa else ON)

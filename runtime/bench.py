@@ -380,6 +380,7 @@ def _engine_record(info: EngineInfo) -> EngineRecord:
         gpu_layers=None if offload is None else offload.gpu_layers,
         layers=None if offload is None else offload.most,
         offload_reason="" if offload is None else offload.reason,
+        host_repack=None if offload is None or offload.device is None else offload.host_repack,
         flash_attention=None if attention is None else attention.value == ON,
         attention_reason="" if attention is None else attention.reason,
     )

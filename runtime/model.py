@@ -342,13 +342,16 @@ def check_memory(
     if needed <= int(free.value):
         return
     fits = max(int((int(free.value) - fixed) / per_token) // 256 * 256, 0) if per_token else 0
+    hint = f"use --context {fits}" if fits >= 256 else "use a smaller model or quantisation, or free memory"
+    if copied_bytes and needed - copied_bytes <= int(free.value):
+        hint = "leave out --host-repack" + (f", or {hint}" if fits >= 256 else "")
     raise DoesNotFitError(
         f"{artifact.name} needs {format_bytes(int(needed))}: weights {format_bytes(workload.file_bytes)}, cache for "
         f"{options.context} tokens x {options.sequences} {format_bytes(int(per_token * options.context))}, process "
         f"{format_bytes(_PROCESS_BYTES)}{f', the other model {format_bytes(beside_bytes)}' if beside_bytes else ''}; "
         f"{f'{format_bytes(on_gpu_bytes)} of it on the GPU; ' if on_gpu_bytes else ''}"
         f"{f'{format_bytes(copied_bytes)} once more, rearranged; ' if copied_bytes else ''}{free.reason}",
-        hint=f"use --context {fits}" if fits >= 256 else "use a smaller model or quantisation, or free memory",
+        hint=hint,
     )
 
 

@@ -81,20 +81,22 @@ def repacks_host(options: EngineOptions, offload: OffloadPlan | None) -> bool:
 
 
 def repacked_bytes(header: GGUFHeader, options: EngineOptions, offload: OffloadPlan) -> int:
-    """What rearranged weights of the CPU beside a GPU take besides the mapped file, at most: not every type is."""
-    if not repacks_host(options, offload):
+    """What rearranged weights of the CPU beside a GPU take besides the mapped file, at most: not every type is. Without
+    a map they stand in place of the file's."""
+    if not options.mmap or not repacks_host(options, offload):
         return 0
     layers = layered_model(header, "").layers
     return sum(layers[: len(layers) - max(offload.gpu_layers - 1, 0)])
 
 
 def _told(plan: OffloadPlan, options: EngineOptions) -> OffloadPlan:
-    """The plan with what becomes of the weights that stay, where that was asked for."""
+    """The plan with what becomes of the weights that stay, and why, where that was asked for."""
+    plan = replace(plan, host_repack=plan.gpu_layers < plan.most and repacks_host(options, plan))
     if options.host_repack is None or plan.device is None:
         return plan
     if plan.gpu_layers == plan.most:
         why = "no layer stays with the CPU to be rearranged"
-    elif repacks_host(options, plan):
+    elif plan.host_repack:
         why = "the others are rearranged for the CPU, which computes their part of prompts, too: asked for"
     else:
         why = "the others stay as the file has them, and the GPU helps with their part of prompts: asked for"

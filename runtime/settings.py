@@ -22,6 +22,7 @@ from runtime.attention import OFF, ON, choose_attention, measured_attention
 from runtime.engine import EngineOptions, FlashAttention, KvType
 from runtime.gguf_header import GGUFHeader, read_gguf_header, workload_from_gguf
 from runtime.model import artifact_of, memory_for_model, planned_context
+from runtime.offload import layered_model
 from runtime.speculative import DRAFTED_STREAMS
 from targets.calibration import Family, calibration
 from targets.host import default_threads
@@ -46,8 +47,8 @@ class Asked:
     """What the user fixed. Zero or None means: decide.
 
     ``process`` tells where the engine may run: in one of its own beside the server (``any``: decide), or only in this
-    one (``own``), as all commands but ``serve`` do. ``lookup``, ``draft``, ``providers`` and ``flash_attention`` are
-    those of ``EngineOptions``; a drafting model's memory counts.
+    one (``own``), as all commands but ``serve`` do. ``lookup``, ``draft``, ``providers``, ``host_repack`` and
+    ``flash_attention`` are those of ``EngineOptions``; a drafting model's memory counts.
     """
 
     context: int = 0
@@ -59,6 +60,7 @@ class Asked:
     lookup: bool = False
     draft: str = ""
     providers: tuple[str, ...] = ()
+    host_repack: bool | None = None
     flash_attention: FlashAttention = "auto"
 
 
@@ -87,7 +89,7 @@ class _Way:
 @dataclass(frozen=True, slots=True)
 class _Model:
     """What decides about memory. ``q8_cache`` tells whether the engine can keep this model's cache in 8 bits,
-    ``draft`` is the model that drafts for it."""
+    ``layer_bytes`` are the weights of all layers of a GGUF model, ``draft`` is the model that drafts for it."""
 
     name: str
     workload: Workload
@@ -96,6 +98,7 @@ class _Model:
     q8_cache: bool
     family: Family
     profile: TargetProfile
+    layer_bytes: int = 0
     draft: _Model | None = None
 
     def needs(self, way: _Way) -> int:
@@ -112,6 +115,8 @@ class _Model:
         )
         parts = ram_parts(self.workload, self.profile, settings, self.family)
         held: dict[str, int] = parts.model_dump()
+        if options.host_repack and options.mmap:  # of any type, as ``check_memory`` counts them
+            held["repack_bytes"] = max(held["repack_bytes"], self.layer_bytes)
         drafting = 0 if self.draft is None else self.draft.needs(_drafting(way))
         return sum(held.values()) + drafting + (0 if way.in_process else SERVER_BYTES)
 
@@ -153,6 +158,7 @@ def choose_settings(path: Path, target: str, asked: Asked) -> Settings:
         lookup=asked.lookup,
         draft=asked.draft,
         providers=asked.providers or (profile.onnx_providers if model.workload.format == "onnx" else ()),
+        host_repack=asked.host_repack,
         flash_attention=asked.flash_attention,
         faster_attention=measured_attention(profile),
     )
@@ -227,6 +233,7 @@ def _open(path: Path, profile: TargetProfile, asked: Asked) -> _Model:
         q8_cache=header is not None and _takes_q8_cache(header),
         family=family_of(profile, calibration()),
         profile=profile,
+        layer_bytes=0 if header is None else sum(layered_model(header, "").layers),
         draft=_open(Path(asked.draft), profile, Asked(context)) if asked.draft else None,
     )
 

@@ -93,6 +93,7 @@ def unlike(before: Report, after: Report) -> tuple[str, ...]:
         "prefill threads": (before.settings.threads_prefill, after.settings.threads_prefill),
         "GPU": (before.engine.gpu, after.engine.gpu),
         "GPU layers": (before.engine.gpu_layers or 0, after.engine.gpu_layers or 0),
+        "rearranged beside a GPU": (before.engine.host_repack is True, after.engine.host_repack is True),
         "flash attention": (before.engine.flash_attention is not False, after.engine.flash_attention is not False),
         "waiting": (before.engine.waiting, after.engine.waiting),
         "engine build": (before.engine.system, after.engine.system),

@@ -113,6 +113,7 @@ def _way(report: Report) -> tuple[int | str | None, ...]:
         settings.draft,
         report.engine.gpu,
         report.engine.gpu_layers or 0,  # reports of before know none
+        report.engine.host_repack is True,
         report.engine.flash_attention is not False,  # it was always on
     )
 

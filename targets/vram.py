@@ -23,7 +23,7 @@ RESERVE_BYTES = 300 * 2**20
 announces. An estimate; llama.cpp's own ``--fit`` leaves 1 GiB."""
 # Beside a GPU llama.cpp leaves the CPU's weights as the file has them, to copy them to the GPU for every batch of a
 # long prompt and multiply there. Rearranged for the CPU's kernels they cannot be copied, and prompts are its work, too:
-# on an H200 2 to 20 times slower, where generating gained up to 1.9 times.
+# docs/gpu.md has what that gains and costs.
 HOST_REPACK = False
 KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 # Floats alive at once for each position, from the sizes that llama.cpp 0.3.36 announces for shapes of llama with hidden
@@ -122,7 +122,7 @@ class OffloadPlan:
     """How many layers go to ``device`` (None: all stays with the CPU), of how many, why, and what they take there.
 
     ``spared_bytes`` are those of weights and cache that the machine's own memory need not hold: none where the GPU
-    shares it.
+    shares it. ``host_repack`` tells whether weights that stay with the CPU are rearranged for its kernels.
     """
 
     gpu_layers: int
@@ -131,6 +131,7 @@ class OffloadPlan:
     parts: VramParts
     reason: str
     spared_bytes: int = 0
+    host_repack: bool = False
 
     def sentence(self) -> str:
         """For people: ``31 of 31 layers on CUDA0: all fit``."""

@@ -194,12 +194,13 @@ def _settled(bundle: Path, target: str, options: EngineOptions, kv_type: KvType 
         lookup=options.lookup,
         draft=options.draft,
         providers=options.providers,
+        host_repack=options.host_repack,
         flash_attention=options.flash_attention,
     )
     settled = choose_settings(bundle, target, asked)
     for name, line in settled.lines().items():
         click.echo(f"{name} {line}", err=True)
-    return replace(settled.options, gpu_layers=options.gpu_layers, gpu=options.gpu, host_repack=options.host_repack)
+    return replace(settled.options, gpu_layers=options.gpu_layers, gpu=options.gpu)
 
 
 def _print_vector(bundle: Path, text: str | None, options: EncoderOptions, *, as_json: bool) -> None:

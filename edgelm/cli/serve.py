@@ -224,10 +224,11 @@ def _settled(
         lookup=options.lookup,
         draft=options.draft,
         providers=options.providers,
+        host_repack=options.host_repack,
         flash_attention=options.flash_attention,
         process="own" if in_process else "any",
     )
     settings = choose_settings(bundle, target, asked)
     log_event("settings", settings.lines())
-    placed = replace(settings.options, gpu_layers=options.gpu_layers, gpu=options.gpu, host_repack=options.host_repack)
+    placed = replace(settings.options, gpu_layers=options.gpu_layers, gpu=options.gpu)
     return placed, settings.in_process

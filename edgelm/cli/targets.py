@@ -220,11 +220,15 @@ def predict(
       edgelm targets predict pi5 --params-b 1.24 --file-mib 770 --quant Q4_K_M --depth 4000 --kv-type q8_0
       edgelm targets predict rtx-4060-8gb --params-b 14.8 --file-mib 8570 --quant Q4_K_M --gpu-layers auto --host laptop
     """
+    from dataclasses import replace
+
     from edgelm.errors import UsageError
+    from runtime.attention import planned_attention
     from targets.catalogue import workload_from_figures
     from targets.predict import RunSettings, load_text
     from targets.predict import predict as predict_workload
     from targets.profile import load_profile
+    from targets.vram import HOST_REPACK
 
     workload = workload_from_figures(
         parameters=params_b * 1e9, file_bytes=round(file_mib * 2**20), quant=quant, model=model
@@ -239,10 +243,12 @@ def predict(
     if host_repack is not None and gpu_layers is None:
         raise UsageError("--host-repack is for --gpu-layers", hint="name layers, or auto")
     if gpu_layers is not None:
-        places = target, host or "host", bool(host_repack)
+        places = target, host or "host", HOST_REPACK if host_repack is None else host_repack
         _predict_split(workload, places, settings, gpu_layers, as_json=as_json)
         return
-    prediction = predict_workload(workload, load_profile(target), settings)
+    profile = load_profile(target)
+    settings = replace(settings, flash_attention=planned_attention(profile, workload, settings))
+    prediction = predict_workload(workload, profile, settings)
     if as_json:
         print_json(prediction.model_dump(mode="json"))
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +20,14 @@ from live_server import running_server
 from edgelm.bundle import Choice
 from edgelm.cli.app import run_cli
 from edgelm.errors import DoesNotFitError, EngineError, UsageError
-from runtime import offload
+from runtime import bench, offload
 from runtime.doctor import GPU_KL_LIMIT
 from runtime.engine import Chunk, EngineOptions, Logits
 from runtime.engines.llamacpp import LlamaCppEngine, load_engine, load_library
 from runtime.engines.llamacpp_devices import buffer_name, can_offload, find_devices, place_layers
 from runtime.generate import GenerationRequest, Session, answer, generate
 from runtime.gguf_header import read_gguf_header
-from runtime.model import open_model
+from runtime.model import check_memory, open_model
 from runtime.offload import layered_model, offload_of, repacked_bytes, room_of
 from runtime.probe import kl_divergence, probe, write_tiny_gguf
 from runtime.server.metrics import Metrics
@@ -147,6 +148,9 @@ def test_without_a_gpu_auto_is_the_cpu_and_a_number_is_an_error(
 
 
 def test_the_plan_tells_what_becomes_of_weights_that_stay(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load_engine(gguf, EngineOptions(context=64))
+    alone = engine.info
+    engine.close()
     card = Device("CUDA0", "a card", "CUDA", "gpu", 10**10, 10**10)
     monkeypatch.setattr(offload, "find_devices", lambda library: (card,))
     header = read_gguf_header(gguf)
@@ -161,11 +165,33 @@ def test_the_plan_tells_what_becomes_of_weights_that_stay(gguf: Path, monkeypatc
         plan = offload_of(load_library(), header, options, "tiny")
         assert words in plan.sentence()
         assert repacked_bytes(header, options, plan) == copied
+        assert plan.host_repack == (copied > 0)
+        assert bench._engine_record(replace(alone, offload=plan)).host_repack == (copied > 0)
+    assert bench._engine_record(alone).host_repack is None
     plan = offload_of(load_library(), header, EngineOptions(context=64, gpu_layers=2), "tiny")
     assert "others" not in plan.sentence()
     monkeypatch.setattr("runtime.model.memory_for_model", lambda: Choice(value=1, reason="for this test"))
     with pytest.raises(DoesNotFitError, match=r"[kM]B once more, rearranged; for this test"):
         open_model(gguf, EngineOptions(context=64, gpu_layers=2, host_repack=True))
+    read = EngineOptions(context=64, gpu_layers=2, host_repack=True, mmap=False)
+    assert repacked_bytes(header, read, offload_of(load_library(), header, read, "tiny")) == 0, "no map, no second copy"
+
+
+def test_what_rearranging_breaks_rearranging_mends(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = read_gguf_header(gguf)
+    options = EngineOptions(context=512, host_repack=True)
+    monkeypatch.setattr("runtime.model.memory_for_model", lambda: Choice(value=2**27, reason="for this test"))
+    check_memory(gguf, header, options)
+    for copied_bytes, hint in (
+        (2**27, "leave out --host-repack"),
+        (2**27 - 2**26 - gguf.stat().st_size - 2**18, "leave out --host-repack, or use --context 256"),
+    ):
+        with pytest.raises(DoesNotFitError, match="once more, rearranged") as caught:
+            check_memory(gguf, header, options, copied_bytes=copied_bytes)
+        assert caught.value.hint == hint
+    with pytest.raises(DoesNotFitError) as caught:
+        check_memory(gguf, header, options, beside_bytes=2**27, copied_bytes=2**20)
+    assert "--host-repack" not in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("text", ["many", "-2", "1.5", ""])

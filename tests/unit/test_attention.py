@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgelm.bundle import Choice
+from edgelm.cli.app import run_cli
 from edgelm.errors import UsageError
 from runtime import attention
 from runtime.attention import choose_attention, measured_attention, planned_attention
 from runtime.engine import EngineOptions
 from targets.predict import RunSettings, predict, score_bytes
-from targets.profile import KernelCycles, TargetProfile, load_profile
+from targets.profile import KernelCycles, TargetProfile, load_profile, profile_toml
 from targets.workload import TypedWeights, Workload
 
 Processor = Callable[[bool], None]
@@ -87,6 +90,21 @@ def test_a_profile_tells_what_is_faster() -> None:
     assert measured_attention(profile_with(**flash, plain_prefill=0.4, plain_decode=1.7)) == "on"
     # What is as good as equal changes nothing.
     assert measured_attention(profile_with(**flash, plain_prefill=0.2, plain_decode=1.95)) == "on"
+
+
+def test_targets_predict_has_the_kind_of_attention_that_a_run_will(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without flash attention scores take memory: only on the machine with AMX."""
+    plain = load_profile("intel-i7-8700-desktop")
+    needed = []
+    for isa in (plain.isa, (*plain.isa, "amx_int8")):
+        path = tmp_path / "me.toml"
+        path.write_text(profile_toml(plain.model_copy(update={"isa": isa})), encoding="utf-8")
+        figures = ["--params-b", "0.135", "--file-mib", "88", "--quant", "Q4_0", "--model", "SmolLM2-135M"]
+        assert run_cli(["targets", "predict", str(path), *figures, "--json"]) == 0
+        needed.append(json.loads(capfd.readouterr().out)["ram_parts"]["compute_bytes"])
+    assert needed[1] - needed[0] > 0.7 * score_bytes(SMALL, 4096, 512)
 
 
 # SmolLM2-135M at 4 bits.

@@ -174,10 +174,16 @@ def test_a_run_on_a_gpu_is_another_way(tmp_path: Path) -> None:
     on_gpu = {"devices": (card,), "gpu": "CUDA0", "gpu_layers": 31, "layers": 31}
     there = valid(90.0)
     there = there.model_copy(update={"engine": there.engine.model_copy(update=on_gpu)})
-    for report in (before, before, before, there, before):
+    filed, rearranged = (
+        there.model_copy(update={"engine": there.engine.model_copy(update={"host_repack": where})})
+        for where in (False, True)
+    )
+    for report in (before, before, before, there, before, rearranged, filed):
         remember(report, path)
-    assert [entry.earlier for entry in entries(path)] == [0, 1, 2, 0, 3]
+    assert [entry.earlier for entry in entries(path)] == [0, 1, 2, 0, 3, 0, 1]
     assert {"GPU: None / CUDA0", "GPU layers: 0 / 31"} <= set(unlike(before, there))
+    assert unlike(filed, rearranged) == ("rearranged beside a GPU: False / True",)
+    assert unlike(there, filed) == (), "reports of before had none rearranged"
     samples = Samples(median=40.0, p5=39.0, p95=41.0, samples=(39.0, 40.0, 41.0))
     place: dict[str, Any] = {"depth": 0, "sequences": 1, "threads": 2, "started_s": 0.0, "seconds": 1.0}
     point = Measurement(kind="decode", tokens=128, tps=samples, **place)

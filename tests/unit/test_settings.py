@@ -13,8 +13,11 @@ from edgelm.bundle import Choice
 from edgelm.errors import DoesNotFitError, UsageError
 from edgelm.units import parse_size
 from runtime.engine import EngineOptions
+from runtime.gguf_header import read_gguf_header
+from runtime.offload import layered_model
 from runtime.probe import write_tiny_gguf
 from runtime.settings import LEAST_CONTEXT, SPARE_SHARE, Asked, choose_settings
+from targets.predict import RunSettings, ram_parts
 from targets.profile import load_profile
 
 MIB = 2**20
@@ -101,6 +104,34 @@ def test_a_drafting_model_takes_memory_too(model: Path, memory: Memory) -> None:
     needs = [parse_size(str(found.reasons["memory"].value).replace(" ", "")) for found in (alone, both)]
     # The draft keeps two sequences of 4 MiB each, its weights and a process's own.
     assert needs[0] + 8 * MIB < needs[1] < needs[0] + 200 * MIB
+
+
+def test_rearranging_beside_a_gpu_counts_as_opening_counts_it(model: Path, memory: Memory) -> None:
+    """Every layer's weights once more at most, but not where they are read in place of being mapped."""
+    memory.is_free(4096 * MIB)
+    header = read_gguf_header(model)
+    layers = sum(layered_model(header, "").layers)
+    plain, asked, refused = (
+        runtime.settings.predicted_bytes(model, EngineOptions(context=1024, host_repack=wanted), in_process=True)
+        for wanted in (None, True, False)
+    )
+    assert plain == refused
+    rearranged = runtime.settings._open(model, load_profile("host"), Asked(1024))
+    way = runtime.settings._Way(EngineOptions(context=1024, host_repack=True, mmap=False), in_process=True)
+    read = replace(way, options=replace(way.options, host_repack=None))
+    assert rearranged.needs(way) == rearranged.needs(read)
+    without = plain - predict_repacked(rearranged, EngineOptions(context=1024))
+    assert asked == max(plain, without + layers)
+    assert asked > plain
+    chosen = choose_settings(model, "auto", Asked(context=1024, host_repack=True))
+    assert chosen.options.host_repack
+    assert parse_size(str(chosen.reasons["memory"].value).replace(" ", "")) == pytest.approx(asked, rel=0.01)
+
+
+def predict_repacked(model: runtime.settings._Model, options: EngineOptions) -> int:
+    """Bytes of rearranged copies that are predicted where nobody asks."""
+    settings = RunSettings(context=options.context)
+    return ram_parts(model.workload, model.profile, settings, model.family).repack_bytes
 
 
 def test_what_gives_way_costs_least_first(model: Path, memory: Memory) -> None:
