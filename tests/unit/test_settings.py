@@ -10,6 +10,7 @@ import pytest
 
 import runtime.settings
 from edgelm.bundle import Choice
+from edgelm.cli import run, serve
 from edgelm.errors import DoesNotFitError, UsageError
 from edgelm.units import parse_size
 from runtime.engine import EngineOptions
@@ -126,6 +127,16 @@ def test_rearranging_beside_a_gpu_counts_as_opening_counts_it(model: Path, memor
     chosen = choose_settings(model, "auto", Asked(context=1024, host_repack=True))
     assert chosen.options.host_repack
     assert parse_size(str(chosen.reasons["memory"].value).replace(" ", "")) == pytest.approx(asked, rel=0.01)
+
+
+@pytest.mark.parametrize("wanted", [None, True, False])
+def test_commands_keep_where_weights_beside_a_gpu_lie(model: Path, memory: Memory, wanted: bool | None) -> None:
+    memory.is_free(4096 * MIB)
+    options = EngineOptions(context=1024, gpu_layers=1, gpu="CUDA0", host_repack=wanted)
+    by_run = run._settled(model, "auto", options, None)
+    by_serve, _ = serve._settled(model, "auto", options, True, fixed_type=False)
+    for found in (by_run, by_serve):
+        assert (found.gpu_layers, found.gpu, found.host_repack) == (1, "CUDA0", wanted)
 
 
 def predict_repacked(model: runtime.settings._Model, options: EngineOptions) -> int:
