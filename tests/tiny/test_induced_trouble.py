@@ -18,7 +18,6 @@ import pytest
 from runtime.bench import BenchOptions, bench
 from runtime.conditions import MAJOR_FAULTS
 from runtime.kernels import RandomModel, write_random_gguf
-from runtime.probe import write_tiny_gguf
 from runtime.sensors import Sensors
 from tests.unit.test_sensors import pi
 
@@ -96,13 +95,6 @@ def run_in(group: Path, model: Path, tokens: int, trouble: str) -> dict[str, obj
     assert child.returncode == 0, child.stderr
     document: dict[str, object] = json.loads(child.stdout)
     return document
-
-
-@pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("trouble") / "tiny.gguf"
-    write_tiny_gguf(path)
-    return path
 
 
 @pytest.mark.parametrize("group", ["cpu"], indirect=True)

@@ -26,7 +26,6 @@ from runtime.engines.llamacpp_choice import DOUBTED
 from runtime.generate import GenerationRequest, Session, generate
 from runtime.model import LoadedModel, open_model
 from runtime.offload import repacks_host
-from runtime.probe import write_tiny_gguf
 from runtime.sampling import SamplingOptions
 from targets.vram import Device, OffloadPlan, VramParts
 from tests.parity import ROWS, make_checkpoint, write_f32
@@ -35,13 +34,6 @@ pytestmark = pytest.mark.tiny
 
 ONE = {"threads_decode": 1, "threads_prefill": 1}
 TOKENS = [int(token) for token in np.random.default_rng(1).integers(0, 320, 60)]
-
-
-@pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
-    write_tiny_gguf(path)
-    return path
 
 
 @pytest.fixture

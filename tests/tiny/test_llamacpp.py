@@ -16,7 +16,6 @@ from edgelm.bundle import Choice
 from edgelm.errors import BundleError, ContextOverflowError, EngineError, UsageError
 from runtime.engine import Chunk, EngineInterruptedError, EngineOptions, Logits
 from runtime.engines.llamacpp import LlamaCppEngine, load_engine, load_vocabulary
-from runtime.probe import write_tiny_gguf
 from runtime.tiles import apart
 from runtime.waiting import let_helpers_go
 
@@ -25,13 +24,6 @@ pytestmark = pytest.mark.tiny
 # One thread: two would spin against whatever else runs on the machine.
 ONE = {"threads_decode": 1, "threads_prefill": 1}
 TOKENS = [int(token) for token in np.random.default_rng(1).integers(0, 320, 60)]
-
-
-@pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
-    write_tiny_gguf(path)
-    return path
 
 
 @pytest.fixture(scope="module")

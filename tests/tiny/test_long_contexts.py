@@ -23,7 +23,6 @@ from runtime.engines.llamacpp import LlamaCppEngine, load_engine
 from runtime.engines.onnx import load_engine as load_onnx_engine
 from runtime.generate import GenerationRequest, Session, TokenEvent, generate
 from runtime.model import open_model
-from runtime.probe import write_tiny_gguf
 from runtime.server.metrics import Metrics
 from runtime.server.prompt_files import PromptCacheOptions, PromptFiles
 from runtime.server.scheduler import Job, JobEvent, Scheduler
@@ -47,13 +46,6 @@ def options(context: int, sequences: int) -> EngineOptions:
     return EngineOptions(
         context=context, sequences=sequences, threads_decode=1, threads_prefill=1, logits_rows=DRAFT_TOKENS + 1
     )
-
-
-@pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
-    write_tiny_gguf(path)
-    return path
 
 
 @pytest.fixture(scope="module", params=["llama.cpp", "llama.cpp q8_0", "llama.cpp plain", "onnxruntime"])

@@ -20,7 +20,6 @@ from runtime.engines.onnx import load_engine as load_onnx_engine
 from runtime.generate import GenerationRequest, Session, TokenEvent, generate
 from runtime.model import open_model
 from runtime.points import GUESSED_DEPTH
-from runtime.probe import write_tiny_gguf
 from runtime.sampling import SamplingOptions
 from runtime.server.metrics import Metrics
 from runtime.server.serving import make_backend
@@ -34,13 +33,6 @@ pytestmark = pytest.mark.tiny
 ROUNDING = 0.05
 """Largest difference of logits that batch shapes make: attention's probabilities pass through f16."""
 ROWS = DRAFT_TOKENS + 1
-
-
-@pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
-    write_tiny_gguf(path)
-    return path
 
 
 def options(context: int = 256, sequences: int = 1) -> EngineOptions:
