@@ -63,6 +63,23 @@ class Asked:
     host_repack: bool | None = None
     flash_attention: FlashAttention = "auto"
 
+    @classmethod
+    def of(cls, options: EngineOptions, process: Literal["any", "own"] = "own", *, fixed_type: bool) -> Asked:
+        """What a command was given as options of an engine; ``fixed_type`` tells whether the cache's type was."""
+        return cls(
+            options.context,
+            options.sequences,
+            options.threads_decode,
+            options.threads_prefill,
+            kv_type=options.kv_type if fixed_type else None,
+            process=process,
+            lookup=options.lookup,
+            draft=options.draft,
+            providers=options.providers,
+            host_repack=options.host_repack,
+            flash_attention=options.flash_attention,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:

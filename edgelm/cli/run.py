@@ -167,7 +167,7 @@ def command(
         flash_attention=flash_attention,
     )
     if target is not None:
-        options = _settled(bundle, target, options, kv_type)
+        options = _settled(bundle, target, options, fixed_type=kv_type is not None)
     model = open_model(bundle, options)
     if model.info.offload is not None and model.info.offload.device is not None:
         click.echo(f"gpu {model.info.offload.sentence()}", err=True)
@@ -181,22 +181,11 @@ def command(
         model.close()
 
 
-def _settled(bundle: Path, target: str, options: EngineOptions, kv_type: KvType | None) -> EngineOptions:
+def _settled(bundle: Path, target: str, options: EngineOptions, *, fixed_type: bool) -> EngineOptions:
     """What ``--target`` decides beside what was asked for, told on stderr."""
     from runtime.settings import Asked, choose_settings
 
-    asked = Asked(
-        options.context,
-        1,
-        options.threads_decode,
-        options.threads_prefill,
-        kv_type,
-        lookup=options.lookup,
-        draft=options.draft,
-        providers=options.providers,
-        host_repack=options.host_repack,
-        flash_attention=options.flash_attention,
-    )
+    asked = Asked.of(options, fixed_type=fixed_type)
     settled = choose_settings(bundle, target, asked)
     for name, line in settled.lines().items():
         click.echo(f"{name} {line}", err=True)

@@ -217,17 +217,7 @@ def _settled(
         threads = choose_encoder_threads(target)
         log_event("settings", {"threads": f"{threads.value}: {threads.reason}"})
         return replace(options, threads_prefill=int(threads.value)), in_process
-    asked = Asked(
-        options.context,
-        options.sequences,
-        kv_type=options.kv_type if fixed_type else None,
-        lookup=options.lookup,
-        draft=options.draft,
-        providers=options.providers,
-        host_repack=options.host_repack,
-        flash_attention=options.flash_attention,
-        process="own" if in_process else "any",
-    )
+    asked = Asked.of(options, "own" if in_process else "any", fixed_type=fixed_type)
     settings = choose_settings(bundle, target, asked)
     log_event("settings", settings.lines())
     placed = replace(settings.options, gpu_layers=options.gpu_layers, gpu=options.gpu)

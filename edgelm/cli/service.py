@@ -107,6 +107,7 @@ def _memory_max(bundles: tuple[Path, ...], chosen: dict[str, object]) -> Choice:
         sequences=parallel,
         kv_type="q8_0" if kv_type == "q8_0" else "f16",
         flash_attention=flash_attention,
+        host_repack=bool(chosen["host_repack"]),
         lookup=bool(chosen["lookup"]),
         draft=str(chosen["draft"] or ""),
     )

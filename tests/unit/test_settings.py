@@ -133,7 +133,7 @@ def test_rearranging_beside_a_gpu_counts_as_opening_counts_it(model: Path, memor
 def test_commands_keep_where_weights_beside_a_gpu_lie(model: Path, memory: Memory, wanted: bool | None) -> None:
     memory.is_free(4096 * MIB)
     options = EngineOptions(context=1024, gpu_layers=1, gpu="CUDA0", host_repack=wanted)
-    by_run = run._settled(model, "auto", options, None)
+    by_run = run._settled(model, "auto", options, fixed_type=False)
     by_serve, _ = serve._settled(model, "auto", options, True, fixed_type=False)
     for found in (by_run, by_serve):
         assert (found.gpu_layers, found.gpu, found.host_repack) == (1, "CUDA0", wanted)
