@@ -45,6 +45,12 @@ class Grid:
         kind = ggml.type_named(self.kind)
         return int(self.stored.shape[1]) // kind.block_bytes * kind.block
 
+    @property
+    def has_zero(self) -> bool:
+        """Whether zero is one of a block's steps, whatever its scale, and training may take it."""
+        layout = LAYOUTS.get(self.kind)
+        return layout is not None and not layout.codebook and len(layout.halves) == 1
+
     def values(self) -> Floats:
         """The numbers (rows, columns)."""
         shape = (len(self.stored), self.columns)
@@ -192,7 +198,7 @@ class OnGrid:
         if self._codebook is not None:
             nearest, codebook = self._codebook
             whole = codebook[nearest[whole.long() + 128]]
-        found = self._of_blocks(whole.mul_(self._scales)).mul_(self._growth()[0])
+        found = self._of_blocks(whole.mul_(self._scales)).mul_(self._growth(0))
         if self._offsets is not None:
             found = found.add_(self._moved(self._offsets))
         return found.reshape_as(values).to(values.dtype)
@@ -209,30 +215,30 @@ class OnGrid:
     def _set_gradient(self, index: int, products: Any) -> None:
         import torch
 
-        growth, total = self._growth()[index], products.sum(dim=-1, keepdim=True)
+        growth, total = self._growth(index), products.sum(dim=-1, keepdim=True)
         self.factors[index].grad = torch.where(growth > 0, total / growth, 0.0)  # 0: too small for half precision
 
     def stored(self, parameter: Any) -> Grid:
         """The parameter's values as the type stores them."""
         values = np.ascontiguousarray(parameter.detach().float().cpu().numpy())
-        pairs = zip(self._halves, self._growth(), strict=True)
-        return self._grid.holding(values).with_halves([(half * growth).cpu().numpy() for half, growth in pairs])
+        halves = [begun * self._growth(index) for index, begun in enumerate(self._halves)]
+        return self._grid.holding(values).with_halves([item.cpu().numpy() for item in halves])
 
     def _of_blocks(self, values: Any) -> Any:
         """(rows, blocks, numbers of a block)"""
         return values.reshape(*self._halves[0].shape[:2], -1)
 
-    def _growth(self) -> list[Any]:
-        """The factors within their bounds, as half precision leaves them."""
+    def _growth(self, index: int) -> Any:
+        """Factors of scales (0) or offsets (1) within their bounds, as half precision leaves them."""
         import torch
 
-        pairs = zip(self._halves, self.factors, strict=True)
-        bounded = ((half, half * item.data.clamp(_NARROWEST, _WIDEST)) for half, item in pairs)
-        return [torch.where(half == 0, 1.0, grown.half().float() / half) for half, grown in bounded]
+        begun = self._halves[index]
+        grown = begun * self.factors[index].data.clamp(_NARROWEST, _WIDEST)
+        return torch.where(begun == 0, 1.0, grown.half().float() / begun)
 
     def _moved(self, offsets: Any) -> Any:
         """The bundle's ``offsets`` of runs as they are now, of each number (rows, blocks, numbers of a block)."""
-        return self._of_blocks(offsets.expand(-1, -1, RUN)) * self._growth()[1]
+        return self._of_blocks(offsets.expand(-1, -1, RUN)) * self._growth(1)
 
 
 def on_grid(grid: Grid, parameter: Any) -> OnGrid | Held:

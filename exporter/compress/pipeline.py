@@ -61,7 +61,6 @@ _SETTINGS = (
     "batch", "learning_rate", "temperature", "hidden_weight", "attention_weight", "own_share",
     "own_tokens", "finish_tokens", "seed", "length",
 )  # fmt: skip
-_WITH_ZERO = ("Q4_0", "Q5_0", "Q8_0", "Q6_K", "Q3_K", "F16", "BF16", "F32")
 _TOOLS = ("edgelm", "torch", "transformers", "numpy")
 
 
@@ -248,26 +247,13 @@ def _check(options: CompressOptions) -> None:
                 hint="choose one of these",
             )
     if options.finish is not None:
-        _check_zeros(options, _finish_export(options, ""))
+        _finish_export(options, "")
     matched = options.hidden_weight > 0 or options.attention_weight > 0
     if matched and options.teacher is not None:
         raise UsageError(
             "--hidden-weight and --attention-weight compare layers with those of SOURCE that they were; "
             "another --teacher has none of them",
             hint="leave out the weights, or the teacher",
-        )
-
-
-def _check_zeros(options: CompressOptions, export: ExportOptions) -> None:
-    """Raises ``UsageError`` when zeros would not be zeros any more on the grids of a bundle."""
-    if options.sparsity is None or export.types is None:
-        return
-    layers = ((name, kind) for name, kind in export.types if name.startswith("blk."))
-    name, kind = next(((name, kind) for name, kind in layers if kind not in _WITH_ZERO), ("", ""))
-    if name:
-        raise UsageError(
-            f"--sparsity with --finish {options.finish}: {name} is {kind} there, whose steps have no zero",
-            hint=f"finish for a bundle of {', '.join(_WITH_ZERO)}, or leave out one of the two",
         )
 
 
@@ -476,7 +462,7 @@ def _finish(lessons: Lessons, pruned: Pruned) -> _Finished:
     prepared = prepare(_finish_export(options, str(directory)), run.progress)
     plan = prepared.plan
     types = {item.source_name: item.type for item in plan.tensors if item.type not in ("F32", "F16", "BF16")}
-    grids = _grids(options, prepared, student)
+    grids = _grids(options, prepared, pruned)
     quantizer = FakeQuantizer(student, types, grids)
     with quantizer.applied():
         lessons.compare(f"quantised to {plan.quant}", student)
@@ -492,17 +478,20 @@ def _finish(lessons: Lessons, pruned: Pruned) -> _Finished:
     return _Finished(plan.quant, stored, learned, quantizer.settle(), remarks)
 
 
-def _grids(options: CompressOptions, prepared: Prepared, student: Any) -> dict[str, Grid]:
-    """What a bundle of this very student stores, where ``--finish`` names one."""
+def _grids(options: CompressOptions, prepared: Prepared, pruned: Pruned) -> dict[str, Grid]:
+    """What a bundle of this very student stores, where ``--finish`` names one; not of matrices whose zeros would be
+    none on their grid."""
     artifact = _bundle_of(options)
     if artifact is None:
         return {}
-    parameters = dict(student.named_parameters())
+    parameters = dict(pruned.student.named_parameters())
+    sparse = pruned.masks.names if pruned.masks is not None else frozenset()
     descriptions = {item.name: item for item in describe(prepared.checkpoint).tensors}
     return {
         name: grid
         for name, grid in read_grids(artifact, prepared.plan.tensors, descriptions).items()
-        if fits(grid, np.ascontiguousarray(parameters[name].detach().float().cpu().numpy()))
+        if (grid.has_zero or name not in sparse)
+        and fits(grid, np.ascontiguousarray(parameters[name].detach().float().cpu().numpy()))
     }
 
 

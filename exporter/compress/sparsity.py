@@ -65,6 +65,7 @@ class Masks:
 
     def __init__(self, model: Any, kept: Mapping[str, Any]) -> None:
         parameters = dict(model.named_parameters())
+        self.names = frozenset(kept)
         self._kept = [(parameters[name], mask.to(parameters[name].device)) for name, mask in kept.items()]
 
     def apply(self) -> None:
