@@ -1,7 +1,7 @@
 """Memory that a thread uses again for its next piece of work.
 
-A fresh array of some hundred kilobytes comes from the kernel page by page, and goes back when it is dropped: writing a
-model in float32 spent a third of its time on that. Knows nothing of what the bytes are.
+A fresh array of some hundred kilobytes comes from the kernel page by page, and goes back when it is dropped: writing
+SmolLM2-135M in float32 had 231,000 page faults of that, 45,000 without. Knows nothing of what the bytes are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _KEPT_BYTES = 64 * 2**20
 class ThreadBuffers:
     """Buffers by name, of each thread its own. What is in one is gone when the thread asks for the same name again.
 
-    Larger ones than 64 MiB are not kept: beside what is done with them the kernel's pages cost little.
+    Larger ones than 64 MiB are not kept, so that what threads hold stays small beside a model's largest matrix.
     """
 
     def __init__(self) -> None:
