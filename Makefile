@@ -18,11 +18,12 @@ TESTS5 := $(addprefix tests/tiny/test_,architectures.py onnx_architectures.py on
           automatic.py compress.py)
 DEMO_BUNDLE ?= bundles/demo
 
-.PHONY: FORCE help setup demo test test-transformers5 check lint types unit docs peers clean
+.PHONY: FORCE help setup setup-export demo test test-transformers5 check lint types unit docs peers clean
 .PHONY: arm64 arm64-ready arm64-image arm64-exporter arm64-wheels
 help:
 	@echo "make demo    export, prove, run, measure and compare SmolLM2-135M (about 6 minutes on a fresh 2-core machine)"
 	@echo "make setup   the command and its engine, built for this CPU; GPU=cuda, rocm or vulkan adds a GPU (docs/gpu.md)"
+	@echo "make setup-export   torch, transformers and onnx besides: ONNX, types by measured damage, pruning, distilling"
 	@echo "make test    the whole suite; make check: lint, types and unit tests"
 	@echo "make test-transformers5   the tests of decoders with transformers 5, in an environment of its own"
 	@echo "make docs    write the generated parts of docs/ again"
@@ -67,8 +68,14 @@ $(VENV)/.check: $(VENV)/.base
 	@touch $@
 
 # torch first and alone, at the version that has a CPU build: nothing after it may pull the CUDA one.
-$(VENV)/.test: $(VENV)/.demo $(VENV)/.check
+$(VENV)/.export: $(VENV)/.base
 	$(PIP) install $(QUIET) $(PINS) torch==2.13.0
+	$(PIP) install $(QUIET) $(PINS) -e '.[export]'
+	@touch $@
+
+setup-export: $(VENV)/.export
+
+$(VENV)/.test: $(VENV)/.demo $(VENV)/.check $(VENV)/.export
 	$(PIP) install $(QUIET) $(PINS) -e '.[export,optimum,report,scores,test,dev]'
 	@touch $@
 

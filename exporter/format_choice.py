@@ -10,9 +10,8 @@ measured by its proof and not before.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 
-from edgelm.errors import CheckpointError, DoesNotFitError, UsageError
+from edgelm.errors import CheckpointError, DoesNotFitError, MissingDependencyError, UsageError
 from exporter import mixes, optimum_tasks
 from exporter.architectures import describe
 from exporter.automatic import GOOD_KL
@@ -20,6 +19,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.onnx_layout import check_expressible
 from exporter.onnx_plan import recipe_named
 from exporter.options import ExportOptions, check_options
+from exporter.packages import require
 from exporter.plan import COPY, Candidate, candidates, paced, resolve, unchanged
 from exporter.preflight import check_checkpoint
 from targets.profile import TargetProfile
@@ -78,11 +78,10 @@ def contest(
         return "without the proof that --no-verify leaves out, speeds would be compared at unknown losses"
     if resume:
         return "--resume goes on with one artefact"
-    if find_spec("onnx") is None:
-        return 'the onnx package is not installed (pip install "edgelm[export]")'
     try:
+        require("onnx")
         rival = _rival(options, checkpoint, profile)
-    except (CheckpointError, DoesNotFitError, UsageError) as error:
+    except (CheckpointError, DoesNotFitError, MissingDependencyError, UsageError) as error:
         return f"as ONNX it cannot be: {error.message}"
     return Contest(replace(options, format="gguf"), rival, options.max_kl or GOOD_KL)
 

@@ -46,6 +46,7 @@ from exporter.importance import importance, importance_of_file
 from exporter.manifest import ARTIFACTS, Proven, write_manifest
 from exporter.measuring_way import measuring_way
 from exporter.options import ExportOptions, check_options
+from exporter.packages import require
 from exporter.plan import Candidate, candidates, choose, file_type, form_of, paced, resolve, rounds, unchanged
 from exporter.preflight import check_checkpoint
 from exporter.resume import Writer, hash_of_metadata, key_of_artifact, write_in_parts
@@ -308,6 +309,8 @@ def _export(
         if resume and prepared.plan.format != "gguf":
             told = f"--resume is for GGUF; {prepared.plan.format} is written as a whole"
             raise UsageError(told, hint="leave it out")
+        if prepared.plan.format == "onnx":
+            require("onnx")
         if prepared.task is not None:
             _export_task(options, prepared, prepared.task, destination, aside, force=force, progress=progress)
         else:

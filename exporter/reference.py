@@ -8,7 +8,6 @@ The manifest says which. No code from a checkpoint is ever run, and nothing is d
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import math
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from edgelm.bundle import TensorPlan
-from edgelm.errors import CheckpointError, DoesNotFitError, MissingDependencyError
+from edgelm.errors import CheckpointError, DoesNotFitError
 from edgelm.progress import Progress
 from edgelm.units import format_bytes
 from exporter import ggml
@@ -29,6 +28,7 @@ from exporter.checkpoint import Checkpoint, weight_type
 from exporter.device import DeviceChoice, exact_float32, memory_errors, resolve_device
 from exporter.gguf import write_gguf
 from exporter.layerwise import layers_obstacle, open_layerwise_scoring
+from exporter.packages import require
 from exporter.tokenizer import read_tokenizer
 from exporter.transformers_model import (
     decoder_class,
@@ -192,8 +192,7 @@ def open_transformers(checkpoint: Checkpoint, progress: Progress, *, device: Dev
     ``resolve_device`` raises.
     """
     description = describe(checkpoint, "onnx")
-    if any(importlib.util.find_spec(package) is None for package in ("torch", "transformers")):
-        raise MissingDependencyError("torch and transformers are not installed", hint='pip install "edgelm[export]"')
+    require("torch", "transformers")
     obstacle = _transformers_obstacle(checkpoint, description)
     if obstacle is not None:
         raise CheckpointError(f"transformers cannot compute {checkpoint.source.location}: {obstacle}")
@@ -364,8 +363,9 @@ def torch_obstacle(checkpoint: Checkpoint) -> str | None:
 def open_torch_model(checkpoint: Checkpoint, progress: Progress, *, device: DeviceChoice = "auto") -> Iterator[Any]:
     """The unquantised model as transformers has it, in float32.
 
-    Raises ``CheckpointError`` when it cannot be had, and what ``resolve_device`` raises.
+    Raises ``MissingDependencyError`` and ``CheckpointError`` when it cannot be had, and what ``resolve_device`` raises.
     """
+    require("torch", "transformers")
     obstacle = torch_obstacle(checkpoint)
     if obstacle is not None:
         raise CheckpointError(f"transformers cannot compute this model: {obstacle}")

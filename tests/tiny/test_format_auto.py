@@ -13,7 +13,7 @@ from edgelm.bundle import FormatContest, open_bundle
 from edgelm.cli.app import run_cli
 from edgelm.errors import EngineError
 from edgelm.progress import SILENT
-from exporter import format_choice, format_contest
+from exporter import format_contest, packages
 from exporter.checkpoint import open_checkpoint, open_source
 from exporter.format_choice import Contest, contest
 from exporter.options import ExportOptions
@@ -125,8 +125,8 @@ def test_what_else_keeps_the_formats_from_being_measured(
     kept = export(ExportOptions(str(tmp_path / "q8" / "model.gguf"), measured_format=True), tmp_path / "kept").manifest
     assert (kept.plan.quant, kept.contest) == ("COPY", None)
     assert "format auto: GGUF: the source's own types can stay, which no ONNX model has" in kept.plan.notes
-    monkeypatch.setattr(format_choice, "find_spec", lambda _: None)
-    assert "the onnx package is not installed" in str(decided(options))
+    monkeypatch.setattr(packages, "find_spec", lambda _: None)
+    assert decided(options) == "as ONNX it cannot be: onnx is not installed"
 
 
 def test_plans_say_what_will_decide(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from edgelm.bundle import Bundle, open_bundle
 from edgelm.cli.app import run_cli
 from edgelm.errors import BundleError, DoesNotFitError, ProofError, UsageError
+from exporter import packages
 from exporter.options import ExportOptions, parse_type_override
 from exporter.pipeline import export
 from exporter.verification import verify
@@ -123,6 +124,19 @@ def test_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     shown = {(item["format"], item["quant"]) for item in both["candidates"]}
     assert {("gguf", "Q4_K_M"), ("onnx", "int8"), ("onnx", "int4")} <= shown
     assert all(item["predicted"]["decode_tps"] > 0 for item in both["candidates"])
+
+
+def test_without_the_package_one_error_names_the_way_out(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda _: None)
+    wanted = ["export", str(source), "--format", "onnx", "--quant", "int8", "-o", str(tmp_path / "out")]
+    assert run_cli(wanted) == 1
+    assert run_cli(["compress", str(source), "--tokens", "0", "-o", str(tmp_path / "student")]) == 1
+    told = capsys.readouterr().err
+    assert "error: onnx is not installed\nhint: pip install" in told
+    assert "error: torch and transformers are not installed\nhint: pip install" in told
+    assert not list(tmp_path.iterdir())
 
 
 def test_limits_hold_and_leave_nothing(source: Path, tmp_path: Path) -> None:
