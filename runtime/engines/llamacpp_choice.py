@@ -3,8 +3,8 @@
 On a GPU that spares a copy of a row of logits and a search in it, which the CPU's caches know nothing of: what small
 models lose between two tokens. While a sampler is set its sequence has no logits. Knows tokens, no texts.
 
-Of logits that are no numbers ggml's ``argmax`` makes token 0 (CPU, Vulkan) or -1 (CUDA); where only some are none it
-passes over them. A NaN on a model's way makes the mean of its last norm one and so every logit; some logits alone are
+By its sources ggml's ``argmax`` makes token 0 (CPU, Vulkan) or -1 (CUDA) of logits that are no numbers, and passes
+over single ones. A NaN on a model's way makes the mean of its last norm one and so every logit; some logits alone are
 none where the head's own weights are broken, for every text alike. So the first choice of an engine is made from
 logits, and token 0 or less is looked up there: ``doubted``. Not for every generation: changing to logits and back has
 llama.cpp plan its graphs twice, 6 ms, where 128 tokens of a 135M gain 4 ms at most. What stays unseen: single logits
