@@ -37,6 +37,7 @@ events = st.builds(
     st.none(),
     counts,
     counts,
+    counts,
 )
 deliveries = st.builds(wire.Delivery, st.integers(0, 2**63 - 1), st.floats(allow_nan=False), events)
 
